@@ -1,0 +1,279 @@
+"""The scorer: side by side, in order, never stuck, and a failure costs only its own rewards."""
+
+import asyncio
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+from trl_apex.rewards import RewardFailureRateError, RewardFailureWarning, RewardLoadError, RewardScorer
+from trl_apex.rewards.protocol import RewardList, TransientRewardError
+
+
+def score(scorer, size=2, **keywords):
+    return scorer.submit(prompts=["x"] * size, completions=[None] * size, **keywords).result(timeout=20)
+
+
+def constant(value, name="constant"):
+    def reward(completions, **kwargs):
+        return [value] * len(completions)
+
+    reward.__name__ = name
+    return reward
+
+
+def test_columns_follow_the_order_of_the_functions():
+    async def second(completions, **kwargs):
+        return [2.0, None]
+
+    with RewardScorer([constant(1), second, constant(float("nan"), "third")]) as scorer:
+        scored = score(scorer)
+    assert scored.rewards.dtype == torch.float32
+    assert torch.equal(scored.rewards[:, 0], torch.tensor([1.0, 1.0]))
+    assert scored.rewards[0, 1] == 2 and scored.rewards[1, 1].isnan() and scored.rewards[:, 2].isnan().all()
+    assert scored.failures == {"constant": 0, "second": 0, "third": 0}
+
+
+def test_functions_run_side_by_side():
+    meet = threading.Barrier(2, timeout=10)
+
+    def blocking(completions, **kwargs):
+        meet.wait()
+        return [1.0] * len(completions)
+
+    async def other(completions, **kwargs):
+        await asyncio.to_thread(meet.wait)
+        return [1.0] * len(completions)
+
+    with RewardScorer([blocking, other]) as scorer:  # each waits for the other: one after the other would hang
+        assert score(scorer).rewards.sum() == 4
+
+
+def test_submit_returns_at_once_and_batches_keep_their_order():
+    seen, inside = [], []
+
+    def slow(completions, batch, **kwargs):
+        inside.append(1)
+        assert len(inside) == 1, "two threads in one reward function"
+        time.sleep(0.02)
+        inside.pop()
+        seen.append(batch[0])
+        return [float(batch[0])] * len(completions)
+
+    with RewardScorer([slow]) as scorer:
+        started = time.perf_counter()
+        futures = [scorer.submit(prompts=["x"], completions=[None], columns={"batch": [i]}) for i in range(6)]
+        assert time.perf_counter() - started < 0.05
+        results = [future.result(timeout=10) for future in futures]
+    assert seen == list(range(6))
+    assert [scored.rewards.item() for scored in results] == list(range(6))
+    assert all(scored.failures["slow"] == 0 for scored in results)
+
+
+def test_submitting_from_several_threads():
+    with RewardScorer([constant(1.0), constant(2.0, "other")]) as scorer:
+        totals = []
+        threads = [
+            threading.Thread(target=lambda: totals.append(score(scorer).rewards.sum().item())) for _ in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=10)
+    assert totals == [6.0] * 8
+
+
+def test_keywords_are_those_of_trl():
+    seen = {}
+
+    def reward(prompts, completions, completion_ids, target, trainer_state, log_extra, log_metric, **kwargs):
+        seen.update(kwargs, target=target, ids=completion_ids, state=trainer_state)
+        log_metric("seen", 1.0)
+        return [0.0] * len(prompts)
+
+    def strict(prompts, completions, completion_ids, target, trainer_state, log_extra, log_metric):
+        return [0.0] * len(prompts)
+
+    logged = {}
+    images = torch.rand(2, 3, 4, 4)
+    with RewardScorer([reward, strict]) as scorer:
+        keywords = {"trainer_state": "state", "log_extra": print, "log_metric": logged.__setitem__}
+        scored = score(scorer, images=images, columns={"target": ["a", "b"]}, **keywords)
+    assert seen["images"] is images and seen["target"] == ["a", "b"] and seen["ids"] is None
+    assert seen["state"] == "state" and logged == {"seen": 1.0}
+    assert scored.failures == {"reward": 0, "strict": 0}  # `strict` takes no `images` and got none
+
+
+def test_a_failure_costs_its_own_rewards_and_warns_once():
+    def broken(completions, **kwargs):
+        raise KeyError("target")
+
+    with RewardScorer([broken, constant(1.0)]) as scorer:
+        with pytest.warns(RewardFailureWarning, match="`broken` failed on 2 of 2 samples: KeyError: 'target'"):
+            scored = score(scorer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = score(scorer)
+    for result in (scored, again):
+        assert result.rewards[:, 0].isnan().all() and (result.rewards[:, 1] == 1).all()
+        assert result.failures == {"broken": 2, "constant": 0}
+
+
+@pytest.mark.filterwarnings("ignore::trl_apex.rewards.RewardFailureWarning")
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_timeout(kind):
+    release = threading.Event()
+
+    def blocking(completions, **kwargs):
+        release.wait(10)
+        return [1.0] * len(completions)
+
+    async def waiting(completions, **kwargs):
+        await asyncio.sleep(10)
+
+    func = blocking if kind == "blocking" else waiting
+    with RewardScorer([func, constant(1.0)], timeout=[0.1, None]) as scorer:
+        started = time.perf_counter()
+        scored = score(scorer)
+        assert time.perf_counter() - started < 2
+        assert scored.failures == {func.__name__: 2, "constant": 0} and scored.rewards[:, 0].isnan().all()
+        assert 0.09 < scored.seconds[func.__name__] < 1
+        if kind == "blocking":
+            assert score(scorer).failures["blocking"] == 2  # still stuck: given up after its own timeout
+            release.set()
+            time.sleep(0.05)
+            assert score(scorer).rewards[:, 0].tolist() == [1.0, 1.0]  # free again
+
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+def test_passing_failures_are_tried_again(kind):
+    calls = []
+
+    def attempt(completions, **kwargs):
+        calls.append(1)
+        if len(calls) < 3:
+            raise TransientRewardError("busy", retry_after=0.01)
+        return [1.0] * len(completions)
+
+    async def attempt_async(completions, **kwargs):
+        return attempt(completions)
+
+    func = attempt if kind == "blocking" else attempt_async
+    with RewardScorer([func], max_retries=2, backoff=0.01) as scorer:
+        assert score(scorer).rewards.tolist() == [[1.0], [1.0]]
+    assert len(calls) == 3
+
+
+@pytest.mark.filterwarnings("ignore::trl_apex.rewards.RewardFailureWarning")
+def test_retries_are_bounded_and_only_for_passing_failures():
+    calls = {"refused": 0, "broken": 0}
+
+    def refused(**kwargs):
+        calls["refused"] += 1
+        raise ConnectionRefusedError("nobody there")
+
+    def broken(**kwargs):
+        calls["broken"] += 1
+        raise RuntimeError("out of memory")
+
+    with RewardScorer([refused, broken], max_retries=2, backoff=0.01) as scorer:
+        assert score(scorer).failures == {"refused": 2, "broken": 2}
+    assert calls == {"refused": 3, "broken": 1}
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], "one number or None per sample, 2 here. Found 1"),
+        (1.0, "Found a float"),
+        (None, "Found a NoneType"),
+        (["1.0", "2.0"], "Found '1.0' of type str"),
+        ([[1.0], [2.0]], "Found \\[1.0\\] of type list"),
+    ],
+)
+def test_a_bug_of_the_user_is_an_error(returned, message):
+    with RewardScorer([lambda **kwargs: returned], ["mine"]) as scorer, pytest.raises(ValueError, match=message):
+        score(scorer)
+
+
+@pytest.mark.parametrize("returned", [torch.tensor([1.0, 2.0]), torch.tensor([1, 2]).numpy(), (True, 2)])
+def test_any_numbers_will_do(returned):
+    with RewardScorer([lambda **kwargs: returned], ["mine"]) as scorer:
+        assert score(scorer).rewards.tolist() == [[1.0], [2.0]]
+
+
+@pytest.mark.filterwarnings("ignore::trl_apex.rewards.RewardFailureWarning")
+def test_errors_of_single_samples_and_infinities_count():
+    def partly(**kwargs):
+        return RewardList([1.0, None, float("inf"), None], errors=[None, "bad image", None, None])
+
+    with RewardScorer([partly]) as scorer:
+        scored = score(scorer, size=4)
+    assert scored.failures == {"partly": 2}
+    assert scored.rewards[:, 0].isfinite().tolist() == [True, False, False, False]
+
+
+def test_a_reward_that_cannot_load_stops_the_run():
+    def unloadable(**kwargs):
+        raise RewardLoadError("no weights")
+
+    with RewardScorer([unloadable]) as scorer, pytest.raises(RewardLoadError, match="no weights"):
+        score(scorer)
+
+
+@pytest.mark.filterwarnings("ignore::trl_apex.rewards.RewardFailureWarning")
+def test_failure_rate_stops_the_run():
+    def broken(**kwargs):
+        raise RuntimeError("gone")
+
+    with RewardScorer([broken], max_failure_rate=0.25, failure_window=8) as scorer:
+        assert score(scorer).failures == {"broken": 2}
+        assert score(scorer).failures == {"broken": 2}
+        with pytest.raises(
+            RewardFailureRateError, match="`broken` must not fail on more than 25%.*38%.*gone"
+        ) as caught:
+            score(scorer)
+    assert caught.value.name == "broken" and caught.value.rate == pytest.approx(3 / 8)
+
+
+@pytest.mark.filterwarnings("ignore::trl_apex.rewards.RewardFailureWarning")
+def test_no_rate_no_stop():
+    def broken(**kwargs):
+        raise RuntimeError("gone")
+
+    with RewardScorer([broken], max_failure_rate=None) as scorer:
+        for _ in range(12):
+            score(scorer)
+
+
+def test_closing():
+    scorer = RewardScorer([constant(1.0)])
+    scorer.close()
+    scorer.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        scorer.submit(prompts=["x"], completions=[None])
+    assert not any(thread.name == "reward-scorer" and thread.is_alive() for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"names": ["a"]}, {"names": ["a", "a"]}, {"timeout": 0}, {"timeout": [1.0]}, {"max_retries": -1}]
+    + [{"max_failure_rate": 2.0}, {"failure_window": 0}],
+)
+def test_options_out_of_range(options):
+    with pytest.raises(ValueError, match="Found"):
+        RewardScorer([constant(1.0), constant(2.0, "other")], **options)
+
+
+def test_overlapped_rewards_equal_waited_for_rewards():
+    def noisy(completions, images, **kwargs):
+        return images.mean(dim=(1, 2, 3)) + images.std(dim=(1, 2, 3))
+
+    batches = [torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    with RewardScorer([noisy]) as scorer:
+        waited = [score(scorer, size=4, images=batch).rewards for batch in batches]
+        futures = [scorer.submit(prompts=["x"] * 4, completions=[None] * 4, images=batch) for batch in batches]
+        overlapped = [future.result(timeout=10).rewards for future in futures]
+    assert all(torch.equal(a, b) for a, b in zip(waited, overlapped, strict=True))

@@ -1,0 +1,177 @@
+"""How good the image's technical quality is to a vision-language model that names a level."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trl_apex.rewards.images import to_pil
+from trl_apex.rewards.protocol import Images, Reward, RewardLoadError
+
+LEVELS = ("excellent", "good", "fair", "poor", "bad")
+QUESTION = "How would you rate the quality of this image?"
+ANSWER = "The quality of the image is"
+
+
+def level_score(level_logits: Float[Tensor, "B L"]) -> Float[Tensor, "B"]:
+    """The expected level under the model's next-token distribution over the level words.
+
+    `r = sum_l w_l softmax(y)_l`, `y = level_logits`, `w = (5, 4, 3, 2, 1)`.
+
+    Args:
+        level_logits (`Tensor` of shape `[B, 5]`): Logits of excellent, good, fair, poor and bad.
+
+    Returns:
+        `Tensor` of shape `[B]`, float32, in [1, 5].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_apex.rewards.deqa import level_score
+    >>> level_score(torch.zeros(1, 5)).item()
+    3.0
+
+    ```
+
+    Reference:
+        You et al., DeQA-Score, arXiv 2501.11561.
+    """
+    weights = torch.arange(level_logits.shape[-1], 0, -1, dtype=torch.float32, device=level_logits.device)
+    return (level_logits.float().softmax(-1) * weights).sum(-1)
+
+
+class DeQAReward(Reward):
+    """Image quality on five levels, as DeQA-Score reads it from a vision-language model.
+
+    The model is asked `question` about the image and given the start of the answer, `answer`; the reward is
+    [`level_score`] of the logits of the five level words as the next token. The prompt plays no part.
+
+    Range: 1 (bad) to 5 (excellent), larger is better. Licence: that of the model you pass. The published weights,
+    `zhiyuanyou/DeQA-Score-Mix3` (mPLUG-Owl2, 7B; MIT code, LLaMA-2 community licence on the base), need an older
+    environment of their own: serve them behind the reward server and use [`RemoteReward`], as the documentation shows.
+
+    Args:
+        model (`str`): Hub id or local folder of a model that `AutoModelForImageTextToText` loads.
+        question (`str`, *optional*): The question about the image.
+        answer (`str`, *optional*): The start of the answer, which a level word continues.
+        template (`str`, *optional*): The whole text, with the fields `{image}`, `{question}` and `{answer}`. By
+            default the processor's chat template where it has one, else
+            `"USER: {image}\\n{question}\\nASSISTANT: {answer}"`.
+        levels (`tuple[str, ...]`, *optional*): The level words, best first; each must be one token.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
+        name (`str`, *optional*, defaults to `"deqa"`): Name of the objective.
+        device (`str` or `torch.device`, *optional*): Defaults to the GPU if there is one.
+        dtype (`torch.dtype`, *optional*): Defaults to float32.
+        batch_size (`int`, *optional*, defaults to `8`): Samples per forward pass.
+
+    Raises:
+        RewardLoadError: At the first call, if a level word is not one token of its own.
+
+    Reference:
+        You et al., DeQA-Score, arXiv 2501.11561.
+
+    Note:
+        Flow-GRPO trains on the value divided by 5; this is the undivided value, as tables report it.
+    """
+
+    default_name = "deqa"
+    range = "1 (bad) to 5 (excellent), larger is better"
+    weights_licence = "that of the model passed"
+
+    def __init__(
+        self,
+        model: str,
+        question: str = QUESTION,
+        answer: str = ANSWER,
+        template: str | None = None,
+        levels: tuple[str, ...] = LEVELS,
+        trust_remote_code: bool = False,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__(name=name, device=device, dtype=dtype, batch_size=batch_size)
+        self.model, self.question, self.answer, self.template = model, question, answer, template
+        self.levels, self.trust_remote_code = tuple(levels), trust_remote_code
+
+    def _load(self) -> tuple[Any, Any, str, Tensor]:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
+        text = build_text(processor, self.question, self.answer, self.template)
+        level_ids = level_token_ids(processor.tokenizer, text, self.levels)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+        model.to(self.device).eval().requires_grad_(False)
+        return model, processor, text, torch.tensor(level_ids, device=self.device)
+
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        model, processor, text, level_ids = loaded
+        pictures = to_pil(images)
+        inputs = processor(
+            images=pictures, text=[text] * len(pictures), return_tensors="pt", padding=True, padding_side="left"
+        ).to(self.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
+        # Left padding puts the last position of every row at the end of the answer's start.
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1]
+        return level_score(logits[:, level_ids]).tolist()
+
+
+def build_text(processor: Any, question: str, answer: str, template: str | None = None) -> str:
+    """The text that the model continues with a level word.
+
+    Args:
+        processor: The model's processor.
+        question (`str`): The question about the image.
+        answer (`str`): The start of the answer.
+        template (`str`, *optional*): See [`DeQAReward`].
+
+    Returns:
+        `str`.
+    """
+    if template is None and getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        head = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return head + ("" if head[-1:].isspace() else " ") + answer
+    image = getattr(processor, "image_token", None) or "<image>"
+    template = template or "USER: {image}\n{question}\nASSISTANT: {answer}"
+    return template.format(image=image, question=question, answer=answer)
+
+
+def level_token_ids(tokenizer: Any, text: str, levels: tuple[str, ...]) -> list[int]:
+    """The token that each level word adds after `text`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text (`str`): What the model continues.
+        levels (`tuple[str, ...]`): The level words.
+
+    Returns:
+        `list[int]`, one id per word.
+
+    Raises:
+        RewardLoadError: If a word is split, unknown, or shares its token with another.
+    """
+
+    def encode(string: str) -> list[int]:
+        return list(tokenizer(string, add_special_tokens=False)["input_ids"])
+
+    before = encode(text)
+    ids: list[int] = []
+    for word in levels:
+        after = encode(f"{text} {word}")
+        added = after[len(before) :]
+        if after[: len(before)] != before or len(added) != 1 or added[0] == tokenizer.unk_token_id or added[0] in ids:
+            raise RewardLoadError(
+                f"Each level word must be one known token of its own after the answer's start. Found {word!r} as "
+                f"{tokenizer.convert_ids_to_tokens(added)}. Pass other `levels`, or a model that knows them."
+            )
+        ids.append(added[0])
+    return ids

@@ -1,0 +1,250 @@
+"""Does the image show the text that the prompt quotes?"""
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from trl_apex.rewards.images import to_arrays
+from trl_apex.rewards.protocol import Images, Reward
+
+QUOTED = re.compile(r'"([^"]*)"|\u201c([^\u201d]*)\u201d')
+
+
+def quoted_targets(prompt: str) -> list[str]:
+    """The texts that a prompt asks for: what stands between double quotes, straight or curly.
+
+    Args:
+        prompt (`str`): The prompt.
+
+    Returns:
+        `list[str]`, in order, without the empty ones.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.ocr import quoted_targets
+    >>> quoted_targets('a shop sign "Open" above a door with "24 h"')
+    ['Open', '24 h']
+    >>> quoted_targets("a red bird")
+    []
+
+    ```
+    """
+    found = [straight or curly for straight, curly in QUOTED.findall(prompt)]
+    return [text for text in found if normalize_text(text)]
+
+
+def normalize_text(text: str) -> str:
+    """Lower-case a text and remove its white space.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.ocr import normalize_text
+    >>> normalize_text(" C A T ")
+    'cat'
+
+    ```
+    """
+    return "".join(text.lower().split())
+
+
+def levenshtein(first: str, second: str) -> int:
+    """The least number of insertions, deletions and substitutions that turn one text into the other.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.ocr import levenshtein
+    >>> levenshtein("kitten", "sitting")
+    3
+
+    ```
+    """
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(second, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
+def text_similarity(recognized: str, target: str) -> float:
+    """How well a recognized text matches the target.
+
+    `r = 1` if the target is contained, else `1 - min(d, n) / n`, after lower-casing and removing spaces;
+    `d = levenshtein(recognized, target)`, `n = len(target)`.
+
+    Args:
+        recognized (`str`): What was read from the image.
+        target (`str`): What the image should show; not empty.
+
+    Returns:
+        `float` in [0, 1].
+
+    Raises:
+        ValueError: If `target` is empty.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.ocr import text_similarity
+    >>> text_similarity("the C A T sat", "cat"), text_similarity("cut", "cat"), text_similarity("", "cat")
+    (1.0, 0.6666666666666667, 0.0)
+
+    ```
+
+    Reference:
+        The OCR reward of Flow-GRPO (arXiv 2505.05470).
+    """
+    recognized, target = normalize_text(recognized), normalize_text(target)
+    if not target:
+        raise ValueError("`target` must not be empty. Found only white space. Leave the sample out (None) instead.")
+    if target in recognized:
+        return 1.0
+    return 1.0 - min(levenshtein(recognized, target), len(target)) / len(target)
+
+
+class OCRReward(Reward):
+    """How well the text in the image matches the text that the prompt quotes, read by PP-OCR through RapidOCR.
+
+    `r = text_similarity(text in the image, target)`; None for a prompt that asks for no text.
+
+    Range: 0 to 1, larger is better. Weights: PP-OCR detection and recognition, inside the `rapidocr` package,
+    Apache-2.0.
+
+    Args:
+        target_column (`str`, *optional*): Dataset column with the target text. By default the column `target`, else
+            `text`, is used where the dataset has one, else the quoted text of the prompt.
+        several (`"first"` or `"mean"`, *optional*, defaults to `"first"`): With several quoted targets, score the
+            first one, as Flow-GRPO does, or the mean over all.
+        min_side (`int`, *optional*, defaults to `128`): Images whose shorter side is below this many pixels are
+            enlarged to it bicubically; small text is not found otherwise.
+        workers (`int`, *optional*, defaults to `2`): Images read at the same time.
+        pool (`"thread"` or `"process"`, *optional*, defaults to `"thread"`): Kind of workers. Threads are enough, as
+            the OCR engine works outside the interpreter lock.
+        name (`str`, *optional*, defaults to `"ocr"`): Name of the objective.
+
+    Raises:
+        ValueError: If an option has an unknown value.
+        ImportError: At the first call, if `rapidocr` is not installed.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from trl_apex.rewards import OCRReward
+    >>> OCRReward(workers=1)(prompts=["a red bird"], completions=[Image.new("RGB", (32, 32))])
+    [None]
+
+    ```
+
+    Note:
+        Flow-GRPO runs the same models through PaddleOCR, and fails with an IndexError on a prompt without quotes.
+    """
+
+    default_name = "ocr"
+    range = "0 to 1, larger is better"
+    weights_licence = "Apache-2.0 (PP-OCR, inside the rapidocr package)"
+
+    def __init__(
+        self,
+        target_column: str | None = None,
+        several: Literal["first", "mean"] = "first",
+        min_side: int = 128,
+        workers: int = 2,
+        pool: Literal["thread", "process"] = "thread",
+        name: str | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        for key, value, known in (("several", several, ("first", "mean")), ("pool", pool, ("thread", "process"))):
+            if value not in known:
+                raise ValueError(f"`{key}` must be one of {known}. Found {value!r}. Pass one of them.")
+        if workers < 1:
+            raise ValueError(f"`workers` must be at least 1. Found {workers}. Pass the images read at the same time.")
+        super().__init__(name=name, device="cpu", batch_size=batch_size)
+        self.target_column, self.several, self.min_side = target_column, several, min_side
+        self.workers, self.pool = workers, pool
+
+    def targets(self, prompts: Sequence[str], columns: dict[str, Any]) -> list[list[str]]:
+        """The target texts of each sample; an empty list where there is none."""
+        if self.target_column is not None and self.target_column not in columns:
+            raise ValueError(
+                f"`target_column` must be a column of the dataset. Found {sorted(columns)}, without "
+                f"{self.target_column!r}. Add the column or leave `target_column` out."
+            )
+        column = self.target_column or next((key for key in ("target", "text") if key in columns), None)
+        if column is None:
+            return [quoted_targets(prompt) for prompt in prompts]
+        return [[text] if isinstance(text, str) and normalize_text(text) else [] for text in columns[column]]
+
+    def read(self, images: Images) -> list[str]:
+        """The text in each image, detected lines joined without a separator."""
+        arrays = to_arrays(images)
+        with self._lock:
+            executor: Executor = self.load()
+            return list(executor.map(_read_text, arrays, [self.min_side] * len(arrays)))
+
+    def _load(self) -> Executor:
+        try:
+            import rapidocr  # noqa: F401
+        except ImportError as error:
+            raise ImportError('OCRReward needs rapidocr. Run `pip install "trl_apex[ocr]"`.') from error
+        if self.pool == "process":
+            return ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+        return ThreadPoolExecutor(self.workers, thread_name_prefix="ocr")
+
+    def _score(self, loaded: Executor, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        targets = self.targets(prompts, columns)
+        asked = [i for i, texts in enumerate(targets) if texts]
+        arrays = to_arrays(images)
+        futures = {i: loaded.submit(_read_text, arrays[i], self.min_side) for i in asked}
+        rewards: list[float | None] = [None] * len(prompts)
+        for i, future in futures.items():
+            scores = [text_similarity(future.result(), target) for target in targets[i]]
+            rewards[i] = scores[0] if self.several == "first" else sum(scores) / len(scores)
+        return rewards
+
+    def unload(self) -> None:
+        """Stop the workers and free their engines."""
+        with self._lock:
+            if self._loaded is not None:
+                self._loaded.shutdown(wait=True)
+            super().unload()
+
+
+_engines = threading.local()
+
+
+def _read_text(image: np.ndarray, min_side: int) -> str:
+    """Read one RGB image with this thread's own engine."""
+    if not hasattr(_engines, "engine"):
+        _engines.engine = _make_engine()
+    height, width = image.shape[:2]
+    if min(height, width) < min_side:
+        scale = min_side / min(height, width)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    output = _engines.engine(np.ascontiguousarray(image[:, :, ::-1]), use_cls=False)
+    return "".join(output.txts or ())
+
+
+def _make_engine() -> Callable:
+    """One RapidOCR engine on one CPU thread, with the detector at the image's own size."""
+    from rapidocr import RapidOCR
+
+    return RapidOCR(
+        params={
+            "Global.log_level": "error",
+            "Det.limit_side_len": 128,
+            "Det.limit_type": "min",
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+    )
