@@ -1,0 +1,1 @@
+"""What the policy is, shared by rollout and update: pipeline, schedule, guided prediction, transition."""

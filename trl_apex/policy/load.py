@@ -1,0 +1,37 @@
+"""From a model id, a folder or a pipeline object to a policy."""
+
+from typing import Any
+
+from .base import DiffusionPolicy
+from .sd3 import SD3Policy
+
+
+def _families() -> dict[str, type[DiffusionPolicy]]:
+    return {"StableDiffusion3Pipeline": SD3Policy}
+
+
+def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
+    """Wrap a pipeline as a policy, loading it first where `model` is a name.
+
+    Args:
+        model (`str` or `diffusers.DiffusionPipeline`): hub id, local folder, or a loaded pipeline.
+        from_pretrained_kwargs: passed to `DiffusionPipeline.from_pretrained`.
+
+    Returns:
+        [`DiffusionPolicy`]
+
+    Raises:
+        ValueError: if the pipeline is of no supported family.
+    """
+    from diffusers import DiffusionPipeline
+
+    families = _families()
+    if isinstance(model, str):
+        model = DiffusionPipeline.from_pretrained(model, **from_pretrained_kwargs)
+    name = type(model).__name__
+    if name not in families:
+        raise ValueError(
+            f"`model` must be a supported text-to-image pipeline: {', '.join(families)}. Found {name}. "
+            "Pass a hub id, a folder in diffusers' format or a pipeline object of one of these classes."
+        )
+    return families[name](model)

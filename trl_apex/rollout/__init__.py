@@ -1,0 +1,1 @@
+"""From prompt embeddings to images, remembering the stochastic steps."""

@@ -1,0 +1,73 @@
+"""What has to happen between Trainer's own events."""
+
+import logging
+
+import torch
+from transformers import TrainerCallback
+
+from ..distributed import any_rank
+
+logger = logging.getLogger(__name__)
+
+
+class IterationCallback(TrainerCallback):
+    """Keeps checkpoints on iteration boundaries, where no rollout is in flight, and the step counter right on resume.
+
+    A rollout belongs to the weights that sampled it and is not saved. A save that falls inside an iteration is therefore
+    made at its end, a few updates later; a stop waits for the same moment.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self._save_pending = self._stop_pending = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        boundary = state.global_step % self.trainer.updates_per_iteration == 0 or state.global_step >= state.max_steps
+        self._save_pending |= control.should_save
+        if self.trainer.save_and_stop:
+            self._save_pending = self._stop_pending = True
+        control.should_save = self._save_pending and boundary
+        if self._stop_pending and boundary:
+            control.should_training_stop = True
+        if control.should_save:
+            self._save_pending = False
+
+
+class GradientGuardCallback(TrainerCallback):
+    """Leaves the weights alone where an update has nothing to say, or something that is not a number."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self._nonfinite_in_a_row = 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        trainer = self.trainer
+        if trainer.is_deepspeed_enabled:  # the engine has already stepped
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        device = trainer.accelerator.device
+        finite = all(bool(torch.isfinite(g).all()) for g in gradients)
+        if any_rank(not finite, device):
+            self._nonfinite_in_a_row += 1
+            model.zero_grad(set_to_none=True)
+            trainer._metrics["train"]["skipped_updates/nonfinite"].append(1.0)
+            logger.warning(
+                "Update %d has non-finite gradients and is skipped (%d in a row).",
+                state.global_step + 1,
+                self._nonfinite_in_a_row,
+            )
+            if self._nonfinite_in_a_row >= args.max_nonfinite_updates:
+                trainer.request_stop(
+                    f"{self._nonfinite_in_a_row} updates in a row had non-finite gradients. Lower `learning_rate`, "
+                    "use bf16 instead of fp16, or look for a reward that returns huge values."
+                )
+            return
+        self._nonfinite_in_a_row = 0
+        nothing = trainer.update_is_dead
+        trainer.update_is_dead = True
+        if args.skip_dead_updates and args.beta == 0 and not any_rank(not nothing, device):
+            model.zero_grad(set_to_none=True)
+            trainer._metrics["train"]["skipped_updates/dead"].append(1.0)

@@ -1,0 +1,231 @@
+"""Arguments of the diffusion GRPO trainer."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+STATIC_RULES = ("sum_then_normalize", "normalize_then_sum")
+
+# What of GRPOConfig has no meaning for a denoiser. Found at another value than GRPOConfig's default: an error.
+LANGUAGE_FIELDS = (
+    "max_completion_length",
+    "pad_to_multiple_of",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "generation_kwargs",
+    "chat_template_kwargs",
+    "repetition_penalty",
+    "cache_implementation",
+    "use_vllm",
+    "use_liger_kernel",
+    "loss_type",
+    "mask_truncated_completions",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "importance_sampling_level",
+    "max_tool_calling_iterations",
+    "off_policy_mask_threshold",
+    "use_bias_correction_kl",
+    "use_transformers_continuous_batching",
+    "use_transformers_paged",
+    "router_aux_loss_coef",
+    "log_completions_hub_repo",
+)
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class DiffusionGRPOConfig(GRPOConfig):
+    """`trl.GRPOConfig` for text-to-image models.
+
+    TRL's fields keep their meaning where a denoiser has one. `num_generations` images are sampled for each of
+    `generation_batch_size / num_generations` prompts; each image contributes one row per trained denoising step, and one
+    training step is a forward and a backward over `per_device_train_batch_size * timestep_batch_size` rows. Fields that
+    only a language model understands must stay at their default.
+
+    Note:
+        Defaults that differ from TRL's: `learning_rate` 3e-4, `epsilon` 1e-4 (log-probabilities are means over latent
+        elements), `adam_epsilon` 1e-15 (gradients here are far below AdamW's usual 1e-8), `max_grad_norm` 1.0,
+        `gradient_checkpointing` False, `ddp_find_unused_parameters` False, `report_to` "none",
+        `remove_unused_columns` False (columns reach the rewards).
+
+    Raises:
+        ValueError: for a batch that holds no whole groups, a window that does not fit, a language-only field that was set.
+    """
+
+    learning_rate: float = field(default=3e-4, metadata=_help("Initial learning rate of AdamW."))
+    adam_epsilon: float = field(
+        default=1e-15, metadata=_help("AdamW's epsilon; 1e-8 would swallow gradients of this size.")
+    )
+    weight_decay: float = field(default=1e-4, metadata=_help("Weight decay of AdamW."))
+    lr_scheduler_type: str = field(default="constant", metadata=_help("Learning rate schedule."))
+    epsilon: float = field(
+        default=1e-4, metadata=_help("Clip range of the importance ratio (of mean log-probabilities).")
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata=_help("Recompute activations in the backward pass.")
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata=_help("As in TrainingArguments; every adapter weight is used in each forward.")
+    )
+    report_to: None | str | list[str] = field(default="none", metadata=_help("Where to log, as in TrainingArguments."))
+    remove_unused_columns: bool | None = field(
+        default=False, metadata=_help("Must be False: dataset columns are passed to the reward functions.")
+    )
+
+    height: int | None = field(default=None, metadata=_help("Image height in pixels; None for the model's own."))
+    width: int | None = field(default=None, metadata=_help("Image width in pixels; None for the model's own."))
+    num_inference_steps: int = field(default=10, metadata=_help("Denoising steps of a rollout."))
+    guidance_scale: float = field(
+        default=4.5, metadata=_help("Classifier-free guidance of rollout and update; 1 for none.")
+    )
+    negative_prompt: str = field(default="", metadata=_help("Prompt of the unconditional branch."))
+    max_sequence_length: int = field(default=256, metadata=_help("Tokens of the longest text encoder."))
+    transition: str | None = field(
+        default=None,
+        metadata=_help("Stochastic step: 'flow_sde', 'cps' or 'ddim'. None for the model family's default."),
+    )
+    noise_level: float = field(default=0.7, metadata=_help("Noise of a stochastic step (a of Flow-SDE, eta of DDIM)."))
+    sde_window_size: int | None = field(
+        default=None,
+        metadata=_help("Stochastic, trained steps an iteration; None for all but the last, which is noise-free."),
+    )
+    sde_window_range: list[int] | None = field(
+        default=None, metadata=_help("First step a window may hold, and one past the last. None for the first half.")
+    )
+    share_initial_noise: bool = field(
+        default=False, metadata=_help("Images of one group start from the same noise and differ by the window's.")
+    )
+    timestep_batch_size: int = field(
+        default=1, metadata=_help("Trained steps of one image that share a forward pass of the update.")
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata=_help("Images sampled at a time on a device; None for the whole generation batch.")
+    )
+    kl_reference: str = field(
+        default="base",
+        metadata=_help("Reference of the KL term (`beta` > 0): 'base', the model without adapter or as loaded."),
+    )
+    ema_decay: float | None = field(
+        default=None, metadata=_help("Decay of an exponential moving average of the trained weights; None for none.")
+    )
+    ema_update_steps: int = field(default=1, metadata=_help("Optimizer steps between two updates of the average."))
+    reward_overlap: bool = field(
+        default=True, metadata=_help("Score a rollout batch while the next is sampled. Changes no result.")
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata=_help("Seconds after which a reward function's call counts as failed; None for no limit."),
+    )
+    max_reward_failure_rate: float = field(
+        default=0.5, metadata=_help("Share of failed scores of one objective above which the run saves and stops.")
+    )
+    eval_num_inference_steps: int = field(default=40, metadata=_help("Denoising steps in evaluation (deterministic)."))
+    eval_guidance_scale: float | None = field(
+        default=None, metadata=_help("Guidance in evaluation; None for `guidance_scale`.")
+    )
+    skip_dead_updates: bool = field(
+        default=True, metadata=_help("Leave the weights alone where every advantage of an update is 0.")
+    )
+    max_nonfinite_updates: int = field(
+        default=5, metadata=_help("Updates in a row with non-finite gradients before the run saves and stops.")
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_generations is not None and self.num_generations < 2:
+            raise ValueError(
+                "`num_generations` must be at least 2: an advantage compares the images of one prompt. "
+                f"Found {self.num_generations}. Use e.g. 8."
+            )
+        if self.bf16 is None and self.use_cpu:
+            self.bf16 = False
+        self._reject_language_fields()
+        super().__post_init__()
+        self._check_choices()
+
+    def _reject_language_fields(self) -> None:
+        defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
+        for name in LANGUAGE_FIELDS:
+            if name in defaults and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"`{name}` has no meaning for a text-to-image model and must stay at its default "
+                    f"({defaults[name]!r}). Found {getattr(self, name)!r}. Remove it from the configuration."
+                )
+
+    def _check_choices(self) -> None:
+        self._check(
+            self.multi_objective_aggregation in self.allowed_rules(),
+            f"`multi_objective_aggregation` must be one of {', '.join(self.allowed_rules())} for {type(self).__name__}",
+            self.multi_objective_aggregation,
+            "Pick one of these; `APEXConfig` has more.",
+        )
+        self._check(
+            self.timestep_batch_size >= 1,
+            "`timestep_batch_size` must be at least 1",
+            self.timestep_batch_size,
+            "Use 1 for one step of an image at a time.",
+        )
+        self._check(
+            self.guidance_scale >= 0, "`guidance_scale` must not be negative", self.guidance_scale, "Use 1 for none."
+        )
+        self._check(self.noise_level > 0, "`noise_level` must be positive", self.noise_level, "Use e.g. 0.7.")
+        self._check(
+            self.transition in (None, "flow_sde", "cps", "ddim"),
+            "`transition` must be 'flow_sde', 'cps', 'ddim' or None",
+            self.transition,
+            "None picks the model family's default.",
+        )
+        self._check(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "`ema_decay` must lie between 0 and 1",
+            self.ema_decay,
+            "Use e.g. 0.9, or None for no average.",
+        )
+        self._check(
+            self.remove_unused_columns is False,
+            "`remove_unused_columns` must be False, since the dataset's columns are passed to the rewards",
+            self.remove_unused_columns,
+            "Remove it from the configuration.",
+        )
+        self._check(self.kl_reference == "base", "`kl_reference` must be 'base'", self.kl_reference, "Remove it.")
+
+    @classmethod
+    def allowed_rules(cls) -> tuple[str, ...]:
+        """Values of `multi_objective_aggregation` that this trainer knows."""
+        return STATIC_RULES
+
+    @staticmethod
+    def _check(holds: bool, rule: str, found: Any, remedy: str) -> None:
+        if not holds:
+            raise ValueError(f"{rule}. Found {found!r}. {remedy}")
+
+    @classmethod
+    def from_grpo_config(cls, config: GRPOConfig) -> "DiffusionGRPOConfig":
+        """Upgrade a plain `trl.GRPOConfig`: what its author set is kept, what was left at TRL's default becomes ours.
+
+        Args:
+            config (`trl.GRPOConfig`): or a subclass of it.
+        """
+        values = {}
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if f.init and value != default:
+                values[f.name] = value
+        if "generation_batch_size" in values:  # both are filled in after construction; either one determines the other
+            values.pop("steps_per_generation", None)
+        known = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(config, DiffusionGRPOConfig):
+            # Filled in by TRL where the user says nothing, so not the user's wish.
+            values.pop("bf16", None) if config.bf16 and not config.fp16 and config.use_cpu else None
+            if values.get("remove_unused_columns") is True:
+                values.pop("remove_unused_columns")
+        return cls(**{name: value for name, value in values.items() if name in known})

@@ -1,0 +1,541 @@
+"""GRPO for text-to-image models, on TRL's trainer."""
+
+import json
+import logging
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import numpy_to_pil
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer
+
+from ..aggregation.normalize import group_rows
+from ..aggregation.rules import normalize_then_sum, sum_then_normalize
+from ..distributed import all_reduce_sum, gather_list, gather_rows, local_slice
+from ..loss import clipped_surrogate, gaussian_kl
+from ..policy.load import load_policy
+from ..policy.sampler import Sampler, sde_window
+from ..policy.velocity import guided_prediction
+from ..prompts import GroupSampler, PromptEmbeddings
+from ..rewards.scoring import RewardScorer
+from ..rollout.denoise import denoise
+from ..rollout.noise import keyed_noise
+from ..types import Rollout, Schedule, Trajectory
+from .callbacks import GradientGuardCallback, IterationCallback
+from .diffusion_grpo_config import DiffusionGRPOConfig
+from .ema import EMACallback
+from .inputs import check_dataset, check_weights, reward_names
+from .lora import add_adapter, save_diffusers_lora
+from .rows import update_rows
+from .trl_seam import set_inherited_attributes
+
+logger = logging.getLogger(__name__)
+
+# What a random draw is for, the second entry of its key.
+INITIAL_NOISE, STEP_NOISE, ROW_ORDER, EVAL_NOISE = range(4)
+
+
+class DiffusionGRPOTrainer(GRPOTrainer):
+    """Trains the denoiser of a text-to-image pipeline with GRPO.
+
+    One iteration: sample a group of images for each of a few prompts, score them, turn scores into advantages, and make
+    denoising steps that led to better images more likely. Constructor, reward functions, logs, checkpoints and
+    distributed training are those of `trl.GRPOTrainer`.
+
+    Args:
+        model (`str` or `diffusers.DiffusionPipeline`): hub id, folder or loaded pipeline.
+        reward_funcs (callable or `list`): called with keywords `prompts`, `completions` (PIL images), `images` (float
+            tensor `[B, 3, H, W]` in [0, 1], where the signature takes it), every dataset column, `trainer_state`,
+            `log_metric` and `log_extra`; return one number, or None, per image. May be async.
+        args ([`DiffusionGRPOConfig`] or `trl.GRPOConfig`, *optional*): a plain GRPOConfig is upgraded field by field.
+        train_dataset (`datasets.Dataset`): with a `prompt` column.
+        eval_dataset (`datasets.Dataset` or dict of them, *optional*): likewise.
+        processing_class, reward_processing_classes: accepted for compatibility; a pipeline brings its own.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        quantization_config: must be None.
+        peft_config (`peft.LoraConfig`, *optional*): train an adapter instead of all weights.
+        monitor_funcs (callable or `list`, *optional*): reward functions that evaluation reports and training never sees.
+
+    Raises:
+        ValueError: for anything of the above that cannot work, before any compute.
+
+    Example:
+        ```python
+        from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+        trainer = DiffusionGRPOTrainer(
+            model="stabilityai/stable-diffusion-3.5-medium",
+            reward_funcs=[ocr, brightness],
+            args=DiffusionGRPOConfig(output_dir="run", num_generations=8, per_device_train_batch_size=8),
+            train_dataset=dataset,
+            peft_config=LoraConfig(r=32, lora_alpha=64),
+        )
+        trainer.train()
+        ```
+    """
+
+    _tag_names = ["trl", "grpo", "diffusers", "text-to-image"]
+    _name = "GRPO"
+    config_class: type[DiffusionGRPOConfig] = DiffusionGRPOConfig
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: GRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        *,
+        monitor_funcs=None,
+    ):
+        args = self._upgrade_args(args)
+        if reward_funcs is None or reward_funcs == []:
+            raise ValueError(
+                "`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`."
+            )
+        reward_funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        monitor_funcs = list(monitor_funcs) if isinstance(monitor_funcs, list | tuple) else [monitor_funcs]
+        self.monitor_funcs = [func for func in monitor_funcs if func is not None]
+        names = reward_names([*reward_funcs, *self.monitor_funcs])[: len(reward_funcs)]
+        weights = check_weights(args.reward_weights, names)
+        if quantization_config is not None:
+            raise ValueError(
+                "`quantization_config` must be None: quantized denoisers are not supported. Found "
+                f"{type(quantization_config).__name__}. Use bf16 with a LoRA adapter to save memory."
+            )
+        check_dataset(train_dataset, "train_dataset")
+        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
+            if dataset is not None:
+                check_dataset(dataset, f"eval_dataset{name and '.' + name}")
+        train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
+
+        self.policy = load_policy(model, **self._load_kwargs(model, args, peft_config))
+        self._plan_rollout(args)
+        self._plan_updates(args, len(train_dataset))
+        denoiser = self._prepare_denoiser(args, peft_config)
+
+        super(GRPOTrainer, self).__init__(
+            model=denoiser,
+            args=args,
+            data_collator=lambda rows: rows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        set_inherited_attributes(self, args, reward_funcs, names)
+        self.reward_weights = torch.tensor(weights, dtype=torch.float64)
+        self.policy.move_frozen(self.accelerator.device)
+        self._embeddings = PromptEmbeddings(lambda prompts: self.policy.encode(prompts, args.max_sequence_length))
+        self._scorer: RewardScorer | None = None
+        self._iteration_rollout: dict[str, Any] | None = None
+        self.resumed_from: str | None = None
+        self.save_and_stop: str | None = None
+        self.update_is_dead = True
+        self.add_callback(IterationCallback(self))
+        self.add_callback(GradientGuardCallback(self))
+        self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps) if args.ema_decay else None
+        if self._ema is not None:
+            self.add_callback(self._ema)
+
+    # Set-up
+
+    def _upgrade_args(self, args: GRPOConfig | None) -> DiffusionGRPOConfig:
+        if args is None:
+            return self.config_class(output_dir=f"{type(self).__name__}-output")
+        if isinstance(args, self.config_class):
+            return args
+        if not isinstance(args, GRPOConfig):
+            raise ValueError(
+                f"`args` must be a {self.config_class.__name__} or a trl.GRPOConfig. Found {type(args).__name__}. "
+                f"Construct a {self.config_class.__name__}(output_dir=...)."
+            )
+        return self.config_class.from_grpo_config(args)
+
+    @staticmethod
+    def _load_kwargs(model: Any, args: DiffusionGRPOConfig, peft_config: Any) -> dict[str, Any]:
+        kwargs = dict(args.model_init_kwargs or {})
+        if kwargs and not isinstance(model, str):
+            raise ValueError(
+                "`model_init_kwargs` needs `model` to be a name. Found a loaded pipeline. Pass them when you load it."
+            )
+        dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+        if dtype is None and peft_config is not None and (args.bf16 or args.fp16):
+            dtype = torch.bfloat16 if args.bf16 else torch.float16  # frozen weights need no more
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        return kwargs if dtype is None else {**kwargs, "torch_dtype": dtype}
+
+    def _plan_rollout(self, args: DiffusionGRPOConfig) -> None:
+        default_height, default_width = self.policy.default_size()
+        self.height, self.width = args.height or default_height, args.width or default_width
+        self.latent_shape = self.policy.latent_shape(self.height, self.width)
+        self.transition = args.transition or self.policy.transitions[0]
+        if self.transition not in self.policy.transitions:
+            raise ValueError(
+                f"`transition` must be one of {self.policy.transitions} for {type(self.policy.pipeline).__name__}. "
+                f"Found {self.transition!r}. None picks the first."
+            )
+        schedule = self.policy.schedule(args.num_inference_steps, self.height, self.width)
+        self.sampler = Sampler(schedule, self.transition, args.noise_level)
+        self._window(args, iteration=0)
+
+    def _window(self, args: DiffusionGRPOConfig, iteration: int) -> range:
+        window_range = tuple(args.sde_window_range) if args.sde_window_range else None
+        return sde_window(args.num_inference_steps, args.sde_window_size, window_range, args.seed, iteration)
+
+    def _plan_updates(self, args: DiffusionGRPOConfig, num_prompts: int) -> None:
+        window = len(self._window(args, 0))
+        samples = args.per_device_train_batch_size * args.steps_per_generation
+        rows_per_step = args.per_device_train_batch_size * args.timestep_batch_size
+        rows_per_update = rows_per_step * args.gradient_accumulation_steps
+        if samples * window % rows_per_update:
+            raise ValueError(
+                "An iteration must split into whole updates: images per device x trained steps must be a multiple of "
+                "per_device_train_batch_size x timestep_batch_size x gradient_accumulation_steps. Found "
+                f"{samples} x {window} rows and {args.per_device_train_batch_size} x {args.timestep_batch_size} x "
+                f"{args.gradient_accumulation_steps} = {rows_per_update} rows an update. For one update an iteration set "
+                f"gradient_accumulation_steps={max(samples * window // rows_per_step, 1)}."
+            )
+        self.updates_per_pass = samples * window // rows_per_update
+        self.updates_per_iteration = self.updates_per_pass * args.num_iterations
+        self.steps_per_iteration = self.updates_per_iteration * args.gradient_accumulation_steps
+        groups = args.generation_batch_size // args.num_generations
+        GroupSampler(num_prompts, groups, args.num_generations, 1, False, 0)  # raises where prompts are too few
+
+    def _prepare_denoiser(self, args: DiffusionGRPOConfig, peft_config: Any) -> nn.Module:
+        denoiser = self.policy.denoiser
+        # Trainer calls these transformers names; diffusers has its own.
+        for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
+            setattr(
+                denoiser, name, types.MethodType(lambda self, **kwargs: self.enable_gradient_checkpointing(), denoiser)
+            )
+        for name in ("gradient_checkpointing_disable", "activation_checkpointing_disable"):
+            setattr(denoiser, name, types.MethodType(lambda self: self.disable_gradient_checkpointing(), denoiser))
+        if peft_config is not None:
+            return add_adapter(denoiser, peft_config, self.policy)
+        if args.beta > 0:
+            raise ValueError(
+                "`beta` > 0 needs a reference policy, which is the model without its adapter. Found no `peft_config`. "
+                "Pass a LoraConfig, or set beta=0."
+            )
+        return denoiser.requires_grad_(True)
+
+    # Trainer's and TRL's seams
+
+    def _send_telemetry(self) -> None:
+        """TRL's telemetry reads fields that diffusers models do not have."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = None
+
+    def _get_train_sampler(self, dataset=None) -> GroupSampler:
+        args = self.args
+        return GroupSampler(
+            len(self.train_dataset if dataset is None else dataset),
+            groups=args.generation_batch_size // args.num_generations,
+            group_size=args.num_generations,
+            repeats=self.steps_per_iteration,
+            shuffle=args.shuffle_dataset,
+            seed=args.seed,
+        )
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        self._scorer = self._open_scorer(self.reward_funcs, self.reward_func_names)
+        self.save_and_stop = None
+        try:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self._scorer.close()
+            self._scorer = None
+            self._iteration_rollout = None
+        if self.save_and_stop:
+            raise RuntimeError(
+                f"Training was stopped at step {self.state.global_step}, with a checkpoint saved: {self.save_and_stop}"
+            )
+        return result
+
+    def _open_scorer(self, funcs: list, names: list[str]) -> RewardScorer:
+        return RewardScorer(funcs, names, timeout=self.args.reward_timeout)
+
+    def request_stop(self, cause: str) -> None:
+        """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""
+        logger.error("%s", cause)
+        self.save_and_stop = cause
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super(GRPOTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+        self.resumed_from = checkpoint
+
+    # One iteration
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+        position = self._step % self.steps_per_iteration
+        if position == 0 or self._iteration_rollout is None:
+            if position:
+                raise RuntimeError(
+                    f"Step {self._step} lies inside an iteration of {self.steps_per_iteration} steps, but its rollout "
+                    "is gone. Resume from a checkpoint that this trainer saved, with the same batch settings."
+                )
+            self._iteration_rollout = self._generate_and_score_completions(generation_batch)
+        return self._rows(self._iteration_rollout, position)
+
+    @property
+    def _iteration(self) -> int:
+        return self._step // self.steps_per_iteration
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rollout, rewards and advantages of this rank's share of one iteration."""
+        started = time.perf_counter()
+        device, metrics = self.accelerator.device, self._metrics["train"]
+        chunk = self.args.rollout_batch_size or len(inputs)
+        first = self.accelerator.process_index * len(inputs)
+        rollouts, pending = [], []
+        for start in range(0, len(inputs), chunk):
+            rows = inputs[start : start + chunk]
+            rollout = self._rollout([row["prompt"] for row in rows], first + start)
+            rollouts.append(rollout)
+            if self.args.reward_overlap:
+                pending.append(self._submit(self._scorer, rows, rollout.images))
+        if not self.args.reward_overlap:
+            pending = [self._submit(self._scorer, inputs, torch.cat([r.images for r in rollouts]))]
+        sampled = time.perf_counter()
+        scored = [future.result() for future in pending]
+        metrics["time/rollout"].append(sampled - started)
+        metrics["time/rewards_wait"].append(time.perf_counter() - sampled)
+        self._log_scoring(scored)
+
+        rewards = gather_rows(torch.cat([s.rewards for s in scored]).to(device))
+        group_ids = torch.arange(len(rewards), device=device) // self.num_generations
+        advantages, normalized = self._compute_advantages(rewards, group_ids)
+        self._log_rewards(rewards, advantages, inputs, rollouts)
+        here = local_slice(len(inputs), self.accelerator.process_index)
+        return {
+            "latents": torch.cat([r.trajectory.latents for r in rollouts]),
+            "old_log_prob": torch.cat([r.trajectory.log_prob for r in rollouts]),
+            "window": rollouts[0].trajectory.steps,
+            "advantages": advantages[here].float(),
+            "normalized": normalized[here].float(),
+            "prompts": [row["prompt"] for row in inputs],
+            "dead": bool((advantages == 0).all()),
+        }
+
+    def _rollout(self, prompts: list[str], first_sample: int) -> Rollout:
+        args, device = self.args, self.accelerator.device
+        seed, iteration = args.seed, self._iteration
+        window = self._window(args, iteration)
+        samples = range(first_sample, first_sample + len(prompts))
+        group = self.num_generations
+        initial_keys = [
+            (seed, INITIAL_NOISE, iteration, i // group if args.share_initial_noise else i) for i in samples
+        ]
+        step_keys = [(seed, STEP_NOISE, iteration, i) for i in samples]
+        initial = keyed_noise(initial_keys, self.latent_shape)
+        noise = keyed_noise(step_keys, (len(window), *self.latent_shape)).to(device)
+        representative = None
+        if args.share_initial_noise:
+            representative = torch.tensor([max(i // group * group - first_sample, 0) for i in samples], device=device)
+        return self._sample(prompts, initial, window, noise, self.sampler, args.guidance_scale, representative)
+
+    @torch.no_grad()
+    def _sample(self, prompts, initial, window, noise, sampler, guidance_scale, representative=None) -> Rollout:
+        device = self.accelerator.device
+        embeddings = self._embeddings(prompts, device)
+        negative = self._negative(guidance_scale)
+        model = self._rollout_model()
+        was_training = model.training
+        model.eval()
+
+        def predict(latents: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
+            own = {name: value[rows] for name, value in embeddings.items()}
+            return guided_prediction(self.policy, model, latents, timesteps, own, negative, guidance_scale)
+
+        initial = self.policy.scale_initial_noise(initial).to(device)
+        latents, trajectory = denoise(predict, sampler, initial, window, noise, representative)
+        model.train(was_training)
+        return Rollout(self.policy.decode(latents), trajectory)
+
+    def _negative(self, guidance_scale: float):
+        if guidance_scale == 1.0 or not self.policy.batched_guidance:
+            return None
+        return self._embeddings([self.args.negative_prompt], self.accelerator.device)
+
+    def _rollout_model(self) -> nn.Module:
+        """The model to sample with: through an engine's wrapper where it shards weights, else without DDP's."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return self.model_wrapped
+        return self.model
+
+    def _submit(self, scorer: RewardScorer, rows: list[dict[str, Any]], images: Tensor):
+        completions = numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
+        return scorer.submit(
+            prompts=[row["prompt"] for row in rows],
+            completions=completions,
+            images=images,
+            columns=columns,
+            trainer_state=self.state,
+            log_metric=self._log_metric,
+            log_extra=self._log_completion_extra,
+        )
+
+    def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn gathered rewards `[B, K]` into advantages `[B]`, and what each objective alone would say `[B, K]`.
+
+        The one method that `APEXTrainer` overrides.
+        """
+        weights, groups = self.reward_weights.to(rewards), group_rows(group_ids)
+        if self.args.multi_objective_aggregation == "normalize_then_sum":
+            scores, advantages = normalize_then_sum(rewards, weights, groups)
+        else:
+            scores, advantages = sum_then_normalize(rewards, weights, groups, self.args.scale_rewards)
+        return advantages, scores
+
+    # The update
+
+    def _rows(self, rollout: dict[str, Any], position: int) -> dict[str, Any]:
+        args, samples = self.args, len(rollout["prompts"])
+        steps_per_pass = self.updates_per_pass * args.gradient_accumulation_steps
+        pass_number, step = divmod(position, steps_per_pass)
+        update, micro = divmod(step, args.gradient_accumulation_steps)
+        key = (args.seed, ROW_ORDER, self._iteration, pass_number)
+        first = self.accelerator.process_index * samples
+        dealt = update_rows(samples, len(rollout["window"]), self.updates_per_pass, first, key)[update]
+        count = args.per_device_train_batch_size * args.timestep_batch_size
+        rows = dealt[micro * count : (micro + 1) * count]
+        sample, step = rows.to(self.accelerator.device).unbind(1)
+        return {
+            "latents": rollout["latents"][sample, step],
+            "next_latents": rollout["latents"][sample, step + 1],
+            "old_log_prob": rollout["old_log_prob"][sample, step],
+            "advantages": rollout["advantages"][sample],
+            "normalized": rollout["normalized"][sample],
+            "steps": step + rollout["window"].start,
+            "samples": sample + first,
+            "prompts": [rollout["prompts"][i] for i in sample.tolist()],
+            "dead": rollout["dead"],
+        }
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Clipped surrogate, plus `beta` times the KL divergence to the reference, over the rows of one micro-batch."""
+        prediction, transition, log_prob = self._step_log_prob(model, inputs)
+        surrogate = clipped_surrogate(
+            log_prob,
+            inputs["old_log_prob"],
+            inputs["advantages"],
+            self.epsilon_low,
+            self.epsilon_high,
+            self.args.delta,
+        )
+        loss = surrogate.loss.mean()
+        kl = None
+        if self.beta > 0:
+            unwrapped = self.accelerator.unwrap_model(model)
+            with torch.no_grad(), unwrapped.disable_adapter():
+                _, reference, _ = self._step_log_prob(model, inputs)
+            kl = gaussian_kl(transition.mean, reference.mean, transition.std).mean()
+            loss = loss + self.beta * kl
+        self.update_is_dead &= inputs["dead"]
+        self._log_update(surrogate, kl)
+        return loss / self.current_gradient_accumulation_steps
+
+    def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
+        guidance = self.args.guidance_scale
+        embeddings = self._embeddings(inputs["prompts"], self.accelerator.device)
+        timesteps = self.sampler.timesteps(inputs["steps"])
+        negative = self._negative(guidance)
+        prediction = guided_prediction(
+            self.policy, model, inputs["latents"], timesteps, embeddings, negative, guidance
+        )
+        transition = self.sampler.stochastic(inputs["latents"], prediction, inputs["steps"])
+        return prediction, transition, self.sampler.log_prob(inputs["next_latents"], transition)
+
+    # Logs
+
+    def _log_update(self, surrogate, kl: Tensor | None) -> None:
+        metrics = self._metrics["train"]
+        values = {
+            "clip_ratio/low_mean": surrogate.low.float().mean(),
+            "clip_ratio/high_mean": surrogate.high.float().mean(),
+            "clip_ratio/region_mean": (surrogate.low | surrogate.high).float().mean(),
+            "ratio/mean": surrogate.ratio.mean(),
+            "ratio/max_deviation": (surrogate.ratio - 1).abs().max(),
+        }
+        if kl is not None:
+            values["kl"] = kl.detach()
+        mean = all_reduce_sum(torch.stack(list(values.values()))) / self.accelerator.num_processes
+        for name, value in zip(values, mean.tolist(), strict=True):
+            metrics[name].append(value)
+
+    def _log_scoring(self, scored: list) -> None:
+        for i, name in enumerate(self.reward_func_names):
+            self._metrics["train"][f"time/reward/{name}"].append(sum(s.seconds.get(name, 0.0) for s in scored))
+            failures = sum(s.failures.get(name, 0) for s in scored)
+            self._metrics["train"][f"reward_failures/{name}"].append(float(failures))
+            samples = sum(len(s.rewards) for s in scored)
+            if failures > self.args.max_reward_failure_rate * samples:
+                self.request_stop(
+                    f"reward {name!r} failed for {failures} of {samples} images, more than max_reward_failure_rate="
+                    f"{self.args.max_reward_failure_rate}. The warnings above tell why; raise the limit to go on without it."
+                )
+
+    def _log_rewards(self, rewards: Tensor, advantages: Tensor, inputs: list, rollouts: list[Rollout]) -> None:
+        metrics = self._metrics["train"]
+        for name, column in zip(self.reward_func_names, rewards.double().T, strict=True):
+            valid = column[column.isfinite()]
+            metrics[f"rewards/{name}/mean"].append(valid.mean().item() if len(valid) else float("nan"))
+            metrics[f"rewards/{name}/std"].append(valid.std().item() if len(valid) > 1 else float("nan"))
+        total = (rewards.double() * self.reward_weights.to(rewards.device)).nansum(1)
+        groups = total.reshape(-1, self.num_generations)
+        metrics["reward"].append(total.mean().item())
+        metrics["reward_std"].append(groups.std(1).mean().item())
+        metrics["frac_reward_zero_std"].append((groups.std(1) < 1e-8).double().mean().item())
+        if self.log_completions:
+            images = numpy_to_pil(torch.cat([r.images for r in rollouts]).permute(0, 2, 3, 1).cpu().numpy())
+            prompts = gather_list([row["prompt"] for row in inputs])
+            self._logs["prompt"].extend(prompts)
+            self._logs["completion"].extend(["<image>"] * len(prompts))
+            self._logs["images"].extend([[image] for image in gather_list(images)])
+            for name, column in zip(self.reward_func_names, rewards.T.tolist(), strict=True):
+                self._logs["rewards"][name].extend(column)
+            self._logs["advantages"].extend(advantages.tolist())
+        for name in list(self._pending_metrics):
+            values = self._pending_metrics.pop(name)
+            metrics[name].append(sum(values) / len(values))
+        for column in sorted(self._pending_extra_logs):
+            self._logs["extra"][column].extend(gather_list(self._pending_extra_logs.pop(column)))
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or self.args.output_dir
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            save_diffusers_lora(model, self.policy, output_dir, state_dict)
+        for name, state in self._extra_state().items():
+            Path(output_dir, name).write_text(json.dumps(state, indent=1))
+        if self._ema is not None:
+            self._ema.save(output_dir)
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside Trainer's own files: file name to JSON content."""
+        return {}
+
+    def _save_checkpoint(self, model, trial) -> None:
+        Trainer._save_checkpoint(self, model, trial)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Written when the model is pushed."""

@@ -1,0 +1,60 @@
+"""An exponential moving average of the trained weights."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+EMA_FILE = "ema.safetensors"
+
+
+class EMACallback(TrainerCallback):
+    """One step of the average per optimizer step (or every `ema_update_steps`), saved with the checkpoint.
+
+    Args:
+        trainer: whose trainable parameters are averaged.
+        decay (`float`): 0.9 keeps nine tenths at each step.
+        every (`int`): optimizer steps between two steps of the average.
+    """
+
+    def __init__(self, trainer, decay: float, every: int):
+        self.trainer, self.decay, self.every = trainer, decay, every
+        self._ema: EMAModel | None = None
+
+    def _parameters(self):
+        return [p for p in self.trainer.model.parameters() if p.requires_grad]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._ema = EMAModel(self._parameters(), decay=self.decay, min_decay=self.decay)
+        self._ema.to(self.trainer.accelerator.device)
+        checkpoint = self.trainer.resumed_from
+        if checkpoint is not None and (Path(checkpoint) / EMA_FILE).is_file():
+            stored = load_file(Path(checkpoint) / EMA_FILE)
+            self._ema.optimization_step = int(stored.pop("optimization_step"))
+            self._ema.shadow_params = [stored[str(i)].to(p) for i, p in enumerate(self._parameters())]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            self._ema.step(self._parameters())
+
+    def save(self, directory: str) -> None:
+        if self._ema is not None:
+            tensors = {str(i): value.contiguous().cpu() for i, value in enumerate(self._ema.shadow_params)}
+            tensors["optimization_step"] = torch.tensor(self._ema.optimization_step)
+            save_file(tensors, Path(directory) / EMA_FILE)
+
+    @contextmanager
+    def averaged(self):
+        """Put the averaged weights into the model for a while."""
+        if self._ema is None:
+            yield
+            return
+        self._ema.store(self._parameters())
+        self._ema.copy_to(self._parameters())
+        try:
+            yield
+        finally:
+            self._ema.restore(self._parameters())

@@ -1,0 +1,91 @@
+"""Checks of what a user passes to a trainer, before any compute."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+
+def reward_names(reward_funcs: list[Callable]) -> list[str]:
+    """One name per reward function, for logs and priorities.
+
+    Raises:
+        ValueError: if something is not callable or two names are equal.
+
+    Example:
+        ```python
+        >>> def brightness(completions, **kwargs): ...
+        >>> reward_names([brightness])
+        ['brightness']
+
+        ```
+    """
+    names = []
+    for func in reward_funcs:
+        if not callable(func):
+            raise ValueError(
+                f"`reward_funcs` must be functions or callable objects. Found {func!r} ({type(func).__name__}). Pass e.g. "
+                "`OCRReward()`, or a function `f(prompts, completions, **kwargs)` that returns one number per image."
+            )
+        while isinstance(func, functools.partial):
+            func = func.func
+        name = getattr(func, "__name__", None)
+        names.append(name if isinstance(name, str) and not isinstance(func, nn.Module) else type(func).__name__)
+    collisions = sorted({name for name in names if names.count(name) > 1})
+    if collisions:
+        raise ValueError(
+            f"Reward names must differ, since priorities and logs are kept by name. Found {collisions} more than once in "
+            f"{names}. Give each reward its own `name=` (or a function its own `__name__`)."
+        )
+    return names
+
+
+def check_weights(weights: list[float] | None, names: list[str]) -> list[float]:
+    """The user's weights, or ones.
+
+    Raises:
+        ValueError: for a wrong number of weights, negative ones, or none that is positive.
+    """
+    if weights is None:
+        return [1.0] * len(names)
+    if len(weights) != len(names):
+        raise ValueError(
+            f"`reward_weights` must hold one weight per reward function, in order: {len(names)} for {names}. "
+            f"Found {len(weights)}: {weights}."
+        )
+    if any(not weight >= 0 for weight in weights) or not sum(weights) > 0:
+        raise ValueError(
+            f"`reward_weights` must not be negative, and one must be positive. Found {weights}. To penalize something, "
+            "return its negative from the reward function; to only watch it, use weight 0."
+        )
+    return [float(weight) for weight in weights]
+
+
+def check_dataset(dataset: Any, name: str) -> None:
+    """Raise unless `dataset` is a `datasets.Dataset` of text prompts.
+
+    Raises:
+        ValueError: says what is missing.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`{name}` must be a `datasets.Dataset` with a `prompt` column. Found {type(dataset).__name__}. Use e.g. "
+            '`Dataset.from_dict({"prompt": [...]})` or `datasets.load_dataset(..., split="train")`.'
+        )
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"`{name}` must have a `prompt` column. Found columns {dataset.column_names}. Rename the one that holds the "
+            'text: `dataset.rename_column("caption", "prompt")`.'
+        )
+    if len(dataset) == 0:
+        raise ValueError(
+            f"`{name}` must hold at least one prompt. Found an empty dataset. Check the split and filters."
+        )
+    for i, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"`prompt` must be a string in every row of `{name}`. Found {type(prompt).__name__} in row {i}. "
+                "Text-to-image models take plain text, not conversations."
+            )

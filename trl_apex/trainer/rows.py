@@ -1,0 +1,48 @@
+"""Which (sample, step) rows each optimizer step of an iteration trains on."""
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from ..rollout.noise import keyed_generator
+
+
+def update_rows(
+    num_samples: int, window: int, updates: int, first_sample: int, key: tuple[int, ...]
+) -> Int[Tensor, "U N 2"]:
+    """Deal the rows of this rank's samples to the updates of one pass, evenly and at random.
+
+    The deal of a sample depends on its number among all ranks' samples alone, so the set of rows behind each optimizer
+    step is the same on any number of processes.
+
+    Args:
+        num_samples (`int`): samples on this rank.
+        window (`int`): W, trained steps a sample.
+        updates (`int`): U, optimizer steps a pass; must divide `num_samples * window`.
+        first_sample (`int`): number of this rank's first sample among all.
+        key (`tuple[int, ...]`): seeds the deal, e.g. `(seed, iteration, pass)`.
+
+    Returns:
+        `torch.Tensor` of shape `[U, num_samples * W / U, 2]`: local sample and step of the window.
+
+    Example:
+        ```python
+        >>> rows = update_rows(num_samples=4, window=3, updates=2, first_sample=0, key=(0,))
+        >>> rows.shape, sorted(map(tuple, rows.flatten(0, 1).tolist()))[:4]
+        (torch.Size([2, 6, 2]), [(0, 0), (0, 1), (0, 2), (1, 0)])
+
+        ```
+    """
+    if num_samples * window % updates:
+        raise ValueError(f"{num_samples} x {window} rows cannot be dealt evenly to {updates} updates")
+    block = updates // math.gcd(updates, window)  # the fewest samples whose rows split evenly
+    if num_samples % block or first_sample % block:
+        block = num_samples
+    dealt = []
+    for start in range(0, num_samples, block):
+        order = torch.randperm(block * window, generator=keyed_generator(*key, (first_sample + start) // block))
+        sample, step = order // window + start, order % window
+        dealt.append(torch.stack([sample, step], -1).reshape(updates, -1, 2))
+    return torch.cat(dealt, 1)

@@ -1,0 +1,70 @@
+"""The nouns that travel between the stages, and the legend of their shapes.
+
+| letter | meaning |
+|---|---|
+| B | samples on this rank: prompts x group size (gathered over ranks where a docstring says so) |
+| P | prompts (groups) of one iteration |
+| G | group size, `num_generations` |
+| K | objectives |
+| T | denoising steps |
+| W | trained (stochastic) steps, a contiguous window of the T |
+| R | rows of one forward pass: pairs of (sample, trained step) |
+| C H W | latent channels, height, width (in a shape string next to `C`, `W` is the width) |
+| S E | text tokens, text embedding width |
+
+Sigma is the share of noise: 1 is pure noise, 0 the image. A denoising step goes from `sigma` to a smaller `sigma_next`.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+Embeddings = dict[str, Tensor]
+"""Prompt embeddings by the denoiser's argument name, each of shape `[B, ...]`."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The grid of noise levels a sampler walks, as plain tensors.
+
+    Args:
+        sigmas (`torch.Tensor` of shape `[T + 1]`): noise share before each step, and 0 at the end. For DDIM, the
+            cumulative signal share (`alphas_cumprod`) of each step instead, rising to its final value.
+        timesteps (`torch.Tensor` of shape `[T]`): what the denoiser is told, in its own units (1000 sigma for flows).
+    """
+
+    sigmas: Float[Tensor, "T1"]
+    timesteps: Float[Tensor, "T"]
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What the update needs of one rollout: the stochastic steps, and nothing else.
+
+    Args:
+        latents (`torch.Tensor` of shape `[B, W + 1, C, H, W]`): float32 latents before each trained step, and after the last.
+        log_prob (`torch.Tensor` of shape `[B, W]`): log-probability of each trained step under the policy that sampled.
+        steps (`range` of length W): which denoising steps these are.
+    """
+
+    latents: Float[Tensor, "B W1 C H W"]
+    log_prob: Float[Tensor, "B W"]
+    steps: range
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Images of one rollout, with the trajectory that made them.
+
+    Args:
+        images (`torch.Tensor` of shape `[B, 3, H, W]`): in [0, 1].
+        trajectory (`Trajectory`): its stochastic steps.
+    """
+
+    images: Float[Tensor, "B 3 H W"]
+    trajectory: Trajectory
