@@ -1,0 +1,185 @@
+"""The options of the aggregator: flat, with their defaults, checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+RULES = (
+    "apex",
+    "sum_then_normalize",
+    "normalize_then_sum",
+    "weighted_advantages",
+    "dvao",
+    "mgda",
+    "upgrad",
+    "pcgrad",
+    "cagrad",
+)
+GRADIENT_RULES = ("mgda", "upgrad", "pcgrad", "cagrad")
+SIGNED_RULES = ("sum_then_normalize", "normalize_then_sum", "weighted_advantages")  # negative weights make sense
+
+
+def _option(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"help": doc})
+
+
+@dataclass(kw_only=True)
+class ApexOptions:
+    """Every choice that the abstract of arXiv 2601.06574 leaves open, and the settings of the baseline rules.
+
+    The `help` text of each field is in its metadata, so that a configuration class can mirror the fields one to one.
+
+    Raises:
+        ValueError: where a value is out of its range.
+
+    Example:
+        >>> ApexOptions(scale_blend=0.0).scale_blend
+        0.0
+        >>> ApexOptions(priority_floor=2.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: `priority_floor` must lie in [0, 1]. Found 2.0. Pass a value in that range.
+    """
+
+    # Stage 1
+    normalize_objectives: bool = _option(
+        True, "Stage 1: divide each objective by its adaptive scale. False only centres it in its group."
+    )
+    scale_blend: float = _option(
+        1 / 3,
+        "Weight of the pooled scale against the group's own, in group sizes: 0 is the group's standard deviation, "
+        "inf the pooled within-prompt one.",
+    )
+    scale_ema: float = _option(0.9, "Decay of the moving average of the pooled variance.")
+    z_clip: float = _option(5.0, "Clip of each objective's normalized score; inf turns it off.")
+    dead_tolerance: float = _option(
+        1e-6, "A group whose rewards differ by less than this times their mean is dead for the objective."
+    )
+    # Stage 2
+    normalize_advantages: bool = _option(True, "Stage 2: divide the weighted sum by its floored size over the batch.")
+    norm_floor: float = _option(
+        0.5, "Least divisor of stage 2, in units of the weights' Euclidean norm; 0 turns the floor off."
+    )
+    advantage_clip: float = _option(5.0, "Clip of the final advantage; inf turns it off.")
+    # Adaptive priorities
+    adaptive_priorities: bool = _option(True, "Schedule the objectives; False keeps the user's weights.")
+    potential_coef: float = _option(0.5, "Coefficient of the learning potential.")
+    conflict_coef: float = _option(1.0, "Coefficient of the conflict penalty.")
+    need_coef: float = _option(1.0, "Coefficient of the progress need.")
+    fast_ema: float = _option(0.7, "Decay of the fast moving average of each objective's mean reward.")
+    slow_ema: float = _option(0.95, "Decay of the slow moving average of each objective's mean reward.")
+    need_mode: str = _option(
+        "relative",
+        "Progress need: 'relative' (who lags behind the others, in initial standard deviations) or 'target' (distance "
+        "left to `reward_targets`).",
+    )
+    reward_targets: list[float] | None = _option(
+        None, "With need_mode 'target': one target per objective, in its own units; nan = none for this objective."
+    )
+    need_temperature: float = _option(0.5, "Softness of the relative need, in initial standard deviations.")
+    need_cap: float = _option(1.5, "Largest need in target mode.")
+    conflict_source: str = _option(
+        "advantage",
+        "What opposes: 'advantage' (correlation of normalized scores, free), 'gradient' (cosine of batch gradients, "
+        "from the probe) or 'population' (cross-fitted cosine of the true gradients, from the probe).",
+    )
+    conflict_ema: float = _option(0.7, "Decay of the moving average of the conflict matrix.")
+    conflict_margin: float = _option(0.05, "Least negative correlation that counts as a conflict.")
+    conflict_attribution: str = _option(
+        "lag",
+        "Who pays for a conflict: 'lag' (who is ahead of the one it opposes), 'victim' (whoever opposes one in need) "
+        "or 'plain' (both).",
+    )
+    combination: str = _option(
+        "additive", "How the three terms form a score: 'additive' or 'multiplicative' (product of powers)."
+    )
+    priority_temperature: float = _option(0.5, "Temperature of the softmax over the scores.")
+    priority_floor: float = _option(0.2, "Share of the user's weight that no objective can lose.")
+    priority_ema: float = _option(0.7, "Decay of the moving average of the priorities.")
+    warmup_iterations: int = _option(10, "Iterations at the user's weights, at whose end the baselines are taken.")
+    ramp_iterations: int = _option(10, "Iterations over which the priorities fade in after the warm-up.")
+    max_missing: float = _option(
+        0.5,
+        "Above this share of missing rewards (in groups that have the objective at all) its statistics are held.",
+    )
+    # Baselines
+    scale_rewards: str = _option(
+        "group", "sum_then_normalize and weighted_advantages: divide by the std of the 'group', the 'batch' or 'none'."
+    )
+    epsilon: float = _option(1e-4, "Absolute epsilon of the baseline rules' divisions.")
+    gradient_ema: float = _option(0.7, "mgda, upgrad, pcgrad, cagrad: decay of the moving average of the weights.")
+    unit_gradients: bool = _option(True, "mgda: scale every objective's gradient to unit length first.")
+    cagrad_c: float = _option(0.5, "cagrad: how far the update may leave the mean gradient.")
+    # Warnings
+    warn_after: int = _option(20, "Iterations in a row after which a hijacked or a dead objective is warned about.")
+    warn_share: float = _option(0.7, "Share of the advantage's variance above which one objective owns the training.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):  # as TRL accepts it
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, allowed))}. Found {getattr(self, name)!r}. "
+                    "Pass one of these."
+                )
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
+                raise ValueError(
+                    f"`{name}` must lie in [{low:g}, {high:g}]. Found {value!r}. Pass a value in that range."
+                )
+        for name in ("scale_ema", "fast_ema", "slow_ema", "conflict_ema", "priority_ema", "gradient_ema"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"`{name}` must be below 1, or nothing is ever learned. Found 1. Pass e.g. 0.99.")
+        for name in ("z_clip", "advantage_clip", "need_temperature", "priority_temperature"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"`{name}` must be positive. Found 0. To switch a clip off, pass inf.")
+        if self.need_mode == "target" and self.reward_targets is None:
+            raise ValueError(
+                "`reward_targets` must be given with `need_mode='target'`. Found None. Pass one number per objective."
+            )
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "need_mode": ("relative", "target"),
+    "conflict_source": ("advantage", "gradient", "population"),
+    "conflict_attribution": ("lag", "victim", "plain"),
+    "combination": ("additive", "multiplicative"),
+    "scale_rewards": ("group", "batch", "none"),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    "scale_blend": (0.0, math.inf),
+    "scale_ema": (0.0, 1.0),
+    "z_clip": (0.0, math.inf),
+    "dead_tolerance": (0.0, 1.0),
+    "norm_floor": (0.0, math.inf),
+    "advantage_clip": (0.0, math.inf),
+    "potential_coef": (0.0, 100.0),
+    "conflict_coef": (0.0, 100.0),
+    "need_coef": (0.0, 100.0),
+    "fast_ema": (0.0, 1.0),
+    "slow_ema": (0.0, 1.0),
+    "need_temperature": (0.0, math.inf),
+    "need_cap": (0.0, math.inf),
+    "conflict_ema": (0.0, 1.0),
+    "conflict_margin": (0.0, 0.99),
+    "priority_temperature": (0.0, math.inf),
+    "priority_floor": (0.0, 1.0),
+    "priority_ema": (0.0, 1.0),
+    "warmup_iterations": (0, 10**9),
+    "ramp_iterations": (0, 10**9),
+    "max_missing": (0.0, 1.0),
+    "epsilon": (0.0, math.inf),
+    "gradient_ema": (0.0, 1.0),
+    "cagrad_c": (0.0, math.inf),
+    "warn_after": (1, 10**9),
+    "warn_share": (0.0, 1.0),
+}
+
+AGGREGATION_OPTIONS: dict[str, tuple[Any, str]] = {
+    option.name: (option.default, option.metadata["help"]) for option in dataclasses.fields(ApexOptions)
+}
