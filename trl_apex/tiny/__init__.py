@@ -1,0 +1,1 @@
+"""The tiny world: rendered data, pretraining, reward nets and the shipped weights."""

@@ -1,0 +1,134 @@
+"""The held-out classifiers: what a picture shows, read by a network that is never a reward.
+
+Rewards can be gamed: a picture may please all of them and show nothing that was asked for. These classifiers are trained
+apart from every reward and answer two questions: is the word exact, and are colour and shape both right?
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from trl_apex.rewards.images import to_arrays
+from trl_apex.tiny.prompts import COLOURS, LETTERS, SHAPES
+
+_SIDE = 32
+
+
+class HeldoutClassifier(nn.Module):
+    """A small convolutional network with one head for each letter, one for the colour and one for the shape.
+
+    Example:
+        >>> letters, colour, shape = HeldoutClassifier()(torch.zeros(2, 3, 32, 32))
+        >>> letters.shape, colour.shape, shape.shape
+        (torch.Size([2, 3, 12]), torch.Size([2, 6]), torch.Size([2, 5]))
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in ((3, 24, 1), (24, 48, 2), (48, 64, 2), (64, 64, 2)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU()]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16, 64), nn.SiLU())
+        self.letters = nn.Linear(64, 3 * len(LETTERS))
+        self.colour = nn.Linear(64, len(COLOURS))
+        self.shape = nn.Linear(64, len(SHAPES))
+
+    def forward(
+        self, images: Float[Tensor, "B 3 32 32"]
+    ) -> tuple[Float[Tensor, "B 3 L"], Float[Tensor, "B colours"], Float[Tensor, "B shapes"]]:
+        """Logits of the three letters, the colour and the shape.
+
+        Args:
+            images (`torch.Tensor`): In [0, 1], of shape `[B, 3, 32, 32]`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Of shapes `[B, 3, 12]`, `[B, 6]` and `[B, 5]`.
+        """
+        features = self.features(images * 2 - 1)
+        return self.letters(features).unflatten(-1, (3, len(LETTERS))), self.colour(features), self.shape(features)
+
+
+def load_heldout(path: Path) -> HeldoutClassifier:
+    """Loads the classifiers from a safetensors file, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    model = HeldoutClassifier()
+    model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def classify(model: HeldoutClassifier, images: Float[Tensor, "B 3 32 32"]) -> list[tuple[str, str, str]]:
+    """The most likely word, colour and shape of each image."""
+    letters, colour, shape = model(images)
+    words: list[str] = ["".join(LETTERS[i] for i in row) for row in letters.argmax(-1).tolist()]
+    colours, shapes = colour.argmax(-1).tolist(), shape.argmax(-1).tolist()
+    return [(word, COLOURS[c], SHAPES[s]) for word, c, s in zip(words, colours, shapes, strict=True)]
+
+
+def heldout_metrics(
+    images: Sequence[Image.Image] | Float[Tensor, "B 3 H W"], columns: Mapping[str, Sequence[Any]]
+) -> dict[str, list[float]]:
+    """Whether each image shows the exact word, and whether its colour and its shape are both right.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]` or `torch.Tensor`): PIL images, or floats in [0, 1] of shape `[B, 3, H, W]`.
+        columns (`Mapping[str, Sequence]`): The columns `word`, `colour` and `shape`, one value per image.
+
+    Returns:
+        `dict[str, list[float]]`: `exact_word` and `attributes`, 1.0 or 0.0 per image.
+
+    Raises:
+        ValueError: If a column is missing or does not have one value per image.
+
+    Example:
+        >>> from trl_apex.tiny.render import Scene, render
+        >>> scene = Scene("CAT", "red", "circle")
+        >>> heldout_metrics([render(scene)], {"word": ["CAT"], "colour": ["red"], "shape": ["square"]})
+        {'exact_word': [1.0], 'attributes': [0.0]}
+    """
+    arrays = to_arrays(images)
+    for name in ("word", "colour", "shape"):
+        if name not in columns or len(columns[name]) != len(arrays):
+            found = len(columns[name]) if name in columns else "none"
+            raise ValueError(
+                f"`columns` must hold {len(arrays)} values of {name!r}, one per image. Found {found}. "
+                "Pass the columns of `tiny_prompts` that belong to the images."
+            )
+    small = [array if array.shape == (_SIDE, _SIDE, 3) else _resized(array) for array in arrays]
+    batch = torch.stack([torch.tensor(array) for array in small]).permute(0, 3, 1, 2).float() / 255
+    seen = classify(_shipped(), batch)
+    exact = [float(word == wanted) for (word, _, _), wanted in zip(seen, columns["word"], strict=True)]
+    both = [
+        float(colour == wanted and shape == form)
+        for (_, colour, shape), wanted, form in zip(seen, columns["colour"], columns["shape"], strict=True)
+    ]
+    return {"exact_word": exact, "attributes": both}
+
+
+def label_ids(words: Sequence[str], colours: Sequence[str], shapes: Sequence[str]) -> Int[Tensor, "N 5"]:
+    """The classes of each image as integers, of shape `[N, 5]`: three letters, the colour, the shape."""
+    rows = [
+        [*(LETTERS.index(letter) for letter in word), COLOURS.index(colour), SHAPES.index(shape)]
+        for word, colour, shape in zip(words, colours, shapes, strict=True)
+    ]
+    return torch.tensor(rows)
+
+
+def _resized(array: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(Image.fromarray(array).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> HeldoutClassifier:
+    from trl_apex.tiny.world import weights_path
+
+    return load_heldout(weights_path("heldout"))

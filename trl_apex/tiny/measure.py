@@ -1,0 +1,169 @@
+"""Measures what the tiny world ships, on test words that nothing was trained on: the figures of its model card.
+
+Run it as `python -m trl_apex.tiny.measure --output figures.json`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trl_apex.tiny.heldout import heldout_metrics
+from trl_apex.tiny.prompts import tiny_prompts, words
+from trl_apex.tiny.render import Scene, as_float, beauty, quality, render_batch, sample_scenes
+from trl_apex.tiny.tokenizer import MAX_LENGTH
+from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
+from trl_apex.tiny.worse import worse_scene
+
+STEPS, GUIDANCE = 8, 2.0
+"""Sampling settings of every figure: deterministic Euler steps and guidance scale."""
+
+
+@torch.no_grad()
+def sample_images(
+    pipeline: Any,
+    prompts: list[str],
+    seed: int,
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+) -> Float[Tensor, "B 3 32 32"]:
+    """Samples one image per prompt, without noise after the start.
+
+    Args:
+        pipeline (`StableDiffusion3Pipeline`): The tiny pipeline.
+        prompts (`list[str]`): One per image.
+        seed (`int`): Seed of the start noise.
+        steps (`int`, *optional*, defaults to 8): Denoising steps.
+        guidance (`float`, *optional*, defaults to 2.0): Guidance scale.
+
+    Returns:
+        `torch.Tensor`: In [0, 1], of shape `[B, 3, 32, 32]`.
+    """
+    output: Any = pipeline(
+        prompt=prompts,
+        height=32,
+        width=32,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=MAX_LENGTH,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    )
+    return output.images.float()
+
+
+def base_rewards(pipeline: Any, n_prompts: int, group: int, seed: int, **sampling: Any) -> dict[str, dict[str, float]]:
+    """Mean, standard deviation and mean within-prompt standard deviation of every reward and held-out metric.
+
+    Args:
+        pipeline (`StableDiffusion3Pipeline`): The pipeline to measure.
+        n_prompts (`int`): Test prompts.
+        group (`int`): Images per prompt.
+        seed (`int`): Seed of prompts and noise.
+        **sampling: Passed to [`sample_images`].
+
+    Returns:
+        `dict[str, dict[str, float]]`: By name of the reward or metric: `mean`, `std`, `std_within_prompt`.
+    """
+    rows = tiny_prompts("test", n_prompts, seed)
+    columns = {name: [value for value in rows[name] for _ in range(group)] for name in rows.column_names}
+    images = sample_images(pipeline, columns["prompt"], seed, **sampling)
+    scores: dict[str, Any] = {
+        reward.__name__: reward(prompts=columns["prompt"], completions=images) for reward in tiny_rewards()
+    }
+    scores.update(heldout_metrics(images, columns))
+    figures = {}
+    for name, values in scores.items():
+        table = np.asarray(values, dtype=np.float64).reshape(n_prompts, group)
+        figures[name] = {
+            "mean": table.mean(),
+            "std": table.std(),
+            "std_within_prompt": table.std(axis=1).mean(),
+        }
+    return figures
+
+
+def rendered_figures(n: int, seed: int) -> dict[str, float]:
+    """How well the reward networks and the held-out classifiers read rendered images whose truth is known.
+
+    Args:
+        n (`int`): Images.
+        seed (`int`): Seed of the images.
+
+    Returns:
+        `dict[str, float]`: Rank correlations with the true quality and beauty; the share of pairs in which PickScore
+            prefers the better image, and the right caption; accuracies of OCR and of the held-out classifiers.
+    """
+    scenes = sample_scenes(words("test"), n, seed)
+    rng = np.random.default_rng(seed)
+    losers = [worse_scene(scene, rng) for scene in scenes]
+    images, worse = as_float(render_batch(scenes)), as_float(render_batch(losers))
+    prompts = [scene.prompt for scene in scenes]
+    ocr, pickscore, deqa, aesthetic = tiny_rewards()
+    won = np.asarray(pickscore(prompts=prompts, completions=images))
+    lost = np.asarray(pickscore(prompts=prompts, completions=worse))
+    other = np.asarray(pickscore(prompts=prompts[1:] + prompts[:1], completions=images))
+    deqa_scores = deqa(prompts=prompts, completions=images)
+    truth = [quality(scene) for scene in scenes]
+    beauties = [beauty(scene) for scene in scenes]
+    metrics = heldout_metrics(images, _columns(scenes))
+    return {
+        "ocr_mean": float(np.asarray(ocr(prompts=prompts, completions=images), dtype=np.float64).mean()),
+        "pickscore_prefers_better_image": float((won > lost).mean()),
+        "pickscore_prefers_own_caption": float((won > other).mean()),
+        "deqa_rank_correlation": rank_correlation(deqa_scores, truth),
+        "deqa_mean_absolute_error": float(np.abs(np.asarray(deqa_scores) - truth).mean()),
+        "aesthetic_rank_correlation": rank_correlation(aesthetic(prompts=prompts, completions=images), beauties),
+        "heldout_exact_word": float(np.mean(metrics["exact_word"])),
+        "heldout_attributes": float(np.mean(metrics["attributes"])),
+    }
+
+
+def rank_correlation(first: Any, second: Any) -> float:
+    """Spearman's rank correlation of two sequences without ties of note.
+
+    Example:
+        >>> rank_correlation([1, 2, 3], [10, 20, 21])
+        1.0
+    """
+    one, other = (np.argsort(np.argsort(np.asarray(values))).astype(np.float64) for values in (first, second))
+    return round(float(np.corrcoef(one, other)[0, 1]), 12)
+
+
+def _columns(scenes: list[Scene]) -> dict[str, list[str]]:
+    return {name: [getattr(scene, name) for scene in scenes] for name in ("word", "colour", "shape")}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m trl_apex.tiny.measure", description=__doc__)
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--group", type=int, default=8, help="images per prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    pipeline = load_tiny_pipeline()
+    figures = {
+        "sampling": {
+            "steps": STEPS,
+            "guidance_scale": GUIDANCE,
+            "prompts": arguments.prompts,
+            "group": arguments.group,
+        },
+        "rendered": rendered_figures(1000, arguments.seed + 1),
+        "base": base_rewards(pipeline, arguments.prompts, arguments.group, arguments.seed),
+    }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

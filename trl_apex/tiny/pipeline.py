@@ -1,0 +1,119 @@
+"""The tiny Stable Diffusion 3 pipeline before training: the classes of the real one, small enough for a CPU."""
+
+from typing import Any
+
+import torch
+
+from trl_apex.tiny.tokenizer import MAX_LENGTH, build_tokenizer
+
+LATENT_SIZE = 8
+LATENT_CHANNELS = 16
+
+
+def build_pipeline(seed: int) -> Any:
+    """Builds the pipeline with fresh random weights.
+
+    Args:
+        seed (`int`): Seed of the weights.
+
+    Returns:
+        `StableDiffusion3Pipeline`: In float32, on the CPU; images of 32 x 32 pixels.
+
+    Example:
+        >>> build_pipeline(0).vae_scale_factor
+        4
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    torch.manual_seed(seed)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=_vae(),
+        text_encoder=_clip_text(),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=_clip_text(),
+        tokenizer_2=build_tokenizer(),
+        text_encoder_3=_t5(),
+        tokenizer_3=build_tokenizer(begin=False),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _transformer() -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=LATENT_SIZE,
+        patch_size=1,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=4,
+        num_attention_heads=4,
+        attention_head_dim=24,
+        joint_attention_dim=64,
+        caption_projection_dim=96,
+        pooled_projection_dim=64,
+        pos_embed_max_size=LATENT_SIZE,
+        qk_norm="rms_norm",
+    )
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 24, 32),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=32,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def _clip_text() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    tokenizer = build_tokenizer()
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            projection_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_LENGTH,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def _t5() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer = build_tokenizer(begin=False)
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=MAX_LENGTH,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )

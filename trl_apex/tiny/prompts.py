@@ -1,0 +1,94 @@
+"""The prompts of the tiny world, and the split of its words into train and test.
+
+Every word is three different letters out of twelve. Test words appear neither in the images that the shipped models were
+pretrained on nor in the train prompts, so test prompts ask for words that no model has seen spelled.
+"""
+
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+LETTERS = "ACEHKLNOSTUX"
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("circle", "square", "triangle", "diamond", "star")
+
+_SPLIT_SEED = 6574
+_TEST_SHARE = 0.15
+
+
+def caption(word: str, colour: str, shape: str) -> str:
+    """The caption that asks for a coloured shape and a word.
+
+    Example:
+        >>> caption("CAT", "red", "circle")
+        'a red circle with "CAT"'
+    """
+    return f'a {colour} {shape} with "{word}"'
+
+
+def words(split: str) -> list[str]:
+    """The words of one split, in a fixed order.
+
+    Args:
+        split (`str`): `"train"` or `"test"`.
+
+    Returns:
+        `list[str]`: 1,122 words for train, 198 for test; none in both.
+
+    Raises:
+        ValueError: For another split.
+
+    Example:
+        >>> len(words("train")), len(words("test")), set(words("train")) & set(words("test"))
+        (1122, 198, set())
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"`split` must be 'train' or 'test'. Found {split!r}. Pass one of the two.")
+    every = ["".join(letters) for letters in permutations(LETTERS, 3)]
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(every))
+    n_test = int(_TEST_SHARE * len(every))
+    chosen = order[:n_test] if split == "test" else order[n_test:]
+    return [every[i] for i in chosen]
+
+
+def tiny_prompts(split: str, n: int, seed: int = 0) -> Any:
+    """Draws `n` different prompts of the tiny world.
+
+    Args:
+        split (`str`): `"train"` or `"test"`.
+        n (`int`): How many prompts.
+        seed (`int`, *optional*, defaults to 0): Seed of the draw.
+
+    Returns:
+        `datasets.Dataset`: Columns `prompt`, `word`, `colour`, `shape`; the same rows for the same arguments.
+
+    Raises:
+        ValueError: For an unknown split, or if `n` is not between 1 and the number of different prompts.
+
+    Example:
+        >>> tiny_prompts("train", 4).column_names
+        ['prompt', 'word', 'colour', 'shape']
+    """
+    from datasets import Dataset
+
+    pool = words(split)
+    total = len(pool) * len(COLOURS) * len(SHAPES)
+    if not 1 <= n <= total:
+        raise ValueError(
+            f"`n` must lie between 1 and {total}, the number of {split} prompts. Found {n}. Ask for fewer."
+        )
+    rng = np.random.default_rng([seed, 0 if split == "train" else 1])
+    rows = []
+    for index in rng.choice(total, size=n, replace=False).tolist():
+        index, shape = divmod(index, len(SHAPES))
+        word, colour = divmod(index, len(COLOURS))
+        rows.append((pool[word], COLOURS[colour], SHAPES[shape]))
+    return Dataset.from_dict(
+        {
+            "prompt": [caption(*row) for row in rows],
+            "word": [row[0] for row in rows],
+            "colour": [row[1] for row in rows],
+            "shape": [row[2] for row in rows],
+        }
+    )

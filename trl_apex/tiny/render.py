@@ -1,0 +1,233 @@
+"""The captioned images of the tiny world: a coloured shape above a three-letter word, 32 pixels wide.
+
+The caption names the colour, the shape and the word. It does not name the background, how faded the shape and the text
+are, how blurred and how noisy the picture is: these *nuisance factors* are what rewards for quality and beauty
+can still improve after pretraining.
+"""
+
+import colorsys
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch import Tensor
+
+from trl_apex.tiny.prompts import COLOURS, SHAPES, caption
+
+SIZE = 32
+"""Width and height of an image, in pixels."""
+
+_SCALE = 4  # drawn this many times larger, then averaged down: smooth edges without an anti-aliasing draw library
+_FONT_PIXELS = 15
+_INK = (24, 24, 28)
+_RGB = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 60),
+    "blue": (40, 90, 210),
+    "yellow": (245, 205, 30),
+    "purple": (140, 60, 180),
+    "orange": (245, 130, 30),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that decides one image, caption and nuisance factors alike.
+
+    Args:
+        word (`str`): Three letters of [`~trl_apex.tiny.prompts.LETTERS`].
+        colour (`str`): Colour of the shape, one of [`~trl_apex.tiny.prompts.COLOURS`].
+        shape (`str`): One of [`~trl_apex.tiny.prompts.SHAPES`].
+        hue (`float`): Hue of the background, 0 to 1.
+        saturation (`float`): Saturation of the background, 0 (white) to 1.
+        text_opacity (`float`): 1 for full ink, 0 for an invisible word.
+        shape_opacity (`float`): 1 for full colour, 0 for an invisible shape.
+        radius (`float`): Radius of the shape, in pixels.
+        shape_offset (`tuple[float, float]`): Shift of the shape from its place, in pixels.
+        text_offset (`tuple[float, float]`): Shift of the word from its place, in pixels.
+        blur (`float`): Standard deviation of the Gaussian blur, in pixels; 0 for none.
+        noise (`float`): Standard deviation of the Gaussian noise, in units of the full range; 0 for none.
+        noise_seed (`int`): Seed of the noise.
+    """
+
+    word: str
+    colour: str
+    shape: str
+    hue: float = 0.0
+    saturation: float = 0.0
+    text_opacity: float = 1.0
+    shape_opacity: float = 1.0
+    radius: float = 8.0
+    shape_offset: tuple[float, float] = (0.0, 0.0)
+    text_offset: tuple[float, float] = (0.0, 0.0)
+    blur: float = 0.0
+    noise: float = 0.0
+    noise_seed: int = 0
+
+    @property
+    def prompt(self) -> str:
+        """The caption of the image."""
+        return caption(self.word, self.colour, self.shape)
+
+
+def sample_scenes(words: Sequence[str], n: int, seed: int) -> list[Scene]:
+    """Draws `n` scenes: words, colours and shapes uniformly, nuisance factors at random.
+
+    A quarter of the images is blurred, 35 % are noisy.
+
+    Args:
+        words (`Sequence[str]`): The words to draw from.
+        n (`int`): How many scenes.
+        seed (`int`): Seed of the draw.
+
+    Returns:
+        `list[Scene]`: The same list for the same arguments.
+
+    Example:
+        >>> sample_scenes(["CAT"], 2, seed=0)[0].word
+        'CAT'
+    """
+    rng = np.random.default_rng(seed)
+    scenes = []
+    for _ in range(n):
+        blurred, noisy = rng.random() < 0.25, rng.random() < 0.35
+        scenes.append(
+            Scene(
+                word=words[int(rng.integers(len(words)))],
+                colour=COLOURS[rng.integers(len(COLOURS))],
+                shape=SHAPES[rng.integers(len(SHAPES))],
+                hue=float(rng.random()),
+                saturation=float(rng.uniform(0.0, 0.45)),
+                text_opacity=float(rng.uniform(0.45, 1.0)),
+                shape_opacity=float(rng.uniform(0.45, 1.0)),
+                radius=float(rng.uniform(7.0, 8.8)),
+                shape_offset=(float(rng.uniform(-2, 2)), float(rng.uniform(-0.5, 0.5))),
+                text_offset=(float(rng.uniform(-1.5, 1.5)), float(rng.uniform(-0.5, 0.75))),
+                blur=float(rng.uniform(0.4, 1.1)) if blurred else 0.0,
+                noise=float(rng.uniform(0.02, 0.12)) if noisy else 0.0,
+                noise_seed=int(rng.integers(2**31)),
+            )
+        )
+    return scenes
+
+
+def quality(scene: Scene) -> float:
+    """Technical quality of a scene, from 1 (bad) to 5 (excellent).
+
+    `5 - 2.6 blur - 22 noise - 2 (1 - opacity)`, with `opacity` the mean of the text's and the shape's, clipped to [1, 5].
+
+    Example:
+        >>> quality(Scene("CAT", "red", "circle")), quality(Scene("CAT", "red", "circle", blur=1.0, noise=0.1))
+        (5.0, 1.0)
+    """
+    fade = 1.0 - 0.5 * (scene.text_opacity + scene.shape_opacity)
+    return float(min(max(5.0 - 2.6 * scene.blur - 22.0 * scene.noise - 2.0 * fade, 1.0), 5.0))
+
+
+def beauty(scene: Scene) -> float:
+    """How pleasing a scene is, from 1 to 10: vivid backgrounds, saturated shapes, dark text, clean surfaces.
+
+    `3 + 6 saturation + 2.6 shape_opacity + 1.6 text_opacity - 1.5 blur - 14 noise`, clipped to [1, 10].
+
+    Example:
+        >>> beauty(Scene("CAT", "red", "circle", saturation=0.4)) > beauty(Scene("CAT", "red", "circle"))
+        True
+    """
+    score = 3.0 + 6.0 * scene.saturation + 2.6 * scene.shape_opacity + 1.6 * scene.text_opacity
+    return float(min(max(score - 1.5 * scene.blur - 14.0 * scene.noise, 1.0), 10.0))
+
+
+def render(scene: Scene) -> Image.Image:
+    """Draws one scene as an RGB image of 32 x 32 pixels.
+
+    Args:
+        scene (`Scene`): What to draw.
+
+    Returns:
+        `PIL.Image.Image`: The same pixels for the same scene.
+
+    Raises:
+        ImportError: Without the font that the word is set in.
+
+    Example:
+        >>> render(Scene("CAT", "red", "circle")).size
+        (32, 32)
+    """
+    background = _background(scene)
+    image = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE), background)
+    draw = ImageDraw.Draw(image)
+    centre = ((SIZE / 2 + scene.shape_offset[0]) * _SCALE, (9.0 + scene.shape_offset[1]) * _SCALE)
+    _draw_shape(
+        draw, scene.shape, centre, scene.radius * _SCALE, _mix(_RGB[scene.colour], background, scene.shape_opacity)
+    )
+    anchor = ((SIZE / 2 + scene.text_offset[0]) * _SCALE, (SIZE - 1.5 + scene.text_offset[1]) * _SCALE)
+    draw.text(anchor, scene.word, font=_font(), fill=_mix(_INK, background, scene.text_opacity), anchor="ms")
+    image = image.reduce(_SCALE)
+    if scene.blur:
+        image = image.filter(ImageFilter.GaussianBlur(scene.blur))
+    if scene.noise:
+        noise = np.random.default_rng(scene.noise_seed).normal(0.0, 255 * scene.noise, (SIZE, SIZE, 3))
+        image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).round().astype(np.uint8))
+    return image
+
+
+def render_batch(scenes: Sequence[Scene]) -> UInt8[Tensor, "B 3 32 32"]:
+    """Draws scenes as one uint8 tensor of shape `[B, 3, 32, 32]`."""
+    pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def as_float(pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+    """Bytes to floats in [0, 1]."""
+    return pixels.float() / 255.0
+
+
+def _background(scene: Scene) -> tuple[int, int, int]:
+    red, green, blue = colorsys.hsv_to_rgb(scene.hue, scene.saturation, 1.0 - 0.08 * scene.saturation)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _mix(front: tuple[int, int, int], back: tuple[int, int, int], opacity: float) -> tuple[int, int, int]:
+    red, green, blue = (round(opacity * f + (1 - opacity) * b) for f, b in zip(front, back, strict=True))
+    return red, green, blue
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, fill: tuple[int, int, int]
+) -> None:
+    x, y = centre
+    if shape == "circle":
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
+    elif shape == "square":
+        half = 0.88 * radius
+        draw.rectangle([x - half, y - half, x + half, y + half], fill=fill)
+    elif shape == "triangle":
+        draw.polygon([(x, y - radius), (x - radius, y + 0.85 * radius), (x + radius, y + 0.85 * radius)], fill=fill)
+    elif shape == "diamond":
+        wide = 0.78 * radius
+        draw.polygon([(x, y - radius), (x + wide, y), (x, y + radius), (x - wide, y)], fill=fill)
+    elif shape == "star":
+        points = []
+        for corner in range(10):
+            reach = radius * (1.08 if corner % 2 == 0 else 0.45)
+            angle = math.pi * corner / 5 - math.pi / 2
+            points.append((x + reach * math.cos(angle), y + 0.5 + reach * math.sin(angle)))
+        draw.polygon(points, fill=fill)
+    else:
+        raise ValueError(f"`shape` must be one of {SHAPES}. Found {shape!r}. Pass one of these.")
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont:
+    spec = find_spec("matplotlib")  # found without importing: only the font file that it ships is needed
+    path = Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSansMono-Bold.ttf" if spec and spec.origin else None
+    if path is None or not path.exists():
+        raise ImportError('Drawing the tiny world needs a font that matplotlib ships: pip install "trl_apex[tiny]"')
+    return ImageFont.truetype(str(path), _FONT_PIXELS * _SCALE)

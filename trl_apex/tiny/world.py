@@ -1,0 +1,84 @@
+"""The shipped tiny world: pipeline, rewards and held-out metrics, ready to use."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_apex.rewards.protocol import Reward
+
+_WEIGHTS = Path(__file__).parent / "weights"
+_PARTS = {
+    "pipeline": "pipeline",
+    "clip": "clip",
+    "aesthetic": "aesthetic.safetensors",
+    "deqa": "deqa",
+    "heldout": "heldout.safetensors",
+}
+
+
+def weights_path(name: str) -> Path:
+    """Where one part of the shipped weights lies.
+
+    Args:
+        name (`str`): `"pipeline"` (a diffusers folder), `"clip"` (a `CLIPModel` with its processor), `"aesthetic"` (the head
+            on its image embedding), `"deqa"` (a LLaVA model with its processor) or `"heldout"` (the classifiers).
+
+    Returns:
+        `pathlib.Path`: A folder or a safetensors file.
+
+    Raises:
+        ValueError: For another name.
+
+    Example:
+        >>> weights_path("aesthetic").name
+        'aesthetic.safetensors'
+    """
+    if name not in _PARTS:
+        raise ValueError(f"`name` must be one of {tuple(_PARTS)}. Found {name!r}. Pass one of these.")
+    return _WEIGHTS / _PARTS[name]
+
+
+def load_tiny_pipeline(dtype: torch.dtype = torch.float32) -> Any:
+    """Loads the pretrained tiny pipeline, a real `StableDiffusion3Pipeline` for images of 32 x 32 pixels.
+
+    Args:
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): The weights are stored in bfloat16.
+
+    Returns:
+        `StableDiffusion3Pipeline`: On the CPU, in evaluation mode, without progress bars.
+
+    Example:
+        >>> type(load_tiny_pipeline()).__name__
+        'StableDiffusion3Pipeline'
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(weights_path("pipeline"), torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_rewards() -> list[Reward]:
+    """The four rewards of the tiny world: the production classes on the tiny weights.
+
+    Returns:
+        `list`: [`OCRReward`], [`PickScoreReward`], [`DeQAReward`] and [`AestheticReward`], in that order. Each loads its
+            network when it is first called.
+
+    Example:
+        >>> [reward.__name__ for reward in tiny_rewards()]
+        ['ocr', 'pickscore', 'deqa', 'aesthetic']
+    """
+    from trl_apex.rewards.aesthetic import AestheticReward
+    from trl_apex.rewards.deqa import DeQAReward
+    from trl_apex.rewards.ocr import OCRReward
+    from trl_apex.rewards.pickscore import PickScoreReward
+
+    clip = str(weights_path("clip"))
+    return [
+        OCRReward(),
+        PickScoreReward(model=clip, processor=clip, batch_size=64),
+        DeQAReward(model=str(weights_path("deqa")), batch_size=64),
+        AestheticReward(clip=clip, head=str(weights_path("aesthetic")), batch_size=64),
+    ]
