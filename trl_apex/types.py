@@ -7,9 +7,9 @@
 | G | group size, `num_generations` |
 | K | objectives |
 | T | denoising steps |
-| W | trained (stochastic) steps, a contiguous window of the T |
+| N | trained (stochastic) steps, a contiguous window of the T |
 | R | rows of one forward pass: pairs of (sample, trained step) |
-| C H W | latent channels, height, width (in a shape string next to `C`, `W` is the width) |
+| C H W | latent channels, height, width |
 | S E | text tokens, text embedding width |
 
 Sigma is the share of noise: 1 is pure noise, 0 the image. A denoising step goes from `sigma` to a smaller `sigma_next`.
@@ -47,13 +47,13 @@ class Trajectory:
     """What the update needs of one rollout: the stochastic steps, and nothing else.
 
     Args:
-        latents (`torch.Tensor` of shape `[B, W + 1, C, H, W]`): float32 latents before each trained step, and after the last.
-        log_prob (`torch.Tensor` of shape `[B, W]`): log-probability of each trained step under the policy that sampled.
-        steps (`range` of length W): which denoising steps these are.
+        latents (`torch.Tensor` of shape `[B, N + 1, C, H, W]`): float32 latents before each trained step, and after the last.
+        log_prob (`torch.Tensor` of shape `[B, N]`): log-probability of each trained step under the policy that sampled.
+        steps (`range` of length N): which denoising steps these are.
     """
 
-    latents: Float[Tensor, "B W1 C H W"]
-    log_prob: Float[Tensor, "B W"]
+    latents: Float[Tensor, "B N1 C H W"]
+    log_prob: Float[Tensor, "B N"]
     steps: range
 
 

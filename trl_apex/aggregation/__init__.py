@@ -2,5 +2,13 @@
 
 from .aggregator import MultiObjectiveRewardAggregator
 from .options import AGGREGATION_OPTIONS, GRADIENT_RULES, RULES, ApexOptions
+from .population import PopulationConflict
 
-__all__ = ["AGGREGATION_OPTIONS", "GRADIENT_RULES", "RULES", "ApexOptions", "MultiObjectiveRewardAggregator"]
+__all__ = [
+    "AGGREGATION_OPTIONS",
+    "GRADIENT_RULES",
+    "RULES",
+    "ApexOptions",
+    "MultiObjectiveRewardAggregator",
+    "PopulationConflict",
+]

@@ -279,13 +279,17 @@ class MultiObjectiveRewardAggregator:
     def _baseline(self, values: Float[Tensor, "B K"], groups: Groups) -> Aggregated:
         options, raw = self.options, self._raw_weights.to(values.dtype)
         if self.rule == "sum_then_normalize":
-            scores, advantages = rules.sum_then_normalize(values, raw, groups, options.scale_rewards, options.epsilon)
+            scores, advantages = rules.sum_then_normalize(
+                values, raw, groups, options.scale_rewards, options.std_epsilon
+            )
         elif self.rule == "weighted_advantages":
-            scores, advantages = rules.weighted_advantages(values, raw, groups, options.scale_rewards, options.epsilon)
+            scores, advantages = rules.weighted_advantages(
+                values, raw, groups, options.scale_rewards, options.std_epsilon
+            )
         elif self.rule == "dvao":
-            scores, advantages = rules.dvao(values, raw, groups, options.epsilon)
+            scores, advantages = rules.dvao(values, raw, groups, options.std_epsilon)
         else:
-            scores, advantages = rules.normalize_then_sum(values, raw, groups, options.epsilon)
+            scores, advantages = rules.normalize_then_sum(values, raw, groups, options.std_epsilon)
         weights = self._weights
         if self.rule in GRADIENT_RULES:
             # Before a Gram matrix is measured, that of the scores stands in: a batch's gradients are as correlated as
@@ -293,7 +297,7 @@ class MultiObjectiveRewardAggregator:
             wide = scores.double()
             weights = self._current_weights() if self._gradient_known else self._solve(wide.T @ wide)
             used = (weights * len(weights)).to(values.dtype)
-            advantages = rules.normalize_then_sum(values, used, groups, options.epsilon)[1]
+            advantages = rules.normalize_then_sum(values, used, groups, options.std_epsilon)[1]
         contributions = scores.double() * weights
         return Aggregated(scores, contributions, advantages, weights)
 

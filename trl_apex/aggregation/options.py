@@ -109,7 +109,7 @@ class ApexOptions:
     scale_rewards: str = _option(
         "group", "sum_then_normalize and weighted_advantages: divide by the std of the 'group', the 'batch' or 'none'."
     )
-    epsilon: float = _option(1e-4, "Absolute epsilon of the baseline rules' divisions.")
+    std_epsilon: float = _option(1e-4, "Absolute epsilon of the baseline rules' divisions.")
     gradient_ema: float = _option(0.7, "mgda, upgrad, pcgrad, cagrad: decay of the moving average of the weights.")
     unit_gradients: bool = _option(True, "mgda: scale every objective's gradient to unit length first.")
     cagrad_c: float = _option(0.5, "cagrad: how far the update may leave the mean gradient.")
@@ -173,7 +173,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "warmup_iterations": (0, 10**9),
     "ramp_iterations": (0, 10**9),
     "max_missing": (0.0, 1.0),
-    "epsilon": (0.0, math.inf),
+    "std_epsilon": (0.0, math.inf),
     "gradient_ema": (0.0, 1.0),
     "cagrad_c": (0.0, math.inf),
     "warn_after": (1, 10**9),

@@ -38,7 +38,8 @@ class DiffusionPolicy(ABC):
                 component.eval().requires_grad_(False)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
+        """The trained component, an `nn.Module` with diffusers' `config`."""
         return getattr(self.pipeline, self.denoiser_name)
 
     @property

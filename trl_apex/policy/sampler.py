@@ -1,5 +1,6 @@
 """A schedule together with the kind of stochastic step that is taken on it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +62,14 @@ class Sampler:
 
 
 def sde_window(
-    num_steps: int, size: int | None, window_range: tuple[int, int] | None, seed: int, iteration: int
+    num_steps: int, size: int | None, window_range: Sequence[int] | None, seed: int, iteration: int
 ) -> range:
     """The steps that are stochastic, and trained, in one iteration: the same for every rank and group.
 
     Args:
         num_steps (`int`): T. The last step is always noise-free, since its noise would stay in the image.
         size (`int`, *optional*): steps in the window; None for all but the last.
-        window_range (`tuple[int, int]`, *optional*): first step a window may hold, and one past the last; by default
+        window_range (two `int`, *optional*): first step a window may hold, and one past the last; by default
             the first half of the steps (or as far as the size needs).
         seed, iteration (`int`): draw the window's start.
 
@@ -93,7 +94,7 @@ def sde_window(
         )
     if size is None:
         return range(num_steps - 1)
-    low, high = window_range or (0, max(num_steps // 2, size))
+    low, high = window_range or (0, min(max(num_steps // 2, size), num_steps - 1))
     if not (0 <= low < high <= num_steps - 1 and 1 <= size <= high - low):
         raise ValueError(
             f"`sde_window_range` must lie in [0, {num_steps - 1}] (the last step is noise-free) and hold "

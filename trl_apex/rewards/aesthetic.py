@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trl_apex.rewards.image_tower import CLIPTower, shared_tower
 from trl_apex.rewards.protocol import Images, Reward, RewardLoadError
+from trl_apex.rewards.weights import find_weights, read_weights
 
 HIDDEN = (1024, 128, 64, 16, 1)
 DROPOUT = {0: 0.2, 1: 0.2, 2: 0.1}
@@ -98,29 +99,11 @@ class AestheticReward(Reward):
 
     def _load(self) -> tuple[CLIPTower, AestheticHead]:
         tower = shared_tower(self.clip, self.processor, self.device, self.dtype)
-        return tower, load_head(find_head(self.head)).to(self.device)
+        return tower, load_head(find_weights(self.head, "head")).to(self.device)
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         tower, head = loaded
         return head(tower.encode_images(images)).tolist()
-
-
-def find_head(source: str) -> Path:
-    """A local file as it is, or the file downloaded from the hub."""
-    if Path(source).is_file():
-        return Path(source)
-    from huggingface_hub import HfApi, hf_hub_download
-
-    repo, _, filename = str(source).partition(":")
-    if not filename:
-        names = [name for name in HfApi().list_repo_files(repo) if name.endswith((".safetensors", ".pth"))]
-        if len(names) != 1:
-            raise RewardLoadError(
-                f"`head` must name one weights file. Found {len(names)} in {repo}: {names}. "
-                f'Pass "{repo}:FILE" with one of them.'
-            )
-        filename = names[0]
-    return Path(hf_hub_download(repo, filename))
 
 
 def load_head(path: Path) -> AestheticHead:
@@ -135,12 +118,7 @@ def load_head(path: Path) -> AestheticHead:
     Raises:
         RewardLoadError: If the file's keys are not those of the head.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_weights(path)
     weights = [state[key] for key in sorted(state, key=_layer_number) if key.endswith(".weight")]
     if not weights:
         raise RewardLoadError(f"{path.name} must hold `layers.N.weight`. Found {sorted(state)}. Pass the head's file.")
@@ -149,7 +127,7 @@ def load_head(path: Path) -> AestheticHead:
         raise RewardLoadError(
             f"{path.name} must hold {sorted(head.state_dict())}. Found {sorted(state)}. Pass the head's file."
         )
-    head.load_state_dict({key: value.float() for key, value in state.items()})
+    head.load_state_dict(state)
     return head.eval().requires_grad_(False)
 
 

@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,31 +63,19 @@ class CLIPTower:
     """A CLIP model with its processor; embeddings come out L2-normalized, in float32.
 
     Args:
-        model (`str`): Hub id or local folder of a `CLIPModel`.
+        model (`CLIPModel`): The model, on its device.
         processor (`str`): Hub id or local folder of its processor.
-        device (`torch.device`): Where it runs.
-        dtype (`torch.dtype`): Precision of the network.
         images_kept (`int`, *optional*, defaults to `1024`): Image embeddings kept.
         prompts_kept (`int`, *optional*, defaults to `65536`): Prompt embeddings kept.
     """
 
-    def __init__(
-        self,
-        model: str,
-        processor: str,
-        device: torch.device,
-        dtype: torch.dtype,
-        images_kept: int = 1024,
-        prompts_kept: int = 65536,
-    ) -> None:
-        from transformers import AutoTokenizer, CLIPModel
+    def __init__(self, model: Any, processor: str, images_kept: int = 1024, prompts_kept: int = 65536) -> None:
+        from transformers import AutoTokenizer
 
-        self.device, self.dtype = device, dtype
-        loaded: Any = CLIPModel.from_pretrained(model, dtype=dtype, use_safetensors=_only_safetensors(model))
-        self.model: Any = loaded
-        self.model.to(device).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
+        self.device, self.dtype = model.device, model.dtype
         self.tokenizer: Any = AutoTokenizer.from_pretrained(processor)
-        self.image_processor: Any = load_clip_image_processor(processor)
+        self.image_processor: Any = clip_image_processor_class().from_pretrained(processor)
         self.image_embeddings = EmbeddingCache(images_kept)
         self.text_embeddings = EmbeddingCache(prompts_kept)
         self._lock = threading.RLock()
@@ -149,34 +138,56 @@ _towers: "weakref.WeakValueDictionary[tuple, CLIPTower]" = weakref.WeakValueDict
 _towers_lock = threading.Lock()
 
 
-def shared_tower(model: str, processor: str | None, device: torch.device, dtype: torch.dtype) -> CLIPTower:
+def shared_tower(
+    model: str,
+    processor: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    load: Callable[[str], Any] | None = None,
+) -> CLIPTower:
     """The one tower of this process for a model, device and precision; it goes when its last user unloads.
 
     Args:
-        model (`str`): Hub id or local folder of a `CLIPModel`.
+        model (`str`): Hub id or local folder of a `CLIPModel`, or what `load` takes.
         processor (`str`, *optional*): Hub id or local folder of its processor. Defaults to `model`.
         device (`torch.device`): Where it runs.
         dtype (`torch.dtype`): Precision of the network.
+        load (`Callable[[str], CLIPModel]`, *optional*): Reads the model; by default from its folder.
 
     Returns:
         [`CLIPTower`].
     """
-    key = (str(model), str(processor or model), str(device), dtype)
+    key = (str(model), str(processor or model), str(device), dtype, load is None)
     with _towers_lock:
         tower = _towers.get(key)
         if tower is None:
-            tower = CLIPTower(str(model), str(processor or model), device, dtype)
+            network = (load or load_clip)(str(model)).to(device, dtype)
+            tower = CLIPTower(network, str(processor or model))
             _towers[key] = tower
         return tower
 
 
-def load_clip_image_processor(source: str) -> Any:
+def load_clip(model: str) -> Any:
+    """A `CLIPModel` from the hub or from a local folder, which must hold safetensors."""
+    from transformers import CLIPModel
+
+    folder = Path(model)
+    if not folder.is_dir():
+        return CLIPModel.from_pretrained(model)  # pickled weights of the hub are read with `weights_only`
+    if not list(folder.glob("*.safetensors")):
+        raise RewardLoadError(
+            f"A local model folder must hold safetensors weights. Found none in {model}. "
+            "Save the model again with `save_pretrained`."
+        )
+    return CLIPModel.from_pretrained(folder, use_safetensors=True)
+
+
+def clip_image_processor_class() -> Any:
     """CLIP's image processor on PIL, which needs no torchvision and gives the same pixels everywhere."""
     import transformers
 
     # transformers before 5 has one class, which is the PIL one.
-    name = "CLIPImageProcessorPil" if hasattr(transformers, "CLIPImageProcessorPil") else "CLIPImageProcessor"
-    return getattr(transformers, name).from_pretrained(source)
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 
 def pooled(features: Any) -> Float[Tensor, "B D"]:
@@ -210,18 +221,3 @@ def normalize(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     """
     embeddings = embeddings.float()
     return embeddings / embeddings.norm(dim=-1, keepdim=True)
-
-
-def _only_safetensors(model: str) -> bool | None:
-    """Refuse pickled weights in a local folder; on the hub, transformers itself loads them with `weights_only`."""
-    from pathlib import Path
-
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    if not list(folder.glob("*.safetensors")):
-        raise RewardLoadError(
-            f"A local model folder must hold safetensors weights. Found none in {model}. "
-            "Save the model again with `save_pretrained`."
-        )
-    return True

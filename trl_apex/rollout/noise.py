@@ -1,5 +1,7 @@
 """Noise keyed by what it is for, so that results do not depend on batch order or the number of processes."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -21,11 +23,11 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def keyed_noise(keys: list[tuple[int, ...]], shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
+def keyed_noise(keys: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
     """Unit normal noise, one independent draw of `shape` a key, float32 on the CPU.
 
     Args:
-        keys (`list` of `tuple[int, ...]`): e.g. `(seed, iteration, sample)`; equal keys give equal noise.
+        keys (sequence of `tuple[int, ...]`): e.g. `(seed, iteration, sample)`; equal keys give equal noise.
         shape (`tuple[int, ...]`): of one draw.
 
     Returns:

@@ -70,6 +70,9 @@ class DiffusionGRPOConfig(GRPOConfig):
     epsilon: float = field(
         default=1e-4, metadata=_help("Clip range of the importance ratio (of mean log-probabilities).")
     )
+    bf16: bool | None = field(
+        default=None, metadata=_help("bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set.")
+    )
     gradient_checkpointing: bool | None = field(
         default=None, metadata=_help("Recompute activations in the backward pass.")
     )

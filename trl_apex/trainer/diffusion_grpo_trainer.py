@@ -4,9 +4,11 @@ import json
 import logging
 import time
 import types
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.utils import numpy_to_pil
 from peft import PeftModel
@@ -25,7 +27,7 @@ from ..prompts import GroupSampler, PromptEmbeddings
 from ..rewards.scoring import RewardScorer
 from ..rollout.denoise import denoise
 from ..rollout.noise import keyed_noise
-from ..types import Rollout, Schedule, Trajectory
+from ..types import Rollout
 from .callbacks import GradientGuardCallback, IterationCallback
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .ema import EMACallback
@@ -38,6 +40,11 @@ logger = logging.getLogger(__name__)
 
 # What a random draw is for, the second entry of its key.
 INITIAL_NOISE, STEP_NOISE, ROW_ORDER, EVAL_NOISE = range(4)
+
+
+def to_numpy(images: Tensor) -> np.ndarray:
+    """Images `[B, 3, H, W]` as the array `[B, H, W, 3]` that diffusers turns into PIL images."""
+    return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 class DiffusionGRPOTrainer(GRPOTrainer):
@@ -82,6 +89,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     _tag_names = ["trl", "grpo", "diffusers", "text-to-image"]
     _name = "GRPO"
     config_class: type[DiffusionGRPOConfig] = DiffusionGRPOConfig
+    args: DiffusionGRPOConfig
+    model: nn.Module
+    control: Any
+    num_generations: int
+    _logs: dict[str, Any]
 
     def __init__(
         self,
@@ -139,11 +151,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self.reward_weights = torch.tensor(weights, dtype=torch.float64)
         self.policy.move_frozen(self.accelerator.device)
         self._embeddings = PromptEmbeddings(lambda prompts: self.policy.encode(prompts, args.max_sequence_length))
-        self._scorer: RewardScorer | None = None
+        self._scorer: Any = None  # a RewardScorer while training
         self._iteration_rollout: dict[str, Any] | None = None
         self.resumed_from: str | None = None
         self.save_and_stop: str | None = None
         self.update_is_dead = True
+        self.eval_records: list[dict[str, Any]] = []
         self.add_callback(IterationCallback(self))
         self.add_callback(GradientGuardCallback(self))
         self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps) if args.ema_decay else None
@@ -193,8 +206,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._window(args, iteration=0)
 
     def _window(self, args: DiffusionGRPOConfig, iteration: int) -> range:
-        window_range = tuple(args.sde_window_range) if args.sde_window_range else None
-        return sde_window(args.num_inference_steps, args.sde_window_size, window_range, args.seed, iteration)
+        steps, size, where = args.num_inference_steps, args.sde_window_size, args.sde_window_range
+        return sde_window(steps, size, where, args.seed, iteration)
 
     def _plan_updates(self, args: DiffusionGRPOConfig, num_prompts: int) -> None:
         window = len(self._window(args, 0))
@@ -379,7 +392,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return self.model
 
     def _submit(self, scorer: RewardScorer, rows: list[dict[str, Any]], images: Tensor):
-        completions = numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
+        completions = numpy_to_pil(to_numpy(images))
         columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
         return scorer.submit(
             prompts=[row["prompt"] for row in rows],
@@ -403,6 +416,84 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             scores, advantages = sum_then_normalize(rewards, weights, groups, self.args.scale_rewards)
         return advantages, scores
 
+    # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Sample one image per evaluation prompt, without noise on the way, and average every reward.
+
+        Deterministic: `eval_num_inference_steps` ODE steps from noise keyed by the prompt's row, with the averaged
+        weights where there are any. Each row counts once on any number of processes.
+
+        Args:
+            eval_dataset (`datasets.Dataset` or dict of them, *optional*): instead of the trainer's own.
+            ignore_keys: accepted for compatibility.
+            metric_key_prefix (`str`): of the metrics' names.
+
+        Returns:
+            `dict`: `{prefix}_rewards/{name}/mean` and `/se` (standard error over prompts) of each reward and monitored
+            function, and `{prefix}_reward`, the weighted sum of means. The images and their scores are kept in
+            `eval_records` on the main process.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, part in dataset.items():
+                metrics.update(self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        if dataset is None:
+            raise ValueError(
+                "Evaluation needs a dataset. Found none. Pass `eval_dataset` to the trainer or to `evaluate`."
+            )
+        started = time.perf_counter()
+        funcs = [*self.reward_funcs, *self.monitor_funcs]
+        names = reward_names(funcs)
+        records = self._evaluation_records(dataset, funcs, names)
+        metrics = {}
+        for name in names:
+            values = torch.tensor([r["rewards"][name] for r in records], dtype=torch.float64)
+            values = values[values.isfinite()]
+            if len(values):
+                metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = values.mean().item()
+            if len(values) > 1:
+                metrics[f"{metric_key_prefix}_rewards/{name}/se"] = values.std().item() / len(values) ** 0.5
+        means = [metrics.get(f"{metric_key_prefix}_rewards/{name}/mean", 0.0) for name in self.reward_func_names]
+        metrics[f"{metric_key_prefix}_reward"] = sum(
+            w * m for w, m in zip(self.reward_weights.tolist(), means, strict=True)
+        )
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+        self.eval_records = records
+        Trainer.log(self, dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_records(self, dataset, funcs: list, names: list[str]) -> list[dict[str, Any]]:
+        """One record a row of `dataset`, in order: row, prompt, image and rewards; on every rank."""
+        args, world, rank = self.args, self.accelerator.num_processes, self.accelerator.process_index
+        schedule = self.policy.schedule(args.eval_num_inference_steps, self.height, self.width)
+        sampler = Sampler(schedule, self.transition, args.noise_level)
+        guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
+        share = -(-len(dataset) // world)  # every rank makes as many forwards; what is beyond the end is not counted
+        mine = [min(rank + i * world, len(dataset) - 1) for i in range(share)]
+        records = []
+        scorer = self._open_scorer(funcs, names)
+        averaged = self._ema.averaged() if self._ema is not None else nullcontext()
+        with averaged, closing(scorer):
+            for start in range(0, share, args.per_device_eval_batch_size):
+                indices = mine[start : start + args.per_device_eval_batch_size]
+                rows = [dataset[i] for i in indices]
+                initial = keyed_noise([(args.seed, EVAL_NOISE, i) for i in indices], self.latent_shape)
+                empty = initial.new_zeros(len(rows), 0, *self.latent_shape)
+                prompts = [row["prompt"] for row in rows]
+                images = self._sample(prompts, initial, range(0), empty, sampler, guidance).images
+                scored = self._submit(scorer, rows, images).result().rewards.tolist()
+                for row, image, prompt, rewards in zip(
+                    indices, numpy_to_pil(to_numpy(images)), prompts, scored, strict=True
+                ):
+                    record = {"row": row, "prompt": prompt, "image": image}
+                    records.append({**record, "rewards": dict(zip(names, rewards, strict=True))})
+        by_row = {record["row"]: record for record in gather_list(records)}
+        return [by_row[i] for i in range(len(dataset))]
+
     # The update
 
     def _rows(self, rollout: dict[str, Any], position: int) -> dict[str, Any]:
@@ -415,14 +506,14 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         dealt = update_rows(samples, len(rollout["window"]), self.updates_per_pass, first, key)[update]
         count = args.per_device_train_batch_size * args.timestep_batch_size
         rows = dealt[micro * count : (micro + 1) * count]
-        sample, step = rows.to(self.accelerator.device).unbind(1)
+        sample, window_step = rows.to(self.accelerator.device).unbind(1)
         return {
-            "latents": rollout["latents"][sample, step],
-            "next_latents": rollout["latents"][sample, step + 1],
-            "old_log_prob": rollout["old_log_prob"][sample, step],
+            "latents": rollout["latents"][sample, window_step],
+            "next_latents": rollout["latents"][sample, window_step + 1],
+            "old_log_prob": rollout["old_log_prob"][sample, window_step],
             "advantages": rollout["advantages"][sample],
             "normalized": rollout["normalized"][sample],
-            "steps": step + rollout["window"].start,
+            "steps": window_step + rollout["window"].start,
             "samples": sample + first,
             "prompts": [rollout["prompts"][i] for i in sample.tolist()],
             "dead": rollout["dead"],
@@ -480,7 +571,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             metrics[name].append(value)
 
     def _log_scoring(self, scored: list) -> None:
-        for i, name in enumerate(self.reward_func_names):
+        for name in self.reward_func_names:
             self._metrics["train"][f"time/reward/{name}"].append(sum(s.seconds.get(name, 0.0) for s in scored))
             failures = sum(s.failures.get(name, 0) for s in scored)
             self._metrics["train"][f"reward_failures/{name}"].append(float(failures))
@@ -503,7 +594,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         metrics["reward_std"].append(groups.std(1).mean().item())
         metrics["frac_reward_zero_std"].append((groups.std(1) < 1e-8).double().mean().item())
         if self.log_completions:
-            images = numpy_to_pil(torch.cat([r.images for r in rollouts]).permute(0, 2, 3, 1).cpu().numpy())
+            images = numpy_to_pil(to_numpy(torch.cat([r.images for r in rollouts])))
             prompts = gather_list([row["prompt"] for row in inputs])
             self._logs["prompt"].extend(prompts)
             self._logs["completion"].extend(["<image>"] * len(prompts))
@@ -520,7 +611,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        output_dir = output_dir or self.args.output_dir
+        output_dir = output_dir or str(self.args.output_dir)
         super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, PeftModel):

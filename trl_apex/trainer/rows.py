@@ -11,7 +11,7 @@ from ..rollout.noise import keyed_generator
 
 def update_rows(
     num_samples: int, window: int, updates: int, first_sample: int, key: tuple[int, ...]
-) -> Int[Tensor, "U N 2"]:
+) -> Int[Tensor, "U M 2"]:
     """Deal the rows of this rank's samples to the updates of one pass, evenly and at random.
 
     The deal of a sample depends on its number among all ranks' samples alone, so the set of rows behind each optimizer
@@ -19,13 +19,13 @@ def update_rows(
 
     Args:
         num_samples (`int`): samples on this rank.
-        window (`int`): W, trained steps a sample.
+        window (`int`): N, trained steps a sample.
         updates (`int`): U, optimizer steps a pass; must divide `num_samples * window`.
         first_sample (`int`): number of this rank's first sample among all.
         key (`tuple[int, ...]`): seeds the deal, e.g. `(seed, iteration, pass)`.
 
     Returns:
-        `torch.Tensor` of shape `[U, num_samples * W / U, 2]`: local sample and step of the window.
+        `torch.Tensor` of shape `[U, num_samples * N / U, 2]`: local sample and step of the window.
 
     Example:
         ```python
