@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -156,10 +156,10 @@ class OCRReward(Reward):
     def __init__(
         self,
         target_column: str | None = None,
-        several: Literal["first", "mean"] = "first",
+        several: str = "first",
         min_side: int = 128,
         workers: int = 2,
-        pool: Literal["thread", "process"] = "thread",
+        pool: str = "thread",
         name: str | None = None,
         batch_size: int = 64,
     ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trl_apex.rewards.failure import FailureWindow, RewardFailureRateError
 from trl_apex.rewards.lane import Lane
-from trl_apex.rewards.protocol import Images, RewardLoadError, TransientRewardError
+from trl_apex.rewards.protocol import RewardLoadError, TransientRewardError
 
 BACKOFF = 0.5
 LONGEST_WAIT = 30.0
@@ -129,7 +129,7 @@ class RewardScorer:
         self,
         *,
         prompts: list[str],
-        completions: Images,
+        completions: Any,
         images: Float[Tensor, "B 3 H W"] | None = None,
         columns: dict[str, list] | None = None,
         **trl_keywords: Any,

@@ -1,0 +1,82 @@
+"""DeQA's arithmetic against a hand computation, and what it demands of a tokenizer."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rewards_tiny_models import LEVELS, save_llava
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from trl_apex.rewards import DeQAReward, RewardLoadError
+from trl_apex.rewards.deqa import level_score
+
+QUESTION = "How would you rate the quality of this image?"
+CHAT = (
+    "{% for m in messages %}USER: {% for c in m.content %}{% if c.type == 'image' %}<image>"
+    "{% else %}{{ c.text }}{% endif %} {% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def images():
+    noise = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    return [Image.fromarray(array) for array in noise]
+
+
+def by_hand(folder, images, text):
+    """One image at a time: probabilities of the five words from the full distribution, renormalized."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor, tokenizer = AutoProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    scores = []
+    for image in images:
+        inputs = processor(images=image, text=text, return_tensors="pt")
+        with torch.no_grad():
+            probabilities = model(**inputs).logits[0, -1].double().softmax(-1)
+        levels = torch.stack([probabilities[tokenizer.convert_tokens_to_ids(word)] for word in LEVELS])
+        scores.append((levels / levels.sum() * torch.tensor([5.0, 4, 3, 2, 1])).sum().item())
+    return scores
+
+
+def test_score_is_the_expected_level(llava_folder, images):
+    text = f"USER: <image>\n{QUESTION}\nASSISTANT: The quality of the image is"
+    rewards = DeQAReward(str(llava_folder), batch_size=2)(prompts=["x"] * 3, completions=images)
+    assert len(set(rewards)) == 3
+    assert rewards == pytest.approx(by_hand(llava_folder, images, text), abs=1e-5)
+
+
+def test_chat_template(tmp_path, images):
+    folder = save_llava(tmp_path, chat_template=CHAT)
+    text = f"USER: <image> {QUESTION} ASSISTANT: The quality of the image is"
+    reward = DeQAReward(str(folder))
+    assert reward.load()[2] == text
+    assert reward(prompts=["x"] * 3, completions=images) == pytest.approx(by_hand(folder, images, text), abs=1e-5)
+
+
+def test_own_template(llava_folder, images):
+    reward = DeQAReward(str(llava_folder), template="{image} {question} {answer}", question="quality ?", answer="is")
+    expected = by_hand(llava_folder, images, "<image> quality ? is")
+    assert reward(prompts=["x"] * 3, completions=images) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("logits", "score"),
+    [([1e4, 0, 0, 0, 0], 5), ([0, 0, 0, 0, 1e4], 1), ([0] * 5, 3), ([0, 7, 7, -1e4, -1e4], 3.5)],
+)
+def test_level_score(logits, score):
+    if score == 3.5:
+        logits[0] = -1e4
+    assert level_score(torch.tensor([logits], dtype=torch.float32)).item() == pytest.approx(score)
+
+
+@pytest.mark.parametrize("levels", [LEVELS[:4], ["excellent", "good", "fair", "poor"]])
+def test_unknown_level_words_are_refused(tmp_path, levels):
+    folder = save_llava(tmp_path, levels=levels)
+    with pytest.raises(RewardLoadError, match="one known token of its own.*'bad'"):
+        DeQAReward(str(folder)).load()
+
+
+def test_split_and_shared_level_words_are_refused(llava_folder):
+    with pytest.raises(RewardLoadError, match="'very good'"):
+        DeQAReward(str(llava_folder), levels=("excellent", "very good")).load()
+    with pytest.raises(RewardLoadError, match="'good'"):
+        DeQAReward(str(llava_folder), levels=("good", "good")).load()

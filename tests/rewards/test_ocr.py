@@ -1,0 +1,136 @@
+"""The OCR rule, case by case, and the real reader on real pictures."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFont
+
+from trl_apex.rewards import OCRReward
+from trl_apex.rewards.ocr import levenshtein, quoted_targets, text_similarity
+
+
+@pytest.mark.parametrize(
+    ("recognized", "target", "reward"),
+    [
+        ("Open", "Open", 1),
+        ("OPEN", "open", 1),  # case
+        ("o p e n", "open", 1),  # spaces in the image
+        ("open", " O P E N ", 1),  # spaces in the target
+        ("op\ten\n", "open", 1),  # other white space
+        ("we are open today", "open", 1),  # contained
+        ("reopened", "open", 1),  # contained without a border
+        ("opn", "open", 3 / 4),  # one letter missing
+        ("oppen", "open", 3 / 4),  # one too many, so not contained
+        ("0pen", "open", 3 / 4),  # one wrong
+        ("", "open", 0),  # nothing read
+        ("x", "open", 0),
+        ("a very long text without it", "open", 0),  # the distance is capped at the target's length
+        ("ope", "open", 3 / 4),  # shorter
+        ("openopne", "openopen", 6 / 8),
+        ("你好", "你好", 1),  # not Latin
+        ("你妤", "你好", 1 / 2),
+        ("ПРИВЕТ", "привет", 1),
+        ("STRASSE", "straße", 1 - 2 / 6),  # no folding of letters, only lower case
+    ],
+)
+def test_rule(recognized, target, reward):
+    assert text_similarity(recognized, target) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "targets"),
+    [
+        ('a sign "Open"', ["Open"]),
+        ('a sign "Open" and "24 h"', ["Open", "24 h"]),
+        ("a sign \u201cOpen\u201d", ["Open"]),
+        ("a red bird", []),
+        ('a sign " " and ""', []),
+        ('an odd " mark', []),
+        ("a sign 'Open'", []),
+        ('with " C A T "', [" C A T "]),
+    ],
+)
+def test_targets(prompt, targets):
+    assert quoted_targets(prompt) == targets
+
+
+@given(st.text("abc", max_size=6), st.text("abc", max_size=6), st.text("abc", max_size=6))
+def test_levenshtein_is_a_metric(a, b, c):
+    assert levenshtein(a, b) == levenshtein(b, a)
+    assert (levenshtein(a, b) == 0) == (a == b)
+    assert levenshtein(a, c) <= levenshtein(a, b) + levenshtein(b, c)
+    assert abs(len(a) - len(b)) <= levenshtein(a, b) <= max(len(a), len(b))
+
+
+def picture(text: str, side: int = 64, fill: str = "black") -> Image.Image:
+    font = ImageFont.load_default(side // 4)
+    image = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    draw.text(((side - right - left) / 2, (side - bottom - top) / 2), text, fill=fill, font=font)
+    return image
+
+
+@pytest.fixture(scope="module")
+def reward():
+    reward = OCRReward(workers=1)
+    yield reward
+    reward.unload()
+
+
+def test_reads_pictures(reward):
+    images = [picture("HELLO", 128), picture("HELLO", 128), picture("", 128), picture("CAT", 32), picture("CAT", 32)]
+    prompts = ['sign "hello"', 'sign "hullo"', 'sign "hello"', 'with " C A T "', "no text asked for"]
+    assert reward(prompts=prompts, completions=images) == [1.0, pytest.approx(4 / 5), 0.0, 1.0, None]
+
+
+def test_tensors_and_pictures_agree(reward):
+    images = [picture("CAT"), picture("TEN", fill="gray")]
+    tensor = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
+    prompts = ['"cat"', '"tea"']
+    expected = reward(prompts=prompts, completions=images)
+    assert reward(prompts=prompts, completions=images, images=tensor) == expected
+    assert reward(prompts=prompts, completions=tensor) == expected
+
+
+def test_target_columns(reward):
+    images, prompts = [picture("CAT")] * 3, ['"dog"'] * 3
+    assert reward(prompts=prompts, completions=images, target=["cat", None, ""]) == [1.0, None, None]
+    assert reward(prompts=prompts, completions=images, text=["cat", "cat", "cat"]) == [1.0] * 3
+    named = OCRReward(target_column="word", workers=1)
+    assert named(prompts=prompts, completions=images, word=["cat"] * 3, target=["x"] * 3) == [1.0] * 3
+    with pytest.raises(ValueError, match="`target_column` must be a column"):
+        named(prompts=prompts, completions=images)
+
+
+def test_several_targets():
+    prompts, images = ['"cat" and "xyz"'], [picture("CAT")]
+    assert OCRReward(workers=1)(prompts=prompts, completions=images) == [1.0]
+    assert OCRReward(workers=1, several="mean")(prompts=prompts, completions=images) == [0.5]
+
+
+def test_pickle_and_unload(reward):
+    copy = pickle.loads(pickle.dumps(reward))
+    assert copy(prompts=['"cat"'], completions=[picture("CAT")]) == [1.0]
+    copy.unload()
+    assert copy(prompts=['"cat"'], completions=[picture("CAT")]) == [1.0]
+    copy.unload()
+
+
+@pytest.mark.slow
+def test_processes_read_as_threads_do(reward):
+    images = [picture(word) for word in ("CAT", "TEN", "HAT", "OAK")]
+    prompts = ['"cat"', '"ten"', '"hut"', '"elk"']
+    pooled = OCRReward(workers=2, pool="process")
+    assert pooled(prompts=prompts, completions=images) == reward(prompts=prompts, completions=images)
+    pooled.unload()
+
+
+@pytest.mark.parametrize("options", [{"several": "all"}, {"pool": "fork"}, {"workers": 0}, {"batch_size": 0}])
+def test_options(options):
+    with pytest.raises(ValueError, match="Found"):
+        OCRReward(**options)

@@ -1,0 +1,116 @@
+"""The judge against a real HTTP server on loopback that speaks the OpenAI protocol."""
+
+import asyncio
+import base64
+import io
+import json
+import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from trl_apex.rewards import RewardScorer, VLMJudgeReward
+from trl_apex.rewards.vlm_judge import parse_score
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Final Score: 3.5", 3.5),
+        ("**Final Score:** 4", 4),
+        ("final score = 2", 2),
+        ("The score is 4/5.", 4),
+        ("Alignment Score: 2\nCoherence Score: 3\nFinal Score: 5", 5),
+        ("Score: `1.25`", 1.25),
+        ("Final Score: 7", None),
+        ("Final Score: -1", None),
+        ("I give it a 4.", None),
+        ("highscore: many", None),
+        ("", None),
+    ],
+)
+def test_parse(answer, score):
+    assert parse_score(answer, 1, 5) == score
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Scores by the red channel of the image's corner; the prompt may ask it to misbehave."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[dict] = []
+    busy: list[int] = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = body["messages"][0]["content"]
+        head, _, data = content[0]["image_url"]["url"].partition(",")
+        assert head == "data:image/png;base64"
+        red = Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0))[0]
+        text = content[1]["text"]
+        self.seen.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
+        if "mumble" in text:
+            return self.answer(200, "I cannot say.")
+        if "forbidden" in text:
+            return self.answer(403, "")
+        if "busy" in text and len(self.busy) < 2:
+            self.busy.append(1)
+            return self.answer(503, "")
+        return self.answer(200, f"Looks fine.\nFinal Score: {red / 50}")
+
+    def answer(self, status, text):
+        payload = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def pictures(*reds):
+    return [Image.new("RGB", (8, 8), (red, 0, 0)) for red in reds]
+
+
+def test_scores(url, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    Judge.seen.clear()
+    judge = VLMJudgeReward(url, "unified", api_key_env="JUDGE_KEY")
+    assert b"s3cret" not in pickle.dumps(judge)
+    rewards = asyncio.run(judge(prompts=["a {brace}", "b", "c"], completions=pictures(50, 125, 250)))
+    assert rewards == [1.0, 2.5, 5.0] and rewards.errors == [None] * 3
+    call = next(call for call in Judge.seen if "a {brace}" in call["messages"][0]["content"][1]["text"])
+    assert call["path"] == "/v1/chat/completions" and call["key"] == "Bearer s3cret"
+    assert call["model"] == "unified" and call["temperature"] == 0
+
+
+def test_one_bad_answer_costs_one_reward(url):
+    judge = VLMJudgeReward(url, "unified", backoff=0.01)
+    prompts = ["fine", "mumble", "forbidden", "busy"]
+    with RewardScorer([judge]) as scorer, pytest.warns(UserWarning, match="failed on 2 of 4"):
+        scored = scorer.submit(prompts=prompts, completions=pictures(100, 100, 100, 100)).result(timeout=20)
+    assert scored.rewards[:, 0].nan_to_num(-1).tolist() == [2.0, -1.0, -1.0, 2.0]
+    assert scored.failures == {"vlm_judge": 2}
+
+
+def test_nobody_there_fails_the_batch():
+    judge = VLMJudgeReward("http://127.0.0.1:9", "unified", max_retries=1, backoff=0.01)
+    with RewardScorer([judge]) as scorer, pytest.warns(UserWarning, match="no image could be judged"):
+        scored = scorer.submit(prompts=["x"], completions=pictures(1)).result(timeout=20)
+    assert scored.failures == {"vlm_judge": 1}
+
+
+def test_options():
+    with pytest.raises(ValueError, match="`low` must be below"):
+        VLMJudgeReward("http://x", "m", low=5, high=1)

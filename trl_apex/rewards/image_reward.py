@@ -1,0 +1,219 @@
+"""ImageReward: a BLIP that people's rankings of generated images taught to score them."""
+
+import re
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from trl_apex.rewards.aesthetic import AestheticHead
+from trl_apex.rewards.image_tower import clip_image_processor_class
+from trl_apex.rewards.images import to_pil
+from trl_apex.rewards.protocol import Images, Reward, RewardLoadError
+from trl_apex.rewards.weights import find_weights, load_strictly, read_weights
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+PROMPT_TOKENS = 35
+HEAD_WIDTH = 64  # of every attention head in BLIP's image and text encoders
+
+
+class ImageReward(Reward):
+    """ImageReward: an MLP on the first token of BLIP's image-grounded text encoder, standardized.
+
+    `r = (mlp(h_0) - 0.167) / 1.033`, `h` = the text encoder's last hidden state over the prompt, with cross-attention
+    to the image.
+
+    Range: raw, about -2.5 to 2, mean 0 and deviation 1 on the authors' data, larger is better. Weights:
+    `THUDM/ImageReward`, Apache-2.0.
+
+    The checkpoint is in the authors' layout and is mapped onto transformers' `BlipVisionModel` and `BlipTextModel`
+    when it loads, with `weights_only=True`; the `image-reward` package is not needed.
+
+    Args:
+        weights (`str`, *optional*): A local file in the authors' layout, or `"owner/repo:FILE"` on the hub.
+        tokenizer (`str`, *optional*): Hub id or local folder of BERT's uncased tokenizer.
+        name (`str`, *optional*, defaults to `"image_reward"`): Name of the objective.
+        device (`str` or `torch.device`, *optional*): Defaults to the GPU if there is one.
+        dtype (`torch.dtype`, *optional*): Precision of BLIP, float32 by default; the MLP is always float32.
+        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
+
+    Reference:
+        Xu et al., ImageReward, arXiv 2304.05977.
+    """
+
+    default_name = "image_reward"
+    range = "raw, about -2.5 to 2, larger is better"
+    weights_licence = "Apache-2.0"
+
+    def __init__(
+        self,
+        weights: str = "THUDM/ImageReward:ImageReward.pt",
+        tokenizer: str = "google-bert/bert-base-uncased",
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(name=name, device=device, dtype=dtype, batch_size=batch_size)
+        self.weights, self.tokenizer = weights, tokenizer
+
+    def _load(self) -> tuple["ImageRewardModel", Any, Any]:
+        from transformers import AutoTokenizer
+
+        path = find_weights(self.weights, "weights")
+        model = ImageRewardModel.from_state(from_authors_layout(read_weights(path)), path.name)
+        model.vision_model.to(self.dtype)
+        model.text_encoder.to(self.dtype)
+        side = model.vision_model.config.image_size
+        processor = clip_image_processor_class()(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        )
+        return model.to(self.device), processor, AutoTokenizer.from_pretrained(self.tokenizer)
+
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        model, processor, tokenizer = loaded
+        pixels = processor(to_pil(images), return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
+        tokens = tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=PROMPT_TOKENS, return_tensors="pt"
+        ).to(self.device)
+        return model(pixels, tokens["input_ids"], tokens["attention_mask"]).tolist()
+
+
+class ImageRewardModel(nn.Module):
+    """BLIP's image encoder and image-grounded text encoder, with the MLP on top.
+
+    Args:
+        vision_model (`transformers.BlipVisionModel`): The image encoder.
+        text_encoder (`transformers.BlipTextModel`): The text encoder with cross-attention.
+        mlp ([`AestheticHead`]): Same layers as the aesthetic predictor's head.
+    """
+
+    def __init__(self, vision_model: Any, text_encoder: Any, mlp: AestheticHead) -> None:
+        super().__init__()
+        self.vision_model, self.text_encoder, self.mlp = vision_model, text_encoder, mlp
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "B 3 H W"],
+        input_ids: Int[Tensor, "B S"],
+        attention_mask: Int[Tensor, "B S"],
+    ) -> Float[Tensor, "B"]:
+        """Score images against prompts.
+
+        Args:
+            pixels (`Tensor` of shape `[B, 3, H, W]`): Normalized as CLIP's.
+            input_ids (`Tensor` of shape `[B, S]`): The prompts' tokens.
+            attention_mask (`Tensor` of shape `[B, S]`): 1 for tokens, 0 for padding.
+
+        Returns:
+            `Tensor` of shape `[B]`, float32.
+        """
+        seen = self.vision_model(pixel_values=pixels).last_hidden_state
+        hidden = self.text_encoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+            is_decoder=False,
+        ).last_hidden_state
+        return (self.mlp(hidden[:, 0].float()) - MEAN) / STD
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], source: str) -> "ImageRewardModel":
+        """Build the model whose sizes the tensors tell, and fill it.
+
+        Args:
+            state (`dict[str, Tensor]`): Tensors as [`from_authors_layout`] names them.
+            source (`str`): Name of their file, for error messages.
+
+        Returns:
+            [`ImageRewardModel`], in eval mode.
+
+        Raises:
+            RewardLoadError: If tensors are missing or left over.
+        """
+        from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        try:
+            patch = state["vision_model.embeddings.patch_embedding.weight"]
+            words = state["text_encoder.embeddings.word_embeddings.weight"]
+            patches = state["vision_model.embeddings.position_embedding"].shape[1] - 1
+            positions = state["text_encoder.embeddings.position_embeddings.weight"].shape[0]
+            vision_inner = state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
+            text_inner = state["text_encoder.encoder.layer.0.intermediate.dense.weight"].shape[0]
+            head = [state[f"mlp.layers.{i}.weight"] for i in (0, 2, 4, 6, 7)]
+        except KeyError as error:
+            raise RewardLoadError(
+                f"{source} must hold ImageReward's tensors. Found none called {error}. Pass the authors' checkpoint."
+            ) from error
+        vision = BlipVisionConfig(
+            hidden_size=patch.shape[0],
+            intermediate_size=vision_inner,
+            num_hidden_layers=_layers(state, "vision_model.encoder.layers."),
+            num_attention_heads=patch.shape[0] // HEAD_WIDTH,
+            patch_size=patch.shape[-1],
+            image_size=round(patches**0.5) * patch.shape[-1],
+            layer_norm_eps=1e-6,
+        )
+        text = BlipTextConfig(
+            vocab_size=words.shape[0],
+            hidden_size=words.shape[1],
+            encoder_hidden_size=patch.shape[0],
+            intermediate_size=text_inner,
+            num_hidden_layers=_layers(state, "text_encoder.encoder.layer."),
+            num_attention_heads=words.shape[1] // HEAD_WIDTH,
+            max_position_embeddings=positions,
+            layer_norm_eps=1e-12,
+            is_decoder=True,  # makes the cross-attention layers; the forward pass itself is not causal
+        )
+        mlp = AestheticHead(head[0].shape[1], tuple(weight.shape[0] for weight in head))
+        model = cls(BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False), mlp)
+        load_strictly(model, state, source)
+        return model.eval().requires_grad_(False)
+
+
+NAMES = (
+    (r"^blip\.text_encoder\.", "text_encoder."),
+    (r"^blip\.visual_encoder\.", "vision_model."),
+    (r"^vision_model\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^vision_model\.pos_embed$", "vision_model.embeddings.position_embedding"),
+    (r"^vision_model\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^vision_model\.norm\.", "vision_model.post_layernorm."),
+    (r"^vision_model\.blocks\.(\d+)\.norm(\d)\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
+    (r"^vision_model\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
+    (r"^vision_model\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
+    (r"^vision_model\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
+)
+
+
+def from_authors_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the authors' tensors to those of [`ImageRewardModel`], and leave out what scoring does not use.
+
+    Args:
+        state (`dict[str, Tensor]`): The checkpoint's tensors.
+
+    Returns:
+        `dict[str, Tensor]`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_apex.rewards.image_reward import from_authors_layout
+    >>> list(from_authors_layout({"blip.visual_encoder.blocks.0.norm1.bias": torch.zeros(2)}))
+    ['vision_model.encoder.layers.0.layer_norm1.bias']
+
+    ```
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, replacement in NAMES:
+            key = re.sub(pattern, replacement, key)
+        if key.startswith(("text_encoder.", "vision_model.", "mlp.")):
+            renamed[key] = value
+    return renamed
+
+
+def _layers(state: dict[str, Tensor], prefix: str) -> int:
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))

@@ -1,0 +1,206 @@
+"""A vision-language model behind an OpenAI-compatible endpoint as the judge."""
+
+import asyncio
+import base64
+import io
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from trl_apex.rewards.images import to_pil
+from trl_apex.rewards.protocol import Images, RewardList, TransientRewardError
+from trl_apex.rewards.scoring import describe
+
+INSTRUCTION = """Rate how well this generated image matches its caption and how good it looks.
+Think briefly about each point of the caption, then end with one line of the form
+Final Score: X
+where X is a number from {low:g} (worst) to {high:g} (best).
+Caption: {prompt}"""
+SCORE = re.compile(r"\bscore\b[\s*_`]*(?:is|of|:|=)[\s*_`]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+
+
+def parse_score(text: str, low: float, high: float) -> float | None:
+    """The last score that a judge's answer states, or None.
+
+    `Final Score: 3.5`, `**Score:** 4` and `score is 4/5` are read; a number outside `[low, high]` is no score.
+
+    Args:
+        text (`str`): The answer.
+        low (`float`): The worst score.
+        high (`float`): The best score.
+
+    Returns:
+        `float` or None.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.vlm_judge import parse_score
+    >>> parse_score("Alignment Score: 2\\nFinal Score: 3.5", 1, 5), parse_score("A fine image.", 1, 5)
+    (3.5, None)
+
+    ```
+    """
+    found = SCORE.findall(text)
+    score = float(found[-1]) if found else None
+    return score if score is not None and low <= score <= high else None
+
+
+class VLMJudgeReward:
+    """The score that a vision-language model gives in words, asked over an OpenAI-compatible endpoint.
+
+    One request per image to `{url}/chat/completions`, with the image as a PNG data URL and temperature 0; the answer
+    is read by [`parse_score`], as for UnifiedReward. An answer without a score gives None and counts as a failure.
+    It is an async reward function.
+
+    Range: `low` to `high`, larger is better. Licence: that of the model behind the endpoint.
+
+    Args:
+        url (`str`): The endpoint up to and without `/chat/completions`, such as `"http://127.0.0.1:8000/v1"`.
+        model (`str`): The model's name at the endpoint.
+        instruction (`str`, *optional*): What the judge is told, with the fields `{prompt}`, `{low}` and `{high}`.
+        low (`float`, *optional*, defaults to `1`): The worst score.
+        high (`float`, *optional*, defaults to `5`): The best score.
+        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable with the key, read at
+            each call and never stored.
+        max_concurrency (`int`, *optional*, defaults to `16`): Requests under way at the same time.
+        max_retries (`int`, *optional*, defaults to `2`): How often one image is tried again after a passing failure.
+        backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first retry; each further one waits
+            twice as long.
+        timeout (`float`, *optional*, defaults to `60`): Seconds for one request.
+        max_tokens (`int`, *optional*, defaults to `512`): Length of the answer.
+        name (`str`, *optional*, defaults to `"vlm_judge"`): Name of the objective.
+
+    Raises:
+        ValueError: If `low` is not below `high`.
+        RuntimeError: At a call, if no image at all could be judged because the endpoint is away or busy.
+
+    Reference:
+        Wang et al., UnifiedReward, arXiv 2503.05236, for the form of the answer.
+    """
+
+    default_name = "vlm_judge"
+    range = "`low` to `high`, larger is better"
+    weights_licence = "that of the model behind the endpoint"
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        instruction: str = INSTRUCTION,
+        low: float = 1.0,
+        high: float = 5.0,
+        api_key_env: str = "OPENAI_API_KEY",
+        max_concurrency: int = 16,
+        max_retries: int = 2,
+        backoff: float = 0.5,
+        timeout: float = 60.0,
+        max_tokens: int = 512,
+        name: str | None = None,
+    ) -> None:
+        if low >= high:
+            raise ValueError(f"`low` must be below `high`. Found {low} and {high}. Pass the worst and the best score.")
+        self.__name__ = name or self.default_name
+        self.url, self.model, self.instruction = url.rstrip("/"), model, instruction
+        self.low, self.high, self.api_key_env = low, high, api_key_env
+        self.max_concurrency, self.max_retries, self.backoff = max_concurrency, max_retries, backoff
+        self.timeout, self.max_tokens = timeout, max_tokens
+
+    async def __call__(
+        self, prompts: Sequence[str], completions: Images | None = None, images: Images | None = None, **columns: Any
+    ) -> RewardList:
+        """Judge a batch.
+
+        Args:
+            prompts (`Sequence[str]`): One prompt per image.
+            completions (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The images.
+            images (`Tensor` of shape `[B, 3, H, W]`, *optional*): Used instead of `completions` where given.
+            columns: Not used.
+
+        Returns:
+            [`RewardList`], with a cause for each image that could not be judged.
+        """
+        import httpx
+
+        batch = images if images is not None else completions
+        pictures = to_pil(batch) if batch is not None else []
+        if len(pictures) != len(prompts):
+            raise ValueError(
+                f"`{self.__name__}` needs one image per prompt. Found {len(pictures)} for {len(prompts)} prompts. "
+                "Pass `completions` or `images` of the same length as `prompts`."
+            )
+        gate = asyncio.Semaphore(self.max_concurrency)
+        key = os.environ.get(self.api_key_env)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(timeout=self.timeout, headers=headers) as client:
+
+            async def judge(prompt: str, picture: Image.Image) -> float | Exception:
+                async with gate:
+                    try:
+                        return await self._judge(client, prompt, picture)
+                    except Exception as error:  # one image's failure is not the batch's
+                        return error
+
+            answers = await asyncio.gather(*map(judge, prompts, pictures))
+        errors = [answer if isinstance(answer, Exception) else None for answer in answers]
+        if errors and all(isinstance(error, TransientRewardError) for error in errors):
+            raise RuntimeError(f"no image could be judged: {errors[0]}") from errors[0]
+        return RewardList(
+            [None if isinstance(answer, Exception) else answer for answer in answers],
+            [None if error is None else describe(error) for error in errors],
+        )
+
+    async def _judge(self, client: Any, prompt: str, picture: Image.Image) -> float:
+        import httpx
+
+        instruction = self.instruction.format(prompt=prompt, low=self.low, high=self.high)
+        content = [
+            {"type": "image_url", "image_url": {"url": await asyncio.to_thread(data_url, picture)}},
+            {"type": "text", "text": instruction},
+        ]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        for attempt in range(self.max_retries + 1):
+            try:
+                response = await client.post(f"{self.url}/chat/completions", json=body)
+                if response.status_code not in PASSING:
+                    break
+                cause = f"the endpoint answers {response.status_code}"
+            except httpx.TransportError as error:
+                cause = describe(error)
+            if attempt == self.max_retries:
+                raise TransientRewardError(cause)
+            await asyncio.sleep(self.backoff * 2**attempt)
+        if response.status_code != 200:
+            raise RuntimeError(f"the endpoint answers {response.status_code}: {response.text[:200]}")
+        answer = response.json()["choices"][0]["message"]["content"]
+        score = parse_score(answer if isinstance(answer, str) else "", self.low, self.high)
+        if score is None:
+            raise RuntimeError(f"the answer states no score from {self.low:g} to {self.high:g}: {answer!r:.200}")
+        return score
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as a PNG data URL, lossless.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from trl_apex.rewards.vlm_judge import data_url
+    >>> data_url(Image.new("RGB", (1, 1)))[:22]
+    'data:image/png;base64,'
+
+    ```
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
