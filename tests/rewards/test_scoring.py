@@ -259,7 +259,7 @@ def test_closing():
 
 @pytest.mark.parametrize(
     "options",
-    [{"names": ["a"]}, {"names": ["a", "a"]}, {"timeout": 0}, {"timeout": [1.0]}, {"max_retries": -1}]
+    [{"names": ["a"]}, {"names": ["a", "a"]}, {"timeout": 0.0}, {"timeout": [1.0]}, {"max_retries": -1}]
     + [{"max_failure_rate": 2.0}, {"failure_window": 0}],
 )
 def test_options_out_of_range(options):

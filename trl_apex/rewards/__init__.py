@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from trl_apex.rewards.aesthetic import AestheticReward
     from trl_apex.rewards.clip_score import CLIPScoreReward
     from trl_apex.rewards.deqa import DeQAReward
-    from trl_apex.rewards.failure import RewardFailureRateError
+    from trl_apex.rewards.failure import RewardFailureRateError, RewardFailureWarning
     from trl_apex.rewards.hpsv2 import HPSv2Reward
     from trl_apex.rewards.image_reward import ImageReward
     from trl_apex.rewards.jpeg import JPEGCompressibilityReward, JPEGIncompressibilityReward
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TransientRewardError,
     )
     from trl_apex.rewards.remote import RemoteReward
-    from trl_apex.rewards.scoring import RewardFailureWarning, RewardScorer, ScoredBatch
+    from trl_apex.rewards.scoring import RewardScorer, ScoredBatch
     from trl_apex.rewards.vlm_judge import VLMJudgeReward
 
 _HOMES = {
@@ -37,7 +37,7 @@ _HOMES = {
     "RemoteReward": "remote",
     "Reward": "protocol",
     "RewardFailureRateError": "failure",
-    "RewardFailureWarning": "scoring",
+    "RewardFailureWarning": "failure",
     "RewardFunction": "protocol",
     "RewardList": "protocol",
     "RewardLoadError": "protocol",

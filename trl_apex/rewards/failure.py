@@ -21,6 +21,10 @@ class RewardFailureRateError(RuntimeError):
         self.name, self.rate, self.allowed, self.cause = name, rate, allowed, cause
 
 
+class RewardFailureWarning(UserWarning):
+    """A reward function failed on samples, which go on without this reward."""
+
+
 class FailureWindow:
     """The share of failed samples over the last batches.
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from trl_apex.rewards.calling import describe
 from trl_apex.rewards.images import to_pil
 from trl_apex.rewards.protocol import Images, RewardList, TransientRewardError
-from trl_apex.rewards.scoring import describe
 
 INSTRUCTION = """Rate how well this generated image matches its caption and how good it looks.
 Think briefly about each point of the caption, then end with one line of the form
