@@ -1,0 +1,277 @@
+"""Every objective's gradient, from the one backward that training does anyway."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    r"""What one optimizer step says about the objectives' gradients.
+
+    Args:
+        gramian (`Tensor` of shape `[K, K]`): inner products of the objectives' gradients, float64.
+        cosine (`Tensor` of shape `[K, K]`): their cosines; NaN where a gradient is zero.
+        harmony (`float`): \(\min_k \cos(d, g_k)\), d the direction that training takes; below 0, some objective is
+            made worse to first order. NaN where all are zero.
+        cross (`Tensor` of shape `[K, K]`, *optional*): \(\langle g_k^{(1)}, g_l^{(2)} \rangle\) between the two halves
+            of the prompts, where halves were given.
+        rows (`int`): (sample, step) rows behind it, over all ranks.
+    """
+
+    gramian: Float[Tensor, "K K"]
+    cosine: Float[Tensor, "K K"]
+    harmony: float
+    cross: Float[Tensor, "K K"] | None
+    rows: int
+
+
+class GradientProbe:
+    r"""Measures the objectives' gradients with hooks on linear layers.
+
+    A group-relative policy gradient is linear in the advantages, and samples do not meet inside the network. So at a
+    linear layer with inputs \(a_i\) and output gradients \(d_i\), which the training backward scales by row i's
+    advantage \(A_i\), the gradient of objective k alone is
+
+    $$g_k = \sum_i \frac{z_{ik}}{A_i}\, d_i^\top a_i$$
+
+    No further backward is needed, where the textbook way costs K of them. A row whose ratio is clipped has
+    \(d_i = 0\) and drops out by itself; one with \(|A_i|\) below `min_advantage` is left out.
+
+    Args:
+        model (`nn.Module`): what is trained, e.g. a PEFT model; not compiled.
+        objectives (`list[str]`): names, in the order of the scores' columns.
+        layers (`list[str]`, *optional*): regular expressions; a layer is probed if one of them is found in its name.
+            All linear layers with a trainable weight if not given: right for LoRA, costly for full fine-tuning, where
+            K + 1 copies of every probed weight are held during a probed step.
+        every (`int`): optimizer steps between two probes.
+        min_advantage (`float`): rows with a smaller \(|A_i|\) are left out.
+
+    Raises:
+        ValueError: if no trainable linear layer is found.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
+        >>> probe = GradientProbe(model, ["a", "b"])
+        >>> inputs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> advantages, scores = torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> with probe.step():
+        ...     probe.rows(advantages, scores)
+        ...     (-advantages * model(inputs)[:, 0]).mean().backward()
+        >>> probe.result().cosine[0, 1].item()
+        0.7071...
+
+    Note:
+        The rows must enter the loss through their advantage alone. A KL term breaks that: on a probed step, send it
+        through a forward and backward of its own, outside of `step`; the gradients add up to the same.
+
+        Works under gradient accumulation, gradient checkpointing, autocast, DDP and DeepSpeed, because it sees the
+        layers' activations alone. Full fine-tuning with DeepSpeed ZeRO-3 or FSDP works likewise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objectives: list[str],
+        layers: list[str] | None = None,
+        every: int = 10,
+        min_advantage: float = 1e-6,
+    ) -> None:
+        self.objectives = list(objectives)
+        self.every = every
+        self.min_advantage = min_advantage
+        self._layers = dict(_linear_layers(model, layers))
+        if not self._layers:
+            raise ValueError(
+                f"The model must have a trainable linear layer{f' that matches {layers}' if layers else ''}. Found "
+                "none. Pass `layers` that match the names of trainable linear layers, or build the probe after LoRA."
+            )
+        self._sums: dict[str, Tensor] = {}
+        self._coefficients: Tensor | None = None
+        self._halved = False
+        self._count = 0
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The probed layers."""
+        return list(self._layers)
+
+    def due(self, update: int) -> bool:
+        """Whether the optimizer step with this number (from 0) is to be probed."""
+        return update % self.every == 0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Listen to the forward and backward of one micro-batch; call [`rows`] inside, before the backward."""
+        handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._coefficients = None
+
+    def rows(
+        self,
+        advantages: Float[Tensor, " R"],
+        scores: Float[Tensor, "R K"],
+        halves: Int[Tensor, " R"] | None = None,
+    ) -> None:
+        """Say what the rows of this micro-batch are.
+
+        Args:
+            advantages (`Tensor` of shape `[R]`): what the loss multiplies each row's log-probability with.
+            scores (`Tensor` of shape `[R, K]`): each objective's own, e.g. `aggregator.normalized` of the row's sample.
+            halves (`Tensor` of shape `[R]`, *optional*): 0 or 1, the half that the row's *prompt* belongs to, for the
+                cross-fitted population estimate.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        size = len(self.objectives)
+        if scores.ndim != 2 or scores.shape != (len(advantages), size):
+            raise ValueError(
+                f"`scores` must have shape [{len(advantages)}, {size}], one column per objective {self.objectives}. "
+                f"Found {list(scores.shape)}. Pass the normalized scores of each row's sample."
+            )
+        scores, advantages = scores.detach().float(), advantages.detach().float()
+        used = advantages.abs() > self.min_advantage
+        ratios = torch.where(used[:, None], scores / torch.where(used, advantages, 1.0)[:, None], 0.0)
+        columns = [ratios, torch.ones_like(ratios[:, :1])]
+        self._halved = halves is not None
+        if halves is not None:
+            first = (halves == 0)[:, None]
+            columns = [torch.where(first, ratios, 0.0), columns[1], torch.where(first, 0.0, ratios)]
+        self._coefficients = torch.cat(columns, 1)
+        self._count += int(used.sum())
+
+    def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> ProbeResult | None:
+        """What was measured since the last call, which this call forgets.
+
+        Args:
+            reduce (`Callable`, *optional*): sums a tensor over ranks, e.g. an all-reduce. Every rank must call.
+
+        Returns:
+            [`ProbeResult`], or `None` if nothing was measured.
+        """
+        sums, self._sums, count, self._count = self._sums, {}, self._count, 0
+        if not sums:
+            return None
+        parts = []
+        for name in self._layers:  # in the same order on every rank
+            if name in sums:
+                # Sum over ranks before the products: the product of sums is not the sum of products.
+                gradients = sums.pop(name)
+                gradients = (reduce(gradients) if reduce else gradients).double()
+                parts.append((gradients @ gradients.T).cpu())
+        rows = torch.tensor([float(count)], dtype=torch.float64)
+        if reduce:
+            device = next(iter(self._layers.values())).weight.device
+            rows = reduce(rows.to(device, torch.float32)).cpu()
+        return _summarize(torch.stack(parts).sum(0), len(self.objectives), self._halved, int(rows))
+
+    def _hook(self, name: str):
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled() or not output.requires_grad:
+                return None
+            return _Listen.apply(output, arguments[0].detach(), self, name)
+
+        return hook
+
+    def _collect(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
+        coefficients = self._coefficients
+        if coefficients is None:
+            raise RuntimeError("GradientProbe: the rows must be known before the backward. Call `rows` inside `step`.")
+        if len(gradient) % len(coefficients):
+            raise ValueError(
+                f"The first axis of every probed layer must be the rows, {len(coefficients)} or a multiple (for batched "
+                f"guidance). Found {len(gradient)} in '{name}'. Leave this layer out with `layers`."
+            )
+        coefficients = coefficients.to(gradient.device).repeat(len(gradient) // len(coefficients), 1)
+        layer = self._layers[name]
+        parts = weighted_gradients(inputs, gradient, coefficients, layer.bias is not None and layer.bias.requires_grad)
+        self._sums[name] = parts if name not in self._sums else self._sums[name].add_(parts)
+
+
+class _Listen(torch.autograd.Function):
+    """Identity that keeps a layer's input the way autograd keeps it, so that checkpointing recomputes it."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, inputs: Tensor, probe: GradientProbe, name: str) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.probe, ctx.name = probe, name
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (inputs,) = ctx.saved_tensors
+        ctx.probe._collect(ctx.name, inputs, gradient)
+        return gradient, None, None, None
+
+
+def weighted_gradients(
+    inputs: Tensor, gradient: Tensor, coefficients: Float[Tensor, "R M"], bias: bool = False
+) -> Float[Tensor, "M N"]:
+    r"""Gradients of a linear layer for several weightings of its rows.
+
+    $$g_m = \sum_i c_{im}\, d_i^\top a_i$$
+
+    Args:
+        inputs (`Tensor` of shape `[R, ..., in]`): \(a\).
+        gradient (`Tensor` of shape `[R, ..., out]`): \(d\), gradient of the layer's output.
+        coefficients (`Tensor` of shape `[R, M]`): \(c\).
+        bias (`bool`): whether to append the gradient of the bias.
+
+    Returns:
+        `Tensor` of shape `[M, out * in]`, or `[M, out * in + out]` with the bias, float32.
+
+    Example:
+        >>> inputs, gradient = torch.eye(2), torch.ones(2, 1)
+        >>> weighted_gradients(inputs, gradient, torch.tensor([[1.0, 0.0], [0.0, 3.0]])).tolist()
+        [[1.0, 0.0], [0.0, 3.0]]
+    """
+    rows, wide, narrow = len(gradient), gradient.shape[-1], inputs.shape[-1]
+    d, a = gradient.float().reshape(rows, -1, wide), inputs.float().reshape(rows, -1, narrow)
+    tokens, columns = d.shape[1], coefficients.shape[1]
+    if 2 * wide * narrow <= columns * tokens * (wide + narrow):  # the rows' own gradients are smaller than M reads
+        own = torch.bmm(d.transpose(1, 2), a)
+        result = coefficients.T @ own.flatten(1)
+    else:
+        flat = a.flatten(0, 1)
+        result = torch.stack(
+            [((d * c[:, None, None]).flatten(0, 1).T @ flat).flatten() for c in coefficients.unbind(1)]
+        )
+    return torch.cat([result, coefficients.T @ d.sum(1)], 1) if bias else result
+
+
+def _linear_layers(model: nn.Module, patterns: Iterable[str] | None) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        trainable = isinstance(module, nn.Linear) and module.weight.requires_grad
+        if trainable and (patterns is None or any(re.search(pattern, name) for pattern in patterns)):
+            yield name, module
+
+
+def _summarize(products: Float[Tensor, "M M"], size: int, halved: bool, rows: int) -> ProbeResult:
+    # Columns: K objectives (of the first half of the prompts), the training direction, K objectives of the second.
+    cross = None
+    if halved:
+        first, second = slice(0, size), slice(size + 1, 2 * size + 1)
+        cross = products[first, second]
+        merge = torch.zeros(size + 1, 2 * size + 1, dtype=products.dtype)
+        merge[:, : size + 1] = torch.eye(size + 1)
+        merge[:size, size + 1 :] = torch.eye(size)
+        products = merge @ products @ merge.T
+    norms = products.diagonal().clamp(min=0.0).sqrt()
+    outer = norms[:, None] * norms[None, :]
+    cosine = torch.where(outer > 0, products / outer, torch.nan)
+    to_direction = cosine[size, :size]
+    known = to_direction[~to_direction.isnan()]
+    harmony = float(known.min()) if len(known) else float("nan")
+    return ProbeResult(products[:size, :size], cosine[:size, :size], harmony, cross, rows)
