@@ -51,7 +51,7 @@ class FailureWindow:
     ```
     """
 
-    def __init__(self, name: str, allowed: float | None, size: int) -> None:
+    def __init__(self, name: str, allowed: float | int | None, size: int) -> None:
         if allowed is not None and not 0 <= allowed <= 1:
             raise ValueError(f"`max_failure_rate` must be between 0 and 1. Found {allowed}. Pass a share, or None.")
         if size < 1:

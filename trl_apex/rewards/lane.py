@@ -28,7 +28,7 @@ class Lane:
         self._thread: threading.Thread | None = None
 
     @asynccontextmanager
-    async def turn(self, timeout: float | None) -> AsyncIterator[None]:
+    async def turn(self, timeout: float | int | None) -> AsyncIterator[None]:
         """Wait until the calls before this one are done.
 
         Args:
@@ -48,7 +48,7 @@ class Lane:
                 self._overrun = None
             yield
 
-    async def run(self, func: Callable, keywords: dict[str, Any], timeout: float | None) -> Any:
+    async def run(self, func: Callable, keywords: dict[str, Any], timeout: float | int | None) -> Any:
         """Call the function in the lane's thread.
 
         Args:

@@ -88,10 +88,10 @@ class RewardScorer:
         reward_funcs: Sequence[Callable],
         names: Sequence[str] | None = None,
         *,
-        timeout: float | Sequence[float | None] | None = None,
+        timeout: float | int | Sequence[float | int | None] | None = None,
         max_retries: int = 2,
-        backoff: float = BACKOFF,
-        max_failure_rate: float | None = None,
+        backoff: float | int = BACKOFF,
+        max_failure_rate: float | int | None = None,
         failure_window: int = 10,
     ) -> None:
         self.reward_funcs = list(reward_funcs)
@@ -106,7 +106,7 @@ class RewardScorer:
                 f"`max_retries` and `backoff` must not be negative. Found {max_retries} and {backoff}. Pass 0."
             )
         if isinstance(timeout, Sequence):
-            self.timeouts: list[float | None] = list(timeout)
+            self.timeouts: list[float | int | None] = list(timeout)
         else:
             self.timeouts = [timeout] * len(self.reward_funcs)
         if len(self.timeouts) != len(self.reward_funcs) or any(t is not None and t <= 0 for t in self.timeouts):

@@ -23,7 +23,7 @@ SCORE = re.compile(r"\bscore\b[\s*_`]*(?:is|of|:|=)[\s*_`]*(-?\d+(?:\.\d+)?)", r
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
-def parse_score(text: str, low: float, high: float) -> float | None:
+def parse_score(text: str, low: float | int, high: float | int) -> float | None:
     """The last score that a judge's answer states, or None.
 
     `Final Score: 3.5`, `**Score:** 4` and `score is 4/5` are read; a number outside `[low, high]` is no score.
@@ -92,13 +92,13 @@ class VLMJudgeReward:
         url: str,
         model: str,
         instruction: str = INSTRUCTION,
-        low: float = 1.0,
-        high: float = 5.0,
+        low: float | int = 1.0,
+        high: float | int = 5.0,
         api_key_env: str = "OPENAI_API_KEY",
         max_concurrency: int = 16,
         max_retries: int = 2,
-        backoff: float = 0.5,
-        timeout: float = 60.0,
+        backoff: float | int = 0.5,
+        timeout: float | int = 60.0,
         max_tokens: int = 512,
         name: str | None = None,
     ) -> None:
