@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 # Public name -> module that defines it. Loaded on first use: `import trl_apex` itself imports nothing heavy.
 _PUBLIC = {
     "APEXConfig": "trl_apex.trainer.apex_config",
+    "APEXGRPOConfig": "trl_apex.trainer.apex_grpo_config",
+    "APEXGRPOTrainer": "trl_apex.trainer.apex_grpo_trainer",
     "APEXTrainer": "trl_apex.trainer.apex_trainer",
     "DiffusionGRPOConfig": "trl_apex.trainer.diffusion_grpo_config",
     "DiffusionGRPOTrainer": "trl_apex.trainer.diffusion_grpo_trainer",
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .aggregation import MultiObjectiveRewardAggregator
     from .rewards import AestheticReward, DeQAReward, OCRReward, PickScoreReward
     from .trainer.apex_config import APEXConfig
+    from .trainer.apex_grpo_config import APEXGRPOConfig
+    from .trainer.apex_grpo_trainer import APEXGRPOTrainer
     from .trainer.apex_trainer import APEXTrainer
     from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
     from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
