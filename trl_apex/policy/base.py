@@ -43,6 +43,11 @@ class DiffusionPolicy(ABC):
         return getattr(self.pipeline, self.denoiser_name)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser's own weights are in, and so its inputs."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
     def vae_scale_factor(self) -> int:
         return self.pipeline.vae_scale_factor
 

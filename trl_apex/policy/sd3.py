@@ -54,5 +54,5 @@ class SD3Policy(DiffusionPolicy):
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float
     ) -> Tensor:
-        dtype = embeddings["encoder_hidden_states"].dtype
-        return model(hidden_states=latents.to(dtype), timestep=timesteps, return_dict=False, **embeddings)[0]
+        embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
+        return model(hidden_states=latents.to(self.dtype), timestep=timesteps, return_dict=False, **embeddings)[0]

@@ -30,5 +30,4 @@ class APEXConfig(ApexOptions, DiffusionGRPOConfig):
 
     def aggregator_options(self) -> dict[str, Any]:
         """The options of the aggregator, by name."""
-        shared = {"epsilon"}  # means the clip range here
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(ApexOptions) if f.name not in shared}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(ApexOptions)}

@@ -5,7 +5,7 @@ import logging
 import torch
 from transformers import TrainerCallback
 
-from ..distributed import any_rank
+from ..distributed import any_rank, local_shard
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,19 @@ class GradientGuardCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
-        if trainer.is_deepspeed_enabled:  # the engine has already stepped
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
         device = trainer.accelerator.device
-        finite = all(bool(torch.isfinite(g).all()) for g in gradients)
+        if trainer.is_deepspeed_enabled:  # has stepped already, unless a gradient was not finite
+            if trainer.update_is_dead:
+                trainer._metrics["train"]["skipped_updates/dead"].append(1.0)
+                return
+            finite = trainer.model_wrapped.was_step_applied()
+        else:
+            gradients = [local_shard(p.grad) for p in model.parameters() if p.grad is not None]
+            finite = all(bool(torch.isfinite(g).all()) for g in gradients)
         if any_rank(not finite, device):
             self._nonfinite_in_a_row += 1
-            model.zero_grad(set_to_none=True)
+            if not trainer.is_deepspeed_enabled:
+                model.zero_grad(set_to_none=True)
             trainer._metrics["train"]["skipped_updates/nonfinite"].append(1.0)
             logger.warning(
                 "Update %d has non-finite gradients and is skipped (%d in a row).",
@@ -66,6 +71,8 @@ class GradientGuardCallback(TrainerCallback):
                 )
             return
         self._nonfinite_in_a_row = 0
+        if trainer.is_deepspeed_enabled:
+            return
         nothing = trainer.update_is_dead
         trainer.update_is_dead = True
         if args.skip_dead_updates and args.beta == 0 and not any_rank(not nothing, device):

@@ -11,7 +11,6 @@ STATIC_RULES = ("sum_then_normalize", "normalize_then_sum")
 # What of GRPOConfig has no meaning for a denoiser. Found at another value than GRPOConfig's default: an error.
 LANGUAGE_FIELDS = (
     "max_completion_length",
-    "pad_to_multiple_of",
     "temperature",
     "top_p",
     "top_k",
@@ -116,6 +115,12 @@ class DiffusionGRPOConfig(GRPOConfig):
     kl_reference: str = field(
         default="base",
         metadata=_help("Reference of the KL term (`beta` > 0): 'base', the model without adapter or as loaded."),
+    )
+    gather_for_rollout: bool = field(
+        default=True,
+        metadata=_help(
+            "Under ZeRO-3 and FSDP2, gather all weights once a rollout; False gathers each layer in each forward."
+        ),
     )
     ema_decay: float | None = field(
         default=None, metadata=_help("Decay of an exponential moving average of the trained weights; None for none.")

@@ -13,12 +13,25 @@ import torch
 from diffusers.utils import numpy_to_pil
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from ..aggregation.normalize import group_rows
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize
-from ..distributed import all_reduce_sum, gather_list, gather_rows, local_slice
+from ..distributed import (
+    OtherRankError,
+    all_reduce_sum,
+    check_equal,
+    failing_together,
+    gather_list,
+    gather_rows,
+    gathered_for_rollout,
+    is_sharded,
+    local_slice,
+    lost_rank,
+    wait_for_all,
+    whole_models,
+)
 from ..loss import clipped_surrogate, gaussian_kl
 from ..policy.load import load_policy
 from ..policy.sampler import Sampler, sde_window
@@ -29,6 +42,8 @@ from ..rollout.denoise import denoise
 from ..rollout.noise import keyed_noise
 from ..types import Rollout
 from .callbacks import GradientGuardCallback, IterationCallback
+from .checkpoint import PARTIAL, check_engine, clear_partial, last_whole, publish, rotate, to_resume_from
+from .denoiser import save_denoiser
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .ema import EMACallback
 from .inputs import check_dataset, check_weights, reward_names
@@ -99,7 +114,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self,
         model,
         reward_funcs=None,
-        args: GRPOConfig | None = None,
+        args=None,
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
@@ -132,9 +147,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 check_dataset(dataset, f"eval_dataset{name and '.' + name}")
         train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
 
-        self.policy = load_policy(model, **self._load_kwargs(model, args, peft_config))
+        with whole_models():
+            self.policy = load_policy(model, **self._load_kwargs(model, args, peft_config))
         self._plan_rollout(args)
         self._plan_updates(args, len(train_dataset))
+        set_seed(args.seed)  # the adapter's first weights are drawn here
         denoiser = self._prepare_denoiser(args, peft_config)
 
         super(GRPOTrainer, self).__init__(
@@ -154,6 +171,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._scorer: Any = None  # a RewardScorer while training
         self._iteration_rollout: dict[str, Any] | None = None
         self.resumed_from: str | None = None
+        self._partial_dir: Path | None = None
         self.save_and_stop: str | None = None
         self.update_is_dead = True
         self.eval_records: list[dict[str, Any]] = []
@@ -165,7 +183,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     # Set-up
 
-    def _upgrade_args(self, args: GRPOConfig | None) -> DiffusionGRPOConfig:
+    def _upgrade_args(self, args: Any) -> DiffusionGRPOConfig:
         if args is None:
             return self.config_class(output_dir=f"{type(self).__name__}-output")
         if isinstance(args, self.config_class):
@@ -238,7 +256,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         for name in ("gradient_checkpointing_disable", "activation_checkpointing_disable"):
             setattr(denoiser, name, types.MethodType(lambda self: self.disable_gradient_checkpointing(), denoiser))
         if peft_config is not None:
-            return add_adapter(denoiser, peft_config, self.policy)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(args.seed)  # equal on all ranks, also where an engine does not broadcast
+                return add_adapter(denoiser, peft_config, self.policy)
         if args.beta > 0:
             raise ValueError(
                 "`beta` > 0 needs a reference policy, which is the model without its adapter. Found no `peft_config`. "
@@ -266,10 +286,21 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         )
 
     def train(self, resume_from_checkpoint=None, **kwargs):
+        resume_from_checkpoint = self._resume_point(resume_from_checkpoint)
         self._scorer = self._open_scorer(self.reward_funcs, self.reward_func_names)
         self.save_and_stop = None
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error, OtherRankError) or not lost_rank(error):
+                raise
+            whole = last_whole(self.args.output_dir)
+            raise OtherRankError(
+                f"All {self.accelerator.num_processes} processes must live until the end. Found that another one is gone "
+                f"(at step {self.state.global_step}, on rank {self.accelerator.process_index}: {str(error)[:200]}). Look "
+                "for the first error of the other ranks, then "
+                + (f"resume from {whole}, the last whole checkpoint." if whole else "start anew: none was saved yet.")
+            ) from error
         finally:
             self._scorer.close()
             self._scorer = None
@@ -279,6 +310,25 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 f"Training was stopped at step {self.state.global_step}, with a checkpoint saved: {self.save_and_stop}"
             )
         return result
+
+    def _resume_point(self, wanted) -> str | None:
+        """The whole checkpoint behind `resume_from_checkpoint`, the same on every rank; None to start anew."""
+        if wanted is None or wanted is False:
+            return None
+        found = None
+        with failing_together("the choice of a checkpoint"):
+            if self.accelerator.is_main_process:
+                found = str(to_resume_from(wanted, self.args.output_dir))
+                check_engine(found, self._engine, self.accelerator.num_processes)
+                clear_partial(self.args.output_dir)
+        return gather_list([found])[0]
+
+    @property
+    def _engine(self) -> str:
+        """What saves and loads the state: "ddp" (one process too), "zero1" to "zero3" or "fsdp"."""
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "fsdp" if self.is_fsdp_enabled else "ddp"
 
     def _open_scorer(self, funcs: list, names: list[str]) -> RewardScorer:
         return RewardScorer(funcs, names, timeout=self.args.reward_timeout)
@@ -294,7 +344,20 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     # One iteration
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One micro-batch. DeepSpeed steps inside the backward, so that an update without a signal is left out here."""
+        if not self.is_deepspeed_enabled:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        self.update_is_dead = inputs["dead"] and self.args.skip_dead_updates and self.beta == 0
+        if not self.update_is_dead:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._step += 1
+        return torch.zeros((), device=self.accelerator.device)
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if isinstance(generation_batch, dict):  # prepared already
+            return generation_batch
         position = self._step % self.steps_per_iteration
         if position == 0 or self._iteration_rollout is None:
             if position:
@@ -316,16 +379,18 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         chunk = self.args.rollout_batch_size or len(inputs)
         first = self.accelerator.process_index * len(inputs)
         rollouts, pending = [], []
-        for start in range(0, len(inputs), chunk):
-            rows = inputs[start : start + chunk]
-            rollout = self._rollout([row["prompt"] for row in rows], first + start)
-            rollouts.append(rollout)
-            if self.args.reward_overlap:
-                pending.append(self._submit(self._scorer, rows, rollout.images))
-        if not self.args.reward_overlap:
-            pending = [self._submit(self._scorer, inputs, torch.cat([r.images for r in rollouts]))]
+        with self._rollout_weights(), self._failing_together_unless_sharded():
+            for start in range(0, len(inputs), chunk):
+                rows = inputs[start : start + chunk]
+                rollout = self._rollout([row["prompt"] for row in rows], first + start)
+                rollouts.append(rollout)
+                if self.args.reward_overlap:
+                    pending.append(self._submit(self._scorer, rows, rollout.images))
         sampled = time.perf_counter()
-        scored = [future.result() for future in pending]
+        with failing_together("the rewards"):
+            if not self.args.reward_overlap:
+                pending = [self._submit(self._scorer, inputs, torch.cat([r.images for r in rollouts]))]
+            scored = [future.result() for future in pending]
         metrics["time/rollout"].append(sampled - started)
         metrics["time/rewards_wait"].append(time.perf_counter() - sampled)
         self._log_scoring(scored)
@@ -344,6 +409,16 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             "prompts": [row["prompt"] for row in inputs],
             "dead": bool((advantages == 0).all()),
         }
+
+    def _rollout_weights(self):
+        """Whole weights on every rank for the length of a rollout, where an engine shards them and memory allows."""
+        return gathered_for_rollout(self.model_wrapped) if self.args.gather_for_rollout else nullcontext()
+
+    def _failing_together_unless_sharded(self):
+        """Sharded layers are gathered in each forward; a rank that fails there leaves the others in that collective."""
+        if not self.args.gather_for_rollout and any(map(is_sharded, self.model.parameters())):
+            return nullcontext()
+        return failing_together("the rollout")
 
     def _rollout(self, prompts: list[str], first_sample: int) -> Rollout:
         args, device = self.args, self.accelerator.device
@@ -571,11 +646,15 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             metrics[name].append(value)
 
     def _log_scoring(self, scored: list) -> None:
-        for name in self.reward_func_names:
+        names = self.reward_func_names
+        counts = torch.tensor(
+            [sum(s.failures.get(name, 0) for s in scored) for name in names] + [0], dtype=torch.float32
+        )
+        counts[-1] = sum(len(s.rewards) for s in scored)
+        *all_failures, samples = map(int, all_reduce_sum(counts.to(self.accelerator.device)).tolist())
+        for name, failures in zip(names, all_failures, strict=True):  # of all ranks, so that they stop together
             self._metrics["train"][f"time/reward/{name}"].append(sum(s.seconds.get(name, 0.0) for s in scored))
-            failures = sum(s.failures.get(name, 0) for s in scored)
             self._metrics["train"][f"reward_failures/{name}"].append(float(failures))
-            samples = sum(len(s.rewards) for s in scored)
             if failures > self.args.max_reward_failure_rate * samples:
                 self.request_stop(
                     f"reward {name!r} failed for {failures} of {samples} images, more than max_reward_failure_rate="
@@ -602,31 +681,86 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             for name, column in zip(self.reward_func_names, rewards.T.tolist(), strict=True):
                 self._logs["rewards"][name].extend(column)
             self._logs["advantages"].extend(advantages.tolist())
-        for name in list(self._pending_metrics):
-            values = self._pending_metrics.pop(name)
+        # A reward may log on some ranks only, so all names travel in one exchange.
+        pending = (dict(self._pending_metrics), dict(self._pending_extra_logs))
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+        everyone = gather_list([pending])
+        for name in sorted({name for logged, _ in everyone for name in logged}):
+            values = [value for logged, _ in everyone for value in logged.get(name, [])]
             metrics[name].append(sum(values) / len(values))
-        for column in sorted(self._pending_extra_logs):
-            self._logs["extra"][column].extend(gather_list(self._pending_extra_logs.pop(column)))
+        for column in sorted({column for _, extra in everyone for column in extra}):
+            self._logs["extra"][column].extend(value for _, extra in everyone for value in extra.get(column, []))
 
     # Checkpoints
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what a plain diffusers pipeline loads: an adapter, or all weights under `transformer/`.
+
+        Every rank must call it; the main process writes.
+        """
+        sharded = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if not sharded:
+            super().save_model(output_dir, _internal_call)
+        else:  # Trainer would write nothing
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        wait_for_all()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or str(self.args.output_dir)
-        super()._save(output_dir, state_dict)
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
-            save_diffusers_lora(model, self.policy, output_dir, state_dict)
-        for name, state in self._extra_state().items():
-            Path(output_dir, name).write_text(json.dumps(state, indent=1))
         if self._ema is not None:
             self._ema.save(output_dir)
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            super()._save(output_dir, state_dict)
+            save_diffusers_lora(model, self.policy, output_dir, state_dict)
+        elif self._partial_dir is not None:
+            super()._save(output_dir, state_dict)  # to resume from
+        else:
+            save_denoiser(model, Path(output_dir, self.policy.denoiser_name), state_dict)
+        for name, state in self._extra_state().items():
+            Path(output_dir, name).write_text(json.dumps(state, indent=1))
 
     def _extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside Trainer's own files: file name to JSON content."""
         return {}
 
     def _save_checkpoint(self, model, trial) -> None:
-        Trainer._save_checkpoint(self, model, trial)
+        """Trainer's own, but into a place that no resume looks at, renamed once it is whole."""
+        for name, state in self._extra_state().items():
+            check_equal(name, state)
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._partial_dir = run / PARTIAL
+        try:
+            Trainer._save_checkpoint(self, model, trial)
+        finally:
+            self._partial_dir = None
+        wait_for_all()
+        with failing_together(f"saving {name}"):
+            if self.args.should_save:
+                best = run / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step and (best.exists() or best.name == name):
+                    self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(run / PARTIAL / name / "trainer_state.json"))
+                publish(
+                    run / PARTIAL / name, run / name, engine=self._engine, world_size=self.accelerator.num_processes
+                )
+                clear_partial(run)
+                rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._partial_dir or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._partial_dir is None:  # not before it is whole
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Written when the model is pushed."""

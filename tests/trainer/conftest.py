@@ -1,0 +1,67 @@
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl_apex import APEXConfig
+from trl_apex.tiny.pipeline import build_pipeline
+
+PROMPTS = [
+    'a red circle with " C A T "',
+    'a blue square with " H U T "',
+    'a green star with " T E N "',
+    'a red square with " L O T "',
+]
+
+
+def redness(completions, images, **kwargs):
+    return images[:, 0].mean((1, 2)).tolist()
+
+
+def contrast(prompts, completions, images, **kwargs):
+    return (100 * images.std((1, 2, 3))).tolist()
+
+
+@pytest.fixture
+def pipeline():
+    torch.set_num_threads(1)
+    pipe = build_pipeline(0)
+    # A fresh adaLN-zero-like head would predict nothing and hide errors.
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(20)
+    pipe.vae.register_to_config(shift_factor=0.1)
+    return pipe
+
+
+@pytest.fixture
+def dataset():
+    return Dataset.from_dict({"prompt": PROMPTS * 2, "level": list(range(8))})
+
+
+@pytest.fixture
+def lora():
+    return LoraConfig(r=4, lora_alpha=12, init_lora_weights="gaussian")
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    def make(cls=APEXConfig, **overrides):
+        values = {
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "per_device_train_batch_size": 8,
+            "generation_batch_size": 8,
+            "num_generations": 4,
+            "num_inference_steps": 3,
+            "guidance_scale": 1.0,
+            "max_sequence_length": 12,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "learning_rate": 1e-3,
+            "disable_tqdm": True,
+            "seed": 3,
+        }
+        return cls(**{**values, **overrides})
+
+    return make

@@ -1,0 +1,129 @@
+"""What cannot work is refused before any compute, with what was expected, what was found and what to do."""
+
+import functools
+
+import pytest
+import torch
+from conftest import contrast, redness
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig
+
+
+def constructed(pipeline, dataset, lora, args, **overrides):
+    values = {"model": pipeline, "reward_funcs": [redness, contrast], "args": args, "train_dataset": dataset}
+    return APEXTrainer(**{**values, "peft_config": lora, **overrides})
+
+
+def named(name):
+    reward = functools.partial(redness)
+    return reward if name == "partial" else redness
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"reward_funcs": []}, "at least one reward function"),
+        ({"reward_funcs": ["some/reward-model"]}, "must be functions.*Found 'some/reward-model'"),
+        ({"reward_funcs": [redness, functools.partial(redness)]}, "must differ.*'redness'.*name="),
+        ({"monitor_funcs": [redness]}, "must differ.*'redness'"),
+        ({"train_dataset": None}, "datasets.Dataset.*Found NoneType"),
+        ({"train_dataset": Dataset.from_dict({"caption": ["a"]})}, "`prompt` column.*caption"),
+        ({"train_dataset": Dataset.from_dict({"prompt": []})}, "at least one prompt"),
+        ({"train_dataset": Dataset.from_dict({"prompt": ["a"]})}, "needs 2 prompts.*Found a dataset of 1"),
+        ({"train_dataset": Dataset.from_dict({"prompt": [["chat"], ["chat"]]})}, "must be a string.*list in row 0"),
+        ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, "`eval_dataset` must have a `prompt` column"),
+        ({"peft_config": LoraConfig(target_modules=["to_q", "nowhere"])}, "must match.*nowhere.*to_q"),
+        ({"peft_config": LoraConfig(lora_dropout=0.1)}, "`lora_dropout` must be 0"),
+        ({"quantization_config": object()}, "`quantization_config` must be None"),
+    ],
+)
+def test_bad_arguments(pipeline, dataset, lora, make_args, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        constructed(pipeline, dataset, lora, make_args(), **overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"reward_weights": [1.0]}, "one weight per reward.*Found 1"),
+        ({"reward_weights": [1.0, -1.0]}, "must not be negative"),
+        ({"reward_weights": [0.0, 0.0]}, "one must be positive"),
+        ({"gradient_accumulation_steps": 3}, "whole updates.*gradient_accumulation_steps=2"),
+        ({"transition": "ddim"}, "`transition` must be one of.*flow_sde"),
+        ({"height": 33}, "multiples of 4 pixels.*Found 33 x 32"),
+        ({"sde_window_size": 5}, "sde_window_range"),
+        ({"num_inference_steps": 1}, "at least 2"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_or_the_rewards(pipeline, dataset, lora, make_args, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        constructed(pipeline, dataset, lora, make_args(**overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            {"generation_batch_size": 12, "num_generations": 8, "per_device_train_batch_size": 4},
+            "divisible by num_gen",
+        ),
+        ({"num_generations": 1}, "at least 2.*Found 1"),
+        ({"temperature": 0.7}, "`temperature` has no meaning"),
+        ({"use_vllm": True}, "`use_vllm` has no meaning"),
+        ({"multi_objective_aggregation": "average"}, "must be one of apex"),
+        ({"noise_level": 0.0}, "`noise_level` must be positive"),
+        ({"timestep_batch_size": 0}, "`timestep_batch_size`"),
+        ({"ema_decay": 1.5}, "`ema_decay`"),
+        ({"priority_temperature": -1.0}, "priority_temperature"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+    ],
+)
+def test_bad_configuration(make_args, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**overrides)
+
+
+def test_unknown_key(make_args):
+    with pytest.raises(TypeError, match="guidance_scal"):
+        make_args(guidance_scal=3.0)
+
+
+def test_static_trainer_refuses_adaptive_rules(make_args):
+    with pytest.raises(ValueError, match="sum_then_normalize, normalize_then_sum.*APEXConfig"):
+        make_args(DiffusionGRPOConfig, multi_objective_aggregation="apex")
+
+
+@pytest.mark.parametrize("output, message", [([1.0], "1.*16|returned 1"), ("good", "str|number")])
+def test_reward_that_returns_nonsense_stops_before_an_update(pipeline, dataset, lora, make_args, output, message):
+    def nonsense(prompts, **kwargs):
+        return [output] * len(prompts) if isinstance(output, str) else output
+
+    trainer = constructed(pipeline, dataset, lora, make_args(), reward_funcs=[nonsense])
+    with pytest.raises(ValueError, match="nonsense"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_other_pipelines_and_arguments_are_named(pipeline, dataset, lora, make_args):
+    with pytest.raises(ValueError, match="supported text-to-image pipeline.*Found Linear"):
+        constructed(torch.nn.Linear(1, 1), dataset, lora, make_args())
+    with pytest.raises(ValueError, match="`args` must be a APEXConfig or a trl.GRPOConfig. Found dict"):
+        constructed(pipeline, dataset, lora, {"output_dir": "x"})
+    with pytest.raises(ValueError, match="`model_init_kwargs` needs `model` to be a name"):
+        constructed(pipeline, dataset, lora, make_args(APEXConfig, model_init_kwargs={"variant": "fp16"}))
+
+
+def test_a_failing_reward_stops_with_a_checkpoint(pipeline, dataset, lora, make_args, tmp_path):
+    def broken(prompts, **kwargs):
+        raise RuntimeError("no such model")
+
+    trainer = constructed(pipeline, dataset, lora, make_args(max_steps=20), reward_funcs=[broken, redness])
+    with (
+        pytest.warns(UserWarning, match="no such model"),
+        pytest.raises(RuntimeError, match="broken.*max_reward_failure"),
+    ):
+        trainer.train()
+    assert (tmp_path / "run" / f"checkpoint-{trainer.state.global_step}").is_dir()
+    assert trainer.state.global_step == trainer.updates_per_iteration
