@@ -1,10 +1,37 @@
 """The one file that calls collectives."""
 
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed
 from accelerate.utils import gather, gather_object, reduce
-from torch import Tensor
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class OtherRankError(RuntimeError):
+    """Another process of the run failed; this one stops with it, instead of waiting for it forever."""
+
+
+def num_ranks() -> int:
+    """Processes of this run, 1 where nothing is distributed."""
+    return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def this_rank() -> int:
+    return torch.distributed.get_rank() if _distributed() else 0
+
+
+def wait_for_all() -> None:
+    """Return once every rank has come here."""
+    if _distributed():
+        torch.distributed.barrier()
 
 
 def gather_rows(values: Tensor) -> Tensor:
@@ -30,3 +57,205 @@ def local_slice(size: int, rank: int) -> slice:
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank where it is true on one."""
     return bool(gather(torch.tensor([flag], device=device)).any())
+
+
+@contextmanager
+def failing_together(what: str) -> Iterator[None]:
+    """A part of the work, free of collectives, that all ranks finish or none does.
+
+    An exception on one rank alone would leave the others waiting in the next collective. Here it is exchanged first:
+    the rank that failed raises its own error, every other one an [`OtherRankError`] that quotes it.
+
+    Args:
+        what (`str`): the work, for the message: "rollout and rewards".
+
+    Example:
+        ```python
+        >>> with failing_together("scoring"):
+        ...     scores = [0.5]
+        >>> with failing_together("scoring"):
+        ...     raise ValueError("one score for two images")
+        Traceback (most recent call last):
+        ValueError: one score for two images
+
+        ```
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if not _distributed():
+        if error is not None:
+            raise error
+        return
+    told = gather_list([None if error is None else f"{type(error).__name__}: {error}"])
+    if error is not None:
+        raise error
+    failed = {rank: text for rank, text in enumerate(told) if text is not None}
+    if failed:
+        rank, text = next(iter(failed.items()))
+        others = "" if len(failed) == 1 else f" (and ranks {sorted(failed)[1:]} with it)"
+        raise OtherRankError(
+            f"Every process must finish {what}. Rank {rank}{others} failed with {text} This process has no error of "
+            "its own; mend what rank {rank} reports.".replace("{rank}", str(rank))
+        )
+
+
+def lost_rank(error: BaseException) -> bool:
+    """Whether an error says that another process is gone (it died, or closed its connections).
+
+    Example:
+        ```python
+        >>> lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"))
+        True
+        >>> lost_rank(RuntimeError("shapes do not match"))
+        False
+
+        ```
+    """
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
+    return any(sign in text for sign in signs)
+
+
+def check_equal(name: str, state: Any) -> None:
+    """Raise on every rank if `state` (anything JSON can hold) differs between ranks.
+
+    Args:
+        name (`str`): of the state, for the message.
+        state: must be the same everywhere.
+
+    Raises:
+        RuntimeError: names the ranks that differ from most others.
+
+    Example:
+        ```python
+        >>> check_equal("priorities", {"ocr": 0.5})
+
+        ```
+    """
+    text = json.dumps(state, sort_keys=True, default=repr)
+    digests = gather_list([hashlib.sha256(text.encode()).hexdigest()]) if _distributed() else []
+    if len(set(digests)) > 1:
+        usual = max(digests, key=digests.count)  # the first of equals, so rank 0 where two ranks disagree
+        others = [rank for rank, digest in enumerate(digests) if digest != usual]
+        raise RuntimeError(
+            f"{name} must be equal on all ranks. Found other values on rank {', '.join(map(str, others))} than on rank "
+            f"{digests.index(usual)}. A checkpoint of it would be wrong, so none is written; the last one stands. "
+            "Something rank-dependent reached the aggregation: look for rewards that are changed after the gather."
+        )
+
+
+# Weights that an engine has sharded
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this rank holds a part of the parameter only (ZeRO-3, FSDP2)."""
+    return hasattr(parameter, "ds_tensor") or hasattr(parameter, "full_tensor")
+
+
+def local_shard(parameter: Tensor) -> Tensor:
+    """The storage that this rank owns of a parameter: a view, the parameter itself where nothing is sharded."""
+    if hasattr(parameter, "ds_tensor"):
+        if parameter.ds_status.name == "AVAILABLE":  # small parameters stay gathered, and would hide the shard
+            parameter.partition(has_been_updated=False)
+        return parameter.ds_tensor.data
+    if hasattr(parameter, "to_local"):
+        return parameter.to_local().data
+    return parameter.data
+
+
+def full_trainable_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Whole trainable parameters by name, on the CPU of every rank; all ranks must call it.
+
+    Args:
+        model (`nn.Module`): wrapped by an engine or not.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        with _gathered([parameter]):
+            value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            weights[name.removeprefix("module.")] = value.detach().cpu().clone()
+    return weights
+
+
+@contextmanager
+def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
+    """Hold the whole weights on every rank for many forwards, instead of gathering each layer in each of them.
+
+    Args:
+        model (`nn.Module`): as the engine wrapped it. Nothing happens where the engine shards no weights.
+    """
+    parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
+    sharded = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+    with ExitStack() as stack:
+        if parameters:
+            hooks = model.optimizer.parameter_offload if hasattr(model, "optimizer") else None
+            stack.enter_context(_gathered(parameters))
+            if hooks is not None:
+                stack.enter_context(_without_zero3_hooks(model, hooks))
+        for module in sharded:
+            module.unshard()
+            module.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in sharded:
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()
+
+
+@contextmanager
+def _gathered(parameters: list[Tensor]) -> Iterator[None]:
+    if not any(hasattr(p, "ds_tensor") for p in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+@contextmanager
+def _without_zero3_hooks(engine: nn.Module, offload: Any) -> Iterator[None]:
+    from trl.models.utils import add_hooks, remove_hooks
+
+    remove_hooks(engine)
+    try:
+        yield
+    finally:
+        add_hooks(engine)
+
+
+@contextmanager
+def whole_models() -> Iterator[None]:
+    """Load transformers models whole while ZeRO-3 is on, which would partition each one at once.
+
+    Text encoders and reward models are never trained; partitioned outside an engine, they break in their first forward.
+
+    Example:
+        ```python
+        >>> with whole_models():
+        ...     model = torch.nn.Linear(2, 2)
+
+        ```
+    """
+    from transformers.integrations import deepspeed as integration
+
+    config = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    if config is None or config() is None:
+        yield
+        return
+    kept = config()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(kept)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

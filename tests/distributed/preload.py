@@ -1,0 +1,17 @@
+"""What the processes of a test have imported before they are forked."""
+
+import os
+import warnings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+import deepspeed  # noqa: E402, F401
+import torch.distributed.fsdp  # noqa: E402, F401
+import training  # noqa: E402, F401

@@ -1,0 +1,228 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is written under `.partial/` beside its final place, a manifest with the size and hash of every file is
+added, and the directory is renamed. A process that is killed on the way leaves nothing that looks like a checkpoint, and
+a file that is cut short or changed later no longer matches the manifest. Resuming takes whole checkpoints only.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def publish(partial: str | Path, final: str | Path, **facts: Any) -> None:
+    """Give a finished checkpoint its manifest and its name, in one step that either happens or does not.
+
+    Args:
+        partial (`str` or `Path`): directory that holds all files, on the same file system as `final`.
+        final (`str` or `Path`): where it belongs. What is there (a broken checkpoint of an earlier run) is replaced.
+        facts: kept in the manifest: `engine`, `world_size`.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> (run / PARTIAL / "checkpoint-4").mkdir(parents=True)
+        >>> _ = (run / PARTIAL / "checkpoint-4" / "weights").write_bytes(b"1234")
+        >>> publish(run / PARTIAL / "checkpoint-4", run / "checkpoint-4", world_size=2)
+        >>> defects(run / "checkpoint-4"), manifest(run / "checkpoint-4")["world_size"]
+        ([], 2)
+        >>> _ = (run / "checkpoint-4" / "weights").write_bytes(b"12")
+        >>> defects(run / "checkpoint-4")
+        ['weights has 2 of 4 bytes']
+
+        ```
+    """
+    partial, final = Path(partial), Path(final)
+    names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST)
+    for name in names:
+        _sync(partial / name)
+    with ThreadPoolExecutor(8) as pool:
+        hashes = list(pool.map(lambda name: _sha256(partial / name), names))
+    files = {n: {"size": (partial / n).stat().st_size, "sha256": h} for n, h in zip(names, hashes, strict=True)}
+    (partial / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1))
+    _sync(partial / MANIFEST)
+    for directory in {partial, *((partial / name).parent for name in names)}:
+        _sync(directory)
+    if final.exists():
+        replaced = partial.with_name(final.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        partial.rename(final)
+    _sync(final.parent)
+
+
+def manifest(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint; None where it has none that can be read."""
+    try:
+        content = json.loads(Path(checkpoint, MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else None
+
+
+def defects(checkpoint: str | Path) -> list[str]:
+    """What keeps a checkpoint from being whole, one line a file; empty for a whole one.
+
+    Files that the manifest does not list were added later, and are no defect.
+    """
+    checkpoint, content = Path(checkpoint), manifest(checkpoint)
+    if content is None:
+        return [f"{MANIFEST} is missing or unreadable"]
+    found = []
+    for name, entry in content["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != entry["size"]:
+            found.append(f"{name} has {path.stat().st_size} of {entry['size']} bytes")
+    if found:
+        return found
+    with ThreadPoolExecutor(8) as pool:
+        hashes = list(pool.map(lambda name: _sha256(checkpoint / name), content["files"]))
+    expected = [entry["sha256"] for entry in content["files"].values()]
+    return [f"{n} has another hash" for n, a, b in zip(content["files"], hashes, expected, strict=True) if a != b]
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The directories `checkpoint-N` of a run, whole or not, the latest step first."""
+    run = Path(run)
+    found = [p for p in run.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)] if run.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The step in a checkpoint's name, -1 for another name."""
+    match = _NAME.fullmatch(Path(checkpoint).name)
+    return int(match[1]) if match else -1
+
+
+def last_whole(run: str | Path) -> Path | None:
+    """The whole checkpoint of the latest step; says which later ones it passes over, and why."""
+    for checkpoint in checkpoints(run):
+        found = defects(checkpoint)
+        if not found:
+            return checkpoint
+        logger.warning("%s is not whole and is passed over: %s.", checkpoint, "; ".join(found[:3]))
+    return None
+
+
+def to_resume_from(wanted: str | Path | bool, run: str | Path) -> Path:
+    """The checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        wanted (`str`, `Path` or `True`): a checkpoint, or True for the last whole one of the run.
+        run (`str` or `Path`): the output directory.
+
+    Raises:
+        ValueError: where there is no whole checkpoint, or the one asked for is not whole.
+    """
+    if wanted is True:
+        found = last_whole(run)
+        if found is None:
+            raise ValueError(
+                f"`resume_from_checkpoint=True` needs a whole checkpoint in {run}. Found "
+                f"{[c.name for c in checkpoints(run)] or 'none'}, none of them whole. Start anew without it."
+            )
+        later = [c.name for c in checkpoints(run) if step_of(c) > step_of(found)]
+        if later:
+            logger.warning("Resuming from %s, the last whole checkpoint; %s cannot be used.", found, ", ".join(later))
+        return found
+    found_defects = defects(wanted)
+    if found_defects:
+        whole = last_whole(Path(wanted).parent)
+        raise ValueError(
+            f"A checkpoint to resume from must be whole. Found {wanted}: {'; '.join(found_defects[:3])}. "
+            + (
+                f"Resume from {whole}, the last whole one."
+                if whole
+                else "There is no whole one beside it; start anew."
+            )
+        )
+    return Path(wanted)
+
+
+def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
+    """Refuse a checkpoint that this engine, or this number of processes, cannot read.
+
+    Args:
+        checkpoint (`str` or `Path`): with a manifest.
+        engine (`str`): "ddp" (also one process), "zero1" to "zero3", or "fsdp".
+        world_size (`int`): processes now.
+
+    Raises:
+        ValueError: names both engines, or both numbers of processes.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> (run / PARTIAL).mkdir()
+        >>> publish(run / PARTIAL, run / "checkpoint-1", engine="zero2", world_size=4)
+        >>> check_engine(run / "checkpoint-1", "zero2", 4)
+        >>> check_engine(run / "checkpoint-1", "zero2", 2)
+        Traceback (most recent call last):
+        ValueError: A checkpoint of zero2 resumes on the number of processes that saved it, 4. Found 2. ...
+
+        ```
+    """
+    facts = manifest(checkpoint) or {}
+    saved_engine, saved_world = facts.get("engine"), facts.get("world_size")
+    remedy = (
+        "To go on with other settings, start a new run from the saved weights: load the checkpoint's adapter, or the "
+        "weights that `save_model` wrote, as the model."
+    )
+    if saved_engine is not None and saved_engine != engine:
+        raise ValueError(
+            f"A checkpoint resumes under the engine that saved it, {saved_engine}. Found {engine}. {remedy}"
+        )
+    if engine.startswith("zero") and saved_world is not None and saved_world != world_size:
+        raise ValueError(
+            f"A checkpoint of {engine} resumes on the number of processes that saved it, {saved_world}. Found "
+            f"{world_size}. Its optimizer state is split in that many parts. {remedy}"
+        )
+
+
+def rotate(run: str | Path, limit: int | None, keep: str | Path | None = None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but neither `keep` (the best one) nor the last whole one."""
+    if not limit or limit < 0:
+        return
+    spared = {Path(keep).name} if keep else set()
+    found = checkpoints(run)
+    for checkpoint in [c for c in found if c.name not in spared][
+        max(limit - len(spared & {c.name for c in found}), 1) :
+    ]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def clear_partial(run: str | Path) -> None:
+    """Delete what a killed save left behind."""
+    shutil.rmtree(Path(run, PARTIAL), ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

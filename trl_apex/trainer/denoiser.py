@@ -1,0 +1,41 @@
+"""A fully fine-tuned denoiser, on its way out to diffusers."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def save_denoiser(
+    denoiser: nn.Module,
+    directory: str | Path,
+    state_dict: dict[str, Tensor] | None = None,
+    max_shard_size: int | str = "10GB",
+) -> None:
+    """Write weights and configuration in diffusers' format, so that `from_pretrained(directory)` reads them.
+
+    Args:
+        denoiser (`diffusers.ModelMixin`): gives the configuration, and the weights unless `state_dict` does.
+        directory (`str` or `Path`): where to; made if needed.
+        state_dict (`dict`, *optional*): the gathered weights, where an engine has sharded those of `denoiser`.
+        max_shard_size (`int` or `str`): larger models are split into several files.
+
+    Note:
+        `save_pretrained` of diffusers reads the weights from the module itself, which under ZeRO-3 and FSDP holds a part.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = denoiser.state_dict() if state_dict is None else state_dict
+    weights = {name.removeprefix("module."): value.detach().contiguous().cpu() for name, value in weights.items()}
+    split = split_torch_state_dict_into_shards(weights, filename_pattern=WEIGHTS, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: weights[name] for name in names}, directory / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=1))
+    denoiser.save_config(directory)
