@@ -47,7 +47,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
         >>> ticks(0.0, 1.0)
         [0.0, 0.25, 0.5, 0.75, 1.0]
         >>> ticks(20.9, 22.1)
-        [21.0, 21.5, 22.0]
+        [21.0, 21.25, 21.5, 21.75, 22.0]
     """
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))

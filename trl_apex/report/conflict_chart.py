@@ -60,7 +60,8 @@ def conflict_chart(
         parts.append(element("text", label, x=x_scale(value), y=height - 20, class_="tick middle"))
     parts.append(element("text", "optimizer step", x=(left + right) / 2, y=height - 4, class_="tick middle"))
     shade = Markup(
-        '<span>{} <b class="key against"></b> opposed, <b class="key along"></b> aligned; full colour at ±{}</span>'
+        '<span>{} <span class="key-item"><b class="key against"></b> opposed,</span> '
+        '<span class="key-item"><b class="key along"></b> aligned;</span> full colour at ±{}</span>'
     )
     return Markup('<figure class="chart">{}{}</figure>').format(
         Markup("<figcaption>{}{}</figcaption>").format(

@@ -46,7 +46,7 @@ def reward_charts(runs: list[Run]) -> list[Markup]:
         several = len(runs) > 1
         lines = [
             _smooth(
-                run.name if several else name,
+                run.name if several else "",
                 position if several else index,
                 run.series(f"rewards/{name}/mean"),
                 not several,
@@ -64,7 +64,7 @@ def priority_charts(run: Run) -> list[Markup]:
     """The priorities, then the three parts that they are made of."""
     names = run.objectives
     lines = [Line(name, i, *run.series(f"priority/{name}")) for i, name in enumerate(names)]
-    equal = (1 / len(names), "equal shares") if names else None
+    equal = (1 / len(names), "equal") if names else None
     charts = [line_chart("Priority", lines, "weight of an objective in the batch; they sum to 1", [0.0], equal)]
     for key, title, note in PARTS:
         charts.append(

@@ -48,7 +48,9 @@ class Outcome:
 
     def cells(self) -> list[str]:
         """Base, tuned, difference with its error, and gain, as text that lines up."""
-        decimals = decimals_for(max(abs(self.tuned - self.base), self.se) or abs(self.base))
+        decimals = decimals_for(
+            self.se or abs(self.tuned - self.base) or abs(self.base) / 10, 2 if f"{self.se:e}"[0] == "1" else 1
+        )
         difference = f"{fixed(self.tuned - self.base, decimals, sign=True)} ± {fixed(self.se, decimals)}"
         gain = f"{fixed(self.gain, 2, sign=True)} ± {fixed(self.gain_se, 2)}" if self.gain is not None else ""
         return [fixed(self.base, decimals), fixed(self.tuned, decimals), difference, gain]

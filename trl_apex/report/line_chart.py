@@ -60,7 +60,7 @@ def line_chart(
         low, high = (min(include) if low < min(include) <= min(reach) else low), high
     first, last = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
     decimals = min(max(decimals_for((high - low) / 10, 1), 0), 5)
-    labels = [f"{line.name} {fixed(line.y[-1], decimals)}" for line in lines]
+    labels = [f"{line.name} {fixed(line.y[-1], decimals)}".strip() for line in lines]
     tick_values = ticks(low, high)
     names = tick_labels(tick_values)
     left = 14 + 7.0 * max(map(len, names), default=1)
@@ -68,20 +68,18 @@ def line_chart(
     x_scale = Scale(first, last if last > first else first + 1, left, right)
     y_scale = Scale(low, high, HEIGHT - 40, 10)
     parts = _axes(x_scale, y_scale, tick_values, names)
-    if reference:
-        y = y_scale(reference[0])
-        parts += [element("line", x1=left, x2=right, y1=y, y2=y, class_="reference")]
-        parts += [element("text", reference[1], x=left + 4, y=y - 5, class_="tick")]
     for line in lines:
         parts.append(_curve(line, x_scale, y_scale))
-    places = dodge([y_scale(line.y[-1]) for line in lines], 16, 14, HEIGHT - 44)
-    for line, label, y in zip(lines, labels, places, strict=True):
-        parts.append(element("text", _cut(label), x=right + 7, y=y + 4.5, class_=f"end c{line.colour % 8}"))
+    ends = [(y_scale(line.y[-1]), label, f"end c{line.colour % 8}") for line, label in zip(lines, labels, strict=True)]
+    if reference:
+        y = y_scale(reference[0])
+        parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
+        ends.append((y, f"{reference[1]} {fixed(reference[0], decimals)}", "tick"))
+    places = dodge([y for y, _, _ in ends], 16, 14, HEIGHT - 44)
+    for (_, label, style), y in zip(ends, places, strict=True):
+        parts.append(element("text", _cut(label), x=right + 7, y=y + 4.5, class_=style))
     parts.append(element("line", class_="cross", y1=10, y2=HEIGHT - 40, x1=0, x2=0))
-    spoken = f"{title}. " + ". ".join(
-        f"{line.name}: from {fixed(line.y[0], decimals)} at step {line.x[0]:g} to {fixed(line.y[-1], decimals)} at step {line.x[-1]:g}"
-        for line in lines
-    )
+    spoken = ". ".join([title, *(_spoken(line, decimals) for line in lines)])
     data = {
         "left": left / WIDTH,
         "right": right / WIDTH,
@@ -100,6 +98,11 @@ def line_chart(
         '<figure class="chart" tabindex="0" data-chart="{}"><figcaption>{}{}</figcaption>{}'
         '<div class="tip" hidden aria-live="polite"></div></figure>'
     ).format(json.dumps(data), element("strong", title), element("span", note) if note else "", picture(parts, spoken))
+
+
+def _spoken(line: Line, decimals: int) -> str:
+    first, last = fixed(line.y[0], decimals), fixed(line.y[-1], decimals)
+    return f"{line.name or 'value'}: from {first} at step {line.x[0]:g} to {last} at step {line.x[-1]:g}"
 
 
 def _thinned(line: Line) -> Line:

@@ -21,18 +21,9 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     """
     if value is None or not math.isfinite(value):
         return "\N{EM DASH}"
-    if value == 0:
-        return "0"
     size = abs(value)
-    if size < 1e-4:
-        text = f"{size:.{max(digits - 2, 0)}e}"
-    elif size >= 10**digits:
-        text = f"{size:,.0f}"
-    else:
-        text = f"{size:.{max(digits - 1 - math.floor(math.log10(size)), 0)}f}"
-        text = text.rstrip("0").rstrip(".") if "." in text and size < 1e-2 or float(text).is_integer() else text
-    prefix = MINUS if value < 0 else "+" if sign else ""
-    return prefix + text
+    text = f"{size:,.0f}" if size >= 10**digits else f"{size:.{digits}g}"
+    return (MINUS if value < 0 else "+" if sign and value else "") + text
 
 
 def decimals_for(spread: float, digits: int = 2) -> int:
@@ -65,7 +56,7 @@ def duration(seconds: float) -> str:
     """A duration in the two units that matter.
 
     Example:
-        >>> duration(0.42), duration(75), duration(7300)
+        >>> duration(0.42), duration(75), duration(7320)
         ('0.4 s', '1 min 15 s', '2 h 2 min')
     """
     if seconds < 60:

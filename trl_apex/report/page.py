@@ -133,7 +133,7 @@ def _distinct(runs: list[Run]) -> list[Run]:
     from dataclasses import replace
 
     names = [run.name for run in runs]
-    renamed = []
+    renamed: list[Run] = []
     for index, run in enumerate(runs):
         name = run.name
         if names.count(name) > 1:

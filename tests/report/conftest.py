@@ -1,0 +1,16 @@
+"""A complete run directory for the tests of this folder."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def complete_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once; tests that change it make their own."""
+    from example_run import write_run
+
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", hub_token="hf_abcdefghijklmnop", learning_rate=3e-4)

@@ -1,0 +1,181 @@
+"""The page: self-contained, complete, lenient about what is missing, and safe against what a prompt may hold."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from example_run import write_run
+
+from trl_apex.report import write_report
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text outside scripts and styles."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.raw: str | None = None
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.raw = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self.raw = None
+
+    def handle_data(self, data: str) -> None:
+        if self.raw is None:
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(complete_run: Path) -> Page:
+    return Page(write_report([complete_run]))
+
+
+def test_it_lies_in_the_run_directory_and_needs_no_network(complete_run: Path, page: Page) -> None:
+    assert (complete_run / "report.html").is_file()
+    assert "//" not in re.sub(r"data:image/[a-z]+;base64,[\w+/=]+|// [A-Z].*", "", page.source)
+    addresses = [a[k] for _, a in page.elements for k in ("src", "href") if k in a]
+    assert addresses and all(str(a).startswith(("data:", "#")) for a in addresses)
+
+
+def test_it_shows_every_part(page: Page) -> None:
+    for words in (
+        "Results",
+        "Before and after",
+        "Training rewards",
+        "Priorities",
+        "Conflict and hijacking",
+        "Trade-offs",
+    ):
+        assert words in page.text
+    assert "+0.14 ± 0.02" in page.text and "+0.58 ± 0.08" in page.text and "never trained on" in page.text
+    assert "Not found" not in page.text and "No " not in page.text
+    labels = [svg["aria-label"] or "" for svg in page.all("svg")]
+    for title in (
+        "ocr",
+        "Priority",
+        "Learning potential",
+        "Conflict penalty",
+        "Progress need",
+        "pickscore against ocr",
+    ):
+        assert any(label.startswith(title) for label in labels), title
+    assert sum("against" in label.split(".")[0] for label in labels) == 6  # pairs of four objectives
+
+
+def test_every_control_and_picture_has_a_name(page: Page) -> None:
+    assert len(page.all("input")) == 7 and all(i.get("aria-label") for i in page.all("input"))
+    assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in page.all("svg"))
+    assert all(image.get("alt") for image in page.all("img"))
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert {a["href"] for a in page.all("a")} <= {f"#{name}" for name in ids}
+
+
+def test_no_coordinate_is_broken(page: Page) -> None:
+    shapes = [a for tag, a in page.elements if tag in ("path", "line", "circle", "rect", "text")]
+    assert len(shapes) > 200
+    assert not any("nan" in str(value) or "inf" in str(value) for a in shapes for value in a.values())
+
+
+def test_secrets_stay_out(page: Page) -> None:
+    assert "hf_abcdefghijklmnop" not in page.source and "(hidden)" in page.text
+
+
+def test_text_of_a_prompt_stays_text(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=3, samples=1)
+    prompts = [
+        {"prompt": "<script>alert(1)</script> \"quoted\" onload='x'", "base": {"<b>": 1.0}, "tuned": {"<b>": 2.0}}
+    ]
+    (run / "samples" / "prompts.json").write_text(json.dumps(prompts))
+    page = Page(write_report([run]))
+    assert len(page.all("script")) == 1 and not page.all("b")[2:]
+    assert "<script>alert(1)</script>" in page.text
+
+
+@pytest.mark.parametrize(
+    "absent,sentence",
+    [
+        ("trainer_state.json", "No training curves"),
+        ("summary.json", "No held-out results"),
+        ("config.json", "No arguments"),
+        ("samples", "No images to compare"),
+        ("samples/prompts.json", "the images have no prompts"),
+    ],
+)
+def test_what_is_missing_is_said(complete_run: Path, tmp_path: Path, absent: str, sentence: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(complete_run, run)
+    shutil.rmtree(run / absent) if absent == "samples" else (run / absent).unlink()
+    page = Page(write_report([run]))
+    assert sentence in page.text and absent in page.text
+
+
+def test_numbers_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=4)
+    state = json.loads((run / "trainer_state.json").read_text())
+    state["log_history"][1]["rewards/ocr/mean"] = float("nan")
+    state["log_history"][2]["priority/ocr"] = float("inf")
+    state["log_history"][3]["rewards/ocr/mean"] = None
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    source = write_report([run]).read_text()
+    assert not re.search(r'(?:d|x1|y1|cx|cy)="[^"]*(?:nan|inf)', source)
+
+
+def test_a_run_of_one_step_and_one_objective(tmp_path: Path) -> None:
+    state = {"global_step": 1, "log_history": [{"step": 1, "rewards/ocr/mean": 0.5, "loss": 0.0}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    page = Page(write_report([tmp_path]))
+    assert "No two objectives to compare" in page.text and "No priorities in the log" in page.text
+
+
+def test_the_state_of_the_newest_checkpoint_will_do(tmp_path: Path) -> None:
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"global_step": step, "log_history": [{"step": step, "rewards/ocr/mean": step / 10}]}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    assert "optimizer steps 10" in Page(write_report([tmp_path])).text
+
+
+def test_several_runs_are_compared(complete_run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "runs" / "demo", seed=1, learning_rate=1e-4)
+    path = write_report([complete_run, other], tmp_path / "comparison.html")
+    page = Page(path)
+    assert path == tmp_path / "comparison.html"
+    assert "arguments differ" in page.text and "0.0003 0.0001" in page.text
+    assert "runs/demo" in page.text  # two folders of one name
+
+
+def test_trouble_is_pointed_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=4)
+    state = json.loads((run / "trainer_state.json").read_text())
+    for entry in state["log_history"][:4]:
+        entry |= {"reward_failures/ocr": 2.0, "live_groups/deqa": 0.0, "skipped_updates/dead": 1.0}
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    (run / "warnings.jsonl").write_text(json.dumps({"step": 3, "text": "The server was slow."}) + "\n")
+    text = Page(write_report([run])).text
+    assert "Step 3: The server was slow." in text
+    assert "ocr failed for 8 images" in text and "deqa scored the images of every group alike" in text
+    assert "4 logged updates had only zero advantages" in text
+
+
+def test_a_wrong_directory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Found no directory"):
+        write_report([tmp_path / "absent"])
+    with pytest.raises(FileNotFoundError, match="Found none of them"):
+        write_report([tmp_path])
+    with pytest.raises(ValueError, match="at least one run directory"):
+        write_report([])
