@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..aggregation.options import RULES, ApexOptions
+from ..aggregation.options import GRADIENT_RULES, RULES, ApexOptions
 from .diffusion_grpo_config import DiffusionGRPOConfig, _help
 
 
@@ -20,9 +20,40 @@ class APEXConfig(ApexOptions, DiffusionGRPOConfig):
         default="apex", metadata=_help(f"How rewards become one advantage: one of {', '.join(RULES)}.")
     )
 
+    gradient_probe: bool | None = field(
+        default=None,
+        metadata=_help("Measure the objectives' gradients during training. None: where the rule or `conflict_source` needs them."),
+    )
+    probe_every: int = field(default=10, metadata=_help("Optimizer steps between two probes; 1 with 'population'."))
+    probe_layers: list[str] | None = field(
+        default=None,
+        metadata=_help("Regular expressions of the linear layers to probe. None: every trainable one (right for LoRA)."),
+    )
+
     def __post_init__(self) -> None:
         DiffusionGRPOConfig.__post_init__(self)
         ApexOptions.__post_init__(self)
+        needed = self.conflict_source != "advantage" or self.multi_objective_aggregation in GRADIENT_RULES
+        self._check(
+            not (needed and self.gradient_probe is False),
+            "`gradient_probe` must not be False where gradients are asked for",
+            f"gradient_probe=False with conflict_source={self.conflict_source!r} and the rule "
+            f"{self.multi_objective_aggregation!r}",
+            "Leave it out.",
+        )
+        if self.gradient_probe is None:
+            self.gradient_probe = needed
+        self._check(self.probe_every >= 1, "`probe_every` must be at least 1", self.probe_every, "Use e.g. 10.")
+        self._check(
+            not (self.gradient_probe and self.beta > 0 and self.activation_checkpointing_is_on()),
+            "The gradient probe with `beta` > 0 needs activations that are kept",
+            "gradient checkpointing",
+            "Turn off one of the three.",
+        )
+
+    def activation_checkpointing_is_on(self) -> bool:
+        """Under the old name of the argument or the new one."""
+        return bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", None))
 
     @classmethod
     def allowed_rules(cls) -> tuple[str, ...]:

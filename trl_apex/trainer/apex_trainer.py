@@ -5,15 +5,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
+from ..aggregation.population import PopulationConflict
+from ..distributed import all_reduce_sum
+from ..policy.transition import Transition
 from .apex_config import APEXConfig
 from .diffusion_grpo_trainer import DiffusionGRPOTrainer
+from .gradient_probe import GradientProbe
 
 logger = logging.getLogger(__name__)
 
 AGGREGATOR_FILE = "aggregator_state.json"
+POPULATION_FILE = "population_conflict.json"
 
 
 class APEXTrainer(DiffusionGRPOTrainer):
@@ -49,6 +54,11 @@ class APEXTrainer(DiffusionGRPOTrainer):
             rule=self.args.multi_objective_aggregation,
             **self.args.aggregator_options(),
         )
+        self.probe: GradientProbe | None = None
+        self.population = PopulationConflict(len(self.reward_func_names))
+        if self.args.gradient_probe:
+            every = 1 if self.args.conflict_source == "population" else self.args.probe_every
+            self.probe = GradientProbe(self.model, self.reward_func_names, self.args.probe_layers, every)
 
     def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
         advantages, metrics = self.aggregator(rewards, group_ids)
@@ -56,8 +66,42 @@ class APEXTrainer(DiffusionGRPOTrainer):
             self._metrics["train"][name].append(value)
         return advantages, self.aggregator.normalized
 
+    def training_step(self, model: nn.Module, inputs, num_items_in_batch=None) -> Tensor:
+        if self.probe is None or not self.probe.due(self.state.global_step):
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.probe.step():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._read_probe(self.probe)
+        return loss
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.probe is not None and self.probe.due(self.state.global_step):
+            halves = inputs["samples"] // self.num_generations % 2
+            self.probe.rows(inputs["advantages"], inputs["normalized"], halves)
+        return super()._compute_loss(model, inputs)
+
+    def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
+        if self.probe is None or not self.probe.due(self.state.global_step):
+            return super()._kl(model, inputs, transition)
+        with self.probe.paused():  # a graph of its own, so that the probed one holds the advantages' gradient alone
+            _, transition, _ = self._step_log_prob(model, inputs)
+            return super()._kl(model, inputs, transition)
+
+    def _read_probe(self, probe: GradientProbe) -> None:
+        result = probe.result(reduce=all_reduce_sum)
+        if result is None:
+            return
+        self._metrics["train"]["gradient_harmony"].append(result.harmony)
+        if self.args.conflict_source == "population" and result.cross is not None:
+            self.population.update(result.cross)
+            cosine, error = self.population.estimate()
+            self.aggregator.observe_conflict(cosine, standard_error=error)
+        else:
+            self.aggregator.observe_conflict(result.gramian, samples=result.rows)
+
     def _extra_state(self) -> dict[str, Any]:
-        return {AGGREGATOR_FILE: self.aggregator.state_dict()}
+        return {AGGREGATOR_FILE: self.aggregator.state_dict(), POPULATION_FILE: self.population.state_dict()}
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -70,3 +114,4 @@ class APEXTrainer(DiffusionGRPOTrainer):
                 "another trainer: load its adapter as the model and start anew instead of resuming."
             )
         self.aggregator.load_state_dict(json.loads(path.read_text()))
+        self.population.load_state_dict(json.loads(path.with_name(POPULATION_FILE).read_text()))

@@ -13,7 +13,7 @@ import torch
 from diffusers.utils import numpy_to_pil
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, set_seed
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
 from ..aggregation.normalize import group_rows
@@ -35,6 +35,7 @@ from ..distributed import (
 from ..loss import clipped_surrogate, gaussian_kl
 from ..policy.load import load_policy
 from ..policy.sampler import Sampler, sde_window
+from ..policy.transition import Transition
 from ..policy.velocity import guided_prediction
 from ..prompts import GroupSampler, PromptEmbeddings
 from ..rewards.scoring import RewardScorer
@@ -151,7 +152,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             self.policy = load_policy(model, **self._load_kwargs(model, args, peft_config))
         self._plan_rollout(args)
         self._plan_updates(args, len(train_dataset))
-        set_seed(args.seed)  # the adapter's first weights are drawn here
         denoiser = self._prepare_denoiser(args, peft_config)
 
         super(GRPOTrainer, self).__init__(
@@ -608,14 +608,17 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         loss = surrogate.loss.mean()
         kl = None
         if self.beta > 0:
-            unwrapped = self.accelerator.unwrap_model(model)
-            with torch.no_grad(), unwrapped.disable_adapter():
-                _, reference, _ = self._step_log_prob(model, inputs)
-            kl = gaussian_kl(transition.mean, reference.mean, transition.std).mean()
+            kl = self._kl(model, inputs, transition)
             loss = loss + self.beta * kl
         self.update_is_dead &= inputs["dead"]
         self._log_update(surrogate, kl)
         return loss / self.current_gradient_accumulation_steps
+
+    def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
+        """Mean KL divergence of `transition` to that of the model without its adapter."""
+        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+            _, reference, _ = self._step_log_prob(model, inputs)
+        return gaussian_kl(transition.mean, reference.mean, transition.std).mean()
 
     def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
         guidance = self.args.guidance_scale

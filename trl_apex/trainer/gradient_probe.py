@@ -69,8 +69,8 @@ class GradientProbe:
         0.7071...
 
     Note:
-        The rows must enter the loss through their advantage alone. A KL term breaks that: on a probed step, send it
-        through a forward and backward of its own, outside of `step`; the gradients add up to the same.
+        The rows must enter the loss through their advantage alone. A KL term breaks that: on a probed step, make its
+        forward under [`paused`]; the gradients add up to the same.
 
         Works under gradient accumulation, gradient checkpointing, autocast, DDP and DeepSpeed, because it sees the
         layers' activations alone. Full fine-tuning with DeepSpeed ZeRO-3 or FSDP works likewise.
@@ -97,6 +97,7 @@ class GradientProbe:
         self._coefficients: Tensor | None = None
         self._halved = False
         self._count = 0
+        self._paused = False
 
     @property
     def layer_names(self) -> list[str]:
@@ -117,6 +118,15 @@ class GradientProbe:
             for handle in handles:
                 handle.remove()
             self._coefficients = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not listen to the forwards made inside, e.g. that of a KL term."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def rows(
         self,
@@ -179,7 +189,7 @@ class GradientProbe:
 
     def _hook(self, name: str):
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled() or not output.requires_grad:
+            if self._paused or not torch.is_grad_enabled() or not output.requires_grad:
                 return None
             return _Listen.apply(output, arguments[0].detach(), self, name)
 
