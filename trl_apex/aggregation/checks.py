@@ -17,6 +17,8 @@ def checked_options(objectives: list[str], options: dict) -> ApexOptions:
         raise ValueError(
             f"Options must be fields of ApexOptions. Found {', '.join(unknown)}. Use one of: {', '.join(known)}."
         )
+    if isinstance(options.get("scale_rewards"), bool):  # as TRL accepts it
+        options = {**options, "scale_rewards": "group" if options["scale_rewards"] else "none"}
     result = ApexOptions(**options)
     targets = result.reward_targets
     if targets is not None and len(targets) != len(objectives):

@@ -118,8 +118,6 @@ class ApexOptions:
     warn_share: float = _option(0.7, "Share of the advantage's variance above which one objective owns the training.")
 
     def __post_init__(self) -> None:
-        if isinstance(self.scale_rewards, bool):  # as TRL accepts it
-            self.scale_rewards = "group" if self.scale_rewards else "none"
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(

@@ -1,0 +1,475 @@
+"""The aggregator's edge cases, one by one, its state and what it tells the user."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+
+from trl_apex.aggregation import AGGREGATION_OPTIONS, RULES, ApexOptions, MultiObjectiveRewardAggregator
+
+NAMES = ["ocr", "pickscore", "deqa"]
+NAN = math.nan
+
+
+def groups(count: int = 4, size: int = 6) -> torch.Tensor:
+    return torch.arange(count).repeat_interleave(size)
+
+
+def rewards(seed: int = 0, count: int = 4, size: int = 6, columns: int = 3) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    scale, middle = torch.tensor([0.3, 1.0, 0.4]), torch.tensor([0.5, 21.5, 4.0])
+    return torch.randn(count * size, columns, generator=g) * scale[:columns] + middle[:columns]
+
+
+def run(aggregator, steps: int, change=lambda step, values: values):
+    for step in range(steps):
+        advantages, metrics = aggregator(change(step, rewards(step)), groups())
+    return advantages, metrics
+
+
+PINNED = [
+    # One objective, one live group 0..3: sigma = S = sqrt(1.25), z = d / (S (1 + 1e-4)), rms 1 up to that factor.
+    ({}, [[0.0], [1.0], [2.0], [3.0]], [0, 0, 0, 0], [-1.3416, -0.4472, 0.4472, 1.3416]),
+    # nu = 0: each group by its own spread. Group 2 has a tenth of group 1's.
+    ({"scale_blend": 0.0}, [[0.0], [1.0], [5.0], [5.1]], [1, 1, 2, 2], [-1.0, 1.0, -1.0, 1.0]),
+    # nu = inf: both by the pooled spread sqrt((0.25 + 0.0025) / 2) = 0.3553; rms is 1 again.
+    ({"scale_blend": math.inf}, [[0.0], [1.0], [5.0], [5.1]], [1, 1, 2, 2], [-1.4072, 1.4072, -0.1407, 0.1407]),
+    # Two objectives that cancel: |A| is 0, and the floor keeps the noise of the last rows small.
+    ({"scale_blend": 0.0}, [[0.0, 1.0], [1.0, 0.0]], [0, 0], [0.0, 0.0]),
+    # Floor: z = (-1, 1) and (0, 0) dead; A = z / 2, rms 0.5 > 0.5 * ||w|| = 0.3536.
+    ({"scale_blend": 0.0}, [[0.0, 7.0], [1.0, 7.0]], [0, 0], [-1.0, 1.0]),
+    # The floor binds: D = 2 ||w|| = 2 instead of rms = 1.
+    ({"scale_blend": 0.0, "norm_floor": 2.0}, [[0.0], [1.0]], [0, 0], [-0.5, 0.5]),
+    # A missing reward: z = (., -1, 1) and (-1.4142, .7071, .7071). The first row follows the second objective alone,
+    # the others both by half: (-1.4142, -.1464, .8536), minus the mean, over the rms .9280.
+    ({"scale_blend": 0.0, "norm_floor": 0.0}, [[NAN, 0.0], [0.0, 1.0], [2.0, 1.0]], [0, 0, 0], [-1.2700, 0.0962, 1.1738]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "values", "ids", "expected"), PINNED)
+def test_pinned_values(options, values, ids, expected):
+    columns = len(values[0])
+    aggregator = MultiObjectiveRewardAggregator(NAMES[:columns], **options)
+    advantages, _ = aggregator(torch.tensor(values, dtype=torch.float64), torch.tensor(ids))
+    torch.testing.assert_close(advantages, torch.tensor(expected), rtol=0, atol=8e-4)
+
+
+# The edge-case list
+
+
+def test_zero_variance_group_is_zero_and_counted_and_others_still_train_it():
+    values = rewards()
+    values[:6, 0] = 0.5
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+    advantages, metrics = aggregator(values, groups())
+    assert (aggregator.normalized[:6, 0] == 0).all()
+    assert metrics["live_groups/ocr"] == 0.75 and metrics["live_groups/deqa"] == 1.0
+    assert (advantages[:6] != 0).all()
+
+
+def test_objective_constant_in_the_batch_holds_its_scale_drifts_to_the_floor_and_recovers():
+    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=2, ramp_iterations=2, warn_after=1000)
+    run(aggregator, 30)
+    scale = aggregator._state.scale[0].item()
+
+    def constant(step, values):
+        values[:, 0] = 0.5
+        return values
+
+    run(aggregator, 40, constant)
+    assert aggregator._state.scale[0].item() == scale
+    lowest = aggregator.priorities["ocr"]
+    assert 0.2 / 3 <= lowest < 0.2
+    run(aggregator, 40)
+    assert aggregator.priorities["ocr"] > lowest + 0.05
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_all_dead_gives_no_advantage_and_says_so(rule):
+    aggregator = MultiObjectiveRewardAggregator(NAMES, rule=rule)
+    advantages, metrics = aggregator(torch.ones(24, 3), groups())
+    assert (advantages == 0).all() and metrics["all_dead"] == 1.0
+    assert aggregator(rewards(), groups())[1]["all_dead"] == 0.0
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+def test_missing_is_masked_and_never_a_bad_score(bad):
+    values = rewards()
+    values[2, 1] = bad
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+    advantages, metrics = aggregator(values, groups())
+    assert aggregator.normalized[2, 1] == 0
+    assert metrics["missing/pickscore"] == pytest.approx(1 / 24)
+    mask = torch.ones(24, 3, dtype=torch.bool)
+    mask[2, 1] = False
+    again, _ = MultiObjectiveRewardAggregator(NAMES)(rewards(), groups(), mask)
+    assert torch.equal(advantages, again)
+
+
+def test_mostly_missing_freezes_the_statistics_and_warns_once():
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+    run(aggregator, 3)
+    before = aggregator._state
+
+    def sparse(step, values):
+        values[torch.arange(24) % 3 > 0, 2] = NAN
+        return values
+
+    with pytest.warns(UserWarning, match="More than 50% of the rewards of the objective 'deqa' are missing"):
+        run(aggregator, 1, sparse)
+    run(aggregator, 1, sparse)  # warnings are errors: a second one would fail here
+    after = aggregator._state
+    assert after.variance.total[2] == before.variance.total[2] and after.fast.total[2] == before.fast.total[2]
+    assert after.variance.total[1] != before.variance.total[1]
+    assert after.conflict.total[0, 2] == before.conflict.total[0, 2]
+
+
+def test_prompts_that_an_objective_does_not_apply_to_are_not_missing():
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+
+    def elsewhere(step, values):
+        values[6:, 0] = NAN  # three groups of four ask for no text
+        return values
+
+    _, metrics = run(aggregator, 2, elsewhere)
+    assert aggregator._state.variance.weight[0] > 0
+    assert metrics["live_groups/ocr"] == 1.0
+
+
+def test_group_with_fewer_than_two_valid_rewards_is_dead():
+    values = rewards()
+    values[1:6, 0] = NAN
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+    _, metrics = aggregator(values, groups())
+    assert aggregator.normalized[0, 0] == 0 and metrics["live_groups/ocr"] == 0.75
+
+
+def test_absent_objective_holds_its_state_and_shares_its_weight_out():
+    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=2)
+    run(aggregator, 5)
+    before = aggregator._state
+
+    def absent(step, values):
+        values[:, 1] = NAN
+        return values
+
+    _, metrics = run(aggregator, 1, absent)
+    after = aggregator._state
+    for name in ("variance", "fast", "slow", "error"):
+        assert getattr(after, name).value[1] == getattr(before, name).value[1]
+    assert after.dead_fraction[1] == before.dead_fraction[1]
+    assert metrics["effective_weight/pickscore"] == 0.0
+    assert sum(aggregator.effective_weights.values()) == pytest.approx(1.0)
+
+
+def test_one_objective_has_all_the_weight():
+    aggregator = MultiObjectiveRewardAggregator(["only"], warmup_iterations=1)
+    for step in range(15):
+        _, metrics = aggregator(rewards(step)[:, :1], groups())
+    assert aggregator.priorities == {"only": 1.0}
+    assert metrics["conflict_penalty/only"] == 0.0 and metrics["hijack_index"] == pytest.approx(1.0)
+
+
+def test_without_history_it_uses_the_users_weights_and_this_batchs_scale():
+    aggregator = MultiObjectiveRewardAggregator(NAMES, [2.0, 1.0, 1.0])
+    aggregator(rewards(), groups())
+    assert aggregator.priorities == {"ocr": 0.5, "pickscore": 0.25, "deqa": 0.25}
+    pooled = torch.stack([rewards()[groups() == p].double().var(0, unbiased=False) for p in range(4)]).mean(0).sqrt()
+    torch.testing.assert_close(aggregator._state.scale, pooled)
+
+
+def test_objective_without_spread_at_the_start_takes_its_baseline_at_its_first_live_batch():
+    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=3)
+
+    def late(step, values):
+        if step < 6:
+            values[:, 0] = 0.0
+        return values
+
+    run(aggregator, 6, late)
+    assert aggregator._state.first_scale[0].isnan() and aggregator._state.first_scale[1] > 0
+    for step in range(6, 8):
+        aggregator(rewards(step), groups())
+    assert aggregator._state.first_scale[0] > 0
+    assert all(math.isfinite(value) for value in aggregator.priorities.values())
+
+
+def test_weight_zero_is_watched_but_not_trained_on():
+    aggregator = MultiObjectiveRewardAggregator(NAMES, [1.0, 1.0, 0.0], warmup_iterations=1)
+    _, metrics = run(aggregator, 20)
+    assert aggregator.priorities["deqa"] == 0.0 and metrics["hijack_share/deqa"] == 0.0
+    assert metrics["advantage_std/deqa"] > 0.5 and metrics["live_groups/deqa"] == 1.0
+    other = rewards(7)
+    other[:, 2] = other[:, 2] * -5
+    twin = MultiObjectiveRewardAggregator(NAMES, [1.0, 1.0, 0.0])
+    assert torch.equal(twin(rewards(7), groups())[0], twin(other, groups())[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_resumed_run_goes_on_bit_for_bit(rule):
+    def make():
+        return MultiObjectiveRewardAggregator(NAMES, rule=rule, warmup_iterations=2, ramp_iterations=3, warn_after=500)
+
+    whole, first = make(), make()
+    gramian = torch.tensor([[2.0, -0.5, 0.1], [-0.5, 1.0, 0.3], [0.1, 0.3, 0.7]])
+    for aggregator in (whole, first):
+        run(aggregator, 7)
+        aggregator.observe_conflict(gramian)
+    second = make()
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    second_state, whole_state = second.state_dict(), whole.state_dict()
+    assert second_state == whole_state
+    for step in range(7, 12):
+        one, _ = whole(rewards(step), groups())
+        two, _ = second(rewards(step), groups())
+        assert torch.equal(one, two)
+    assert whole.state_dict() == second.state_dict()
+
+
+def test_gathered_rewards_give_the_same_state_in_any_rank_order():
+    """Another world size means another order of the gathered rows, up to rounding the same result."""
+    one, two = MultiObjectiveRewardAggregator(NAMES), MultiObjectiveRewardAggregator(NAMES)
+    order = torch.cat([torch.arange(24).reshape(4, 6)[p::2].flatten() for p in range(2)])
+    for step in range(15):
+        one(rewards(step), groups())
+        two(rewards(step)[order], groups()[order])
+    for name in NAMES:
+        assert one.priorities[name] == pytest.approx(two.priorities[name], abs=1e-12)
+
+
+def test_state_of_other_objectives_or_order_or_rule_is_refused():
+    state = MultiObjectiveRewardAggregator(NAMES).state_dict()
+    for names in (["ocr", "pickscore"], ["pickscore", "ocr", "deqa"]):
+        with pytest.raises(ValueError, match="must be for the objectives"):
+            MultiObjectiveRewardAggregator(names).load_state_dict(state)
+    with pytest.raises(ValueError, match="must be for the rule 'mgda'"):
+        MultiObjectiveRewardAggregator(NAMES, rule="mgda").load_state_dict(state)
+
+
+def test_evaluation_leaves_no_trace():
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+    run(aggregator, 3)
+    before, scores = aggregator.state_dict(), aggregator.normalized
+    aggregator(rewards(99), groups(), update=False)
+    assert aggregator.state_dict() == before and aggregator.normalized is scores
+
+
+# Priorities do what they are for
+
+
+def test_the_lagging_objective_gains_priority():
+    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=3, ramp_iterations=3)
+
+    def rising(step, values):
+        values[:, 1:] += torch.tensor([0.2, 0.08]) * step  # pickscore and deqa rise, ocr does not
+        return values
+
+    _, metrics = run(aggregator, 25, rising)
+    assert aggregator.priorities["ocr"] > 1.3 / 3
+    assert metrics["need/ocr"] > metrics["need/pickscore"]
+
+
+def test_targets_end_the_need():
+    options = {"need_mode": "target", "reward_targets": [0.5, 25.0, NAN]}
+    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=2, **options)
+
+    def met(step, values):
+        values[:, 0] += 0.2 if step > 3 else -0.2
+        return values
+
+    _, metrics = run(aggregator, 25, met)
+    assert metrics["need/ocr"] < 0.1 and metrics["need/pickscore"] > 0.9
+    assert 0.5 < metrics["need/deqa"] < 1.0  # no target: behind the mean, because ocr rose
+
+
+@pytest.mark.parametrize(("attribution", "payer"), [("lag", "pickscore"), ("plain", "both"), ("victim", "pickscore")])
+def test_who_pays_for_a_conflict(attribution, payer):
+    aggregator = MultiObjectiveRewardAggregator(
+        NAMES[:2], warmup_iterations=2, conflict_attribution=attribution, warn_after=1000
+    )
+    for step in range(30):
+        values = rewards(step)[:, :2]
+        values[:, 0] = 0.5 - 0.3 * (values[:, 1] - 21.5)  # exact opposites
+        values[:, 1] += 0.3 * step  # pickscore is ahead
+        _, metrics = aggregator(values, groups())
+    ahead, behind = metrics["conflict_penalty/pickscore"], metrics["conflict_penalty/ocr"]
+    assert metrics["conflict/ocr/pickscore"] < -0.99
+    assert ahead > 0.5
+    assert behind == pytest.approx(ahead) if payer == "both" else behind < 0.2
+
+
+def test_a_weak_correlation_is_no_conflict():
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+    _, metrics = run(aggregator, 5)
+    assert min(value for key, value in metrics.items() if key.startswith("conflict/")) < 0
+    assert all(metrics[f"conflict_penalty/{name}"] == 0 for name in NAMES)
+
+
+def test_measured_conflict_drives_the_penalty_when_asked_to():
+    measured = torch.tensor([[1.0, -0.8, 0.0], [-0.8, 1.0, NAN], [0.0, NAN, 1.0]])
+    by_gradient = MultiObjectiveRewardAggregator(NAMES, conflict_source="gradient", conflict_attribution="plain")
+    by_scores = MultiObjectiveRewardAggregator(NAMES, conflict_attribution="plain")
+    for aggregator in (by_gradient, by_scores):
+        aggregator.observe_conflict(measured, samples=10_000)
+        _, metrics = run(aggregator, 1)
+        assert metrics["gradient_conflict/ocr/pickscore"] == pytest.approx(-0.8)
+        assert "gradient_conflict/pickscore/deqa" not in metrics
+    assert by_gradient._state.conflict.value[0, 1] == pytest.approx(-0.8)
+    assert by_gradient(rewards(), groups())[1]["conflict_penalty/ocr"] > 0.3
+    assert by_scores(rewards(), groups())[1]["conflict_penalty/ocr"] == 0.0
+
+
+def test_an_uncertain_measurement_does_not_count():
+    aggregator = MultiObjectiveRewardAggregator(NAMES[:2], conflict_source="population", conflict_attribution="plain")
+    measured = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+    for error, expected in ((0.3, 0.0), (0.1, (0.5 - 0.2) / 0.8)):
+        aggregator.observe_conflict(measured, standard_error=torch.full((2, 2), error))
+        _, metrics = aggregator(rewards()[:, :2], groups())
+        assert metrics["conflict_penalty/ocr"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_priorities_start_after_the_warm_up_and_fade_in():
+    aggregator = MultiObjectiveRewardAggregator(NAMES[:2], warmup_iterations=5, ramp_iterations=5, priority_ema=0.0)
+    seen = []
+    for step in range(15):
+        values = rewards(step)[:, :2]
+        values[:, 1] += step
+        aggregator(values, groups())
+        seen.append(aggregator.priorities["ocr"])
+    assert seen[:5] == [0.5] * 5
+    assert 0.5 < seen[6] < seen[8] < seen[9]
+
+
+def test_multiplicative_combination_also_favours_who_lags():
+    aggregator = MultiObjectiveRewardAggregator(NAMES[:2], warmup_iterations=2, combination="multiplicative")
+    for step in range(25):
+        values = rewards(step)[:, :2]
+        values[:, 1] += 0.2 * step
+        aggregator(values, groups())
+    assert aggregator.priorities["ocr"] > 0.55
+
+
+# Hijacking: what the rules let happen
+
+
+def test_normalizing_first_ends_hijacking():
+    values = rewards()
+    found = {}
+    for rule in ("sum_then_normalize", "dvao", "normalize_then_sum", "apex"):
+        _, metrics = MultiObjectiveRewardAggregator(NAMES, rule=rule)(values, groups())
+        found[rule] = metrics["hijack_share/pickscore"]
+    assert found["sum_then_normalize"] > 0.6 and found["dvao"] > 0.6  # a third was intended
+    assert found["normalize_then_sum"] < 0.5 and found["apex"] < 0.5
+
+
+def test_a_hijacked_run_is_warned_about_once():
+    aggregator = MultiObjectiveRewardAggregator(NAMES, rule="sum_then_normalize")
+
+    def louder(step, values):
+        values[:, 1] = 21.5 + 3 * (values[:, 1] - 21.5)
+        return values
+
+    run(aggregator, 19, louder)
+    with pytest.warns(UserWarning, match="'pickscore' has owned more than 70% of the advantage's variance for 20"):
+        run(aggregator, 1, louder)
+    run(aggregator, 5, louder)
+
+
+def test_no_warning_where_the_user_wanted_it_so():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        aggregator = MultiObjectiveRewardAggregator(NAMES, [10.0, 1.0, 1.0])
+        run(aggregator, 22)
+        run(MultiObjectiveRewardAggregator(["only"]), 22, lambda _step, values: values[:, :1])
+
+
+def test_a_dead_objective_is_warned_about_once():
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+
+    def dead(step, values):
+        values[:, 0] = 0.0
+        return values
+
+    run(aggregator, 19, dead)
+    with pytest.warns(UserWarning, match="'ocr' has scored all samples of every group alike for 20 iterations"):
+        run(aggregator, 1, dead)
+    run(aggregator, 3, dead)
+
+
+# What it accepts
+
+
+def test_what_the_user_is_told():
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+    with pytest.raises(ValueError, match=r"shape \[B, K\] with K = 3 \('ocr', 'pickscore', 'deqa'\). Found \[24, 2\]"):
+        aggregator(rewards()[:, :2], groups())
+    with pytest.raises(ValueError, match=r"`group_ids` must be integers of shape \[24\]"):
+        aggregator(rewards(), groups()[:23])
+    with pytest.raises(ValueError, match="`group_ids` must be integers"):
+        aggregator(rewards(), groups().float())
+    with pytest.raises(ValueError, match="`mask` must have the shape"):
+        aggregator(rewards(), groups(), torch.ones(24, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"`matrix` must have shape \[3, 3\]"):
+        aggregator.observe_conflict(torch.eye(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rule": "magic"}, "`rule` must be one of apex"),
+        ({"weights": [1.0]}, "one number per objective"),
+        ({"weights": [1.0, -1.0, 1.0]}, "must not be negative"),
+        ({"weights": [0.0, 0.0, 0.0]}, "not all zero"),
+        ({"tau": 1.0}, "Options must be fields of ApexOptions. Found tau"),
+        ({"scale_blend": -1.0}, "`scale_blend` must lie in"),
+        ({"priority_ema": 1.0}, "must be below 1"),
+        ({"z_clip": 0.0}, "pass inf"),
+        ({"need_mode": "absolute"}, "`need_mode` must be one of"),
+        ({"need_mode": "target"}, "`reward_targets` must be given"),
+        ({"need_mode": "target", "reward_targets": [1.0]}, "`reward_targets` must have one number"),
+        ({"conflict_attribution": "nobody"}, "'lag', 'victim', 'plain'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiObjectiveRewardAggregator(NAMES, **arguments)
+
+
+def test_repeated_names_are_refused():
+    with pytest.raises(ValueError, match="distinct names"):
+        MultiObjectiveRewardAggregator(["ocr", "ocr"])
+
+
+def test_negative_weights_are_fine_where_trl_has_them():
+    aggregator = MultiObjectiveRewardAggregator(NAMES[:2], [1.0, -1.0], "sum_then_normalize", scale_rewards=False)
+    advantages, _ = aggregator(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
+    assert advantages.tolist() == [1.0, -1.0]
+
+
+def test_every_option_is_described_and_plain():
+    assert set(AGGREGATION_OPTIONS) == set(ApexOptions.__dataclass_fields__)
+    for name, (default, doc) in AGGREGATION_OPTIONS.items():
+        assert getattr(ApexOptions(), name) == default
+        assert len(doc) > 20 and "%" not in doc
+        assert default is None or isinstance(default, bool | int | float | str)
+
+
+def test_log_keys_and_dtypes():
+    aggregator = MultiObjectiveRewardAggregator(NAMES)
+    advantages, metrics = aggregator(rewards().to(torch.bfloat16), groups().to(torch.int32))
+    assert advantages.dtype == torch.float32 and advantages.shape == (24,)
+    assert aggregator.normalized.shape == (24, 3)
+    for key in (
+        "priority/ocr",
+        "potential/ocr",
+        "need/ocr",
+        "conflict/ocr/pickscore",
+        "hijack_share/ocr",
+        "advantage_std/ocr",
+        "live_groups/ocr",
+        "effective_weight/ocr",
+        "hijack_index",
+    ):
+        assert isinstance(metrics[key], float)
