@@ -44,6 +44,7 @@ class EMACallback(TrainerCallback):
         if self._ema is not None:
             tensors = {str(i): value.contiguous().cpu() for i, value in enumerate(self._ema.shadow_params)}
             tensors["optimization_step"] = torch.tensor(self._ema.optimization_step)
+            Path(directory).mkdir(parents=True, exist_ok=True)
             save_file(tensors, Path(directory) / EMA_FILE)
 
     @contextmanager

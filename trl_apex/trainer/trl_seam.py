@@ -6,6 +6,7 @@ the syntax trees of these methods and names what a TRL release has added.
 """
 
 from collections import defaultdict, deque
+from pathlib import Path
 from typing import Any
 
 # Methods of trl.GRPOTrainer that this package calls or leaves in place.
@@ -38,6 +39,8 @@ def set_inherited_attributes(trainer: Any, args: Any, reward_funcs: list, reward
     trainer.chat_template_kwargs = {}
     trainer.async_loop = None
     trainer.log_completions = args.log_completions
+    if args.log_completions and trainer.accelerator.is_main_process:
+        Path(args.output_dir, "completions").mkdir(parents=True, exist_ok=True)  # where `log` writes its tables
     trainer.log_unique_prompts = args.log_unique_prompts
     trainer.num_completions_to_print = args.num_completions_to_print
     trainer._step = 0
