@@ -1,0 +1,26 @@
+"""A reward server on loopback, in a thread of the test's own process."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+from trl_apex.rewards.server import make_server
+
+
+@contextmanager
+def running(rewards, **options):
+    """Serve `rewards` on a free port; yields the address."""
+    server = make_server(rewards, port=0, **options)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started:
+        assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive(), "the server did not stop"

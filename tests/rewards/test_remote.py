@@ -1,0 +1,255 @@
+"""The same reward, here and behind the server: the same numbers, and failures that say what is wrong."""
+
+import asyncio
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from loopback import running
+from PIL import Image
+
+from trl_apex.rewards import (
+    DeQAReward,
+    JPEGCompressibilityReward,
+    PickScoreReward,
+    RemoteReward,
+    RewardLoadError,
+    RewardScorer,
+    TransientRewardError,
+)
+from trl_apex.rewards.limits import Limits
+
+TOKEN = "a-token-of-some-length"
+PROMPTS = ["a red circle", "a blue square", "green", "with"] * 3
+
+
+def brightness(prompts, completions, images=None, target=None, **kwargs):
+    """Not rounded to bytes: a float image that lost a digit on the way would show."""
+    if images is not None:
+        return images.double().mean(dim=(1, 2, 3))
+    return [float(np.asarray(image, dtype=np.float64).mean()) for image in completions]
+
+
+def by_column(completions, target, **kwargs):
+    return [len(text) if text else None for text in target]
+
+
+async def asynchronous(prompts, **kwargs):
+    await asyncio.sleep(0)
+    return [float(len(prompt)) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def local(clip_folder, llava_folder):
+    return {
+        "pickscore": PickScoreReward(str(clip_folder), processor=None),
+        "deqa": DeQAReward(str(llava_folder)),
+        "jpeg_compressibility": JPEGCompressibilityReward(),
+        "brightness": brightness,
+        "by_column": by_column,
+        "asynchronous": asynchronous,
+    }
+
+
+@pytest.fixture(scope="module")
+def url(local):
+    with running(local) as url:
+        RemoteReward(url, "deqa").check()
+        yield url
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    noise = np.random.default_rng(0).integers(0, 256, (12, 24, 20, 3), dtype=np.uint8)
+    return [Image.fromarray(array) for array in noise]
+
+
+@pytest.fixture(scope="module")
+def tensor():
+    return torch.rand(12, 3, 24, 20, generator=torch.Generator().manual_seed(0))
+
+
+def call(reward, **keywords):
+    returned = reward(**keywords)
+    if asyncio.iscoroutine(returned):
+        returned = asyncio.run(_await(returned))
+    return returned.tolist() if hasattr(returned, "tolist") else list(returned)
+
+
+async def _await(coroutine):
+    return await coroutine
+
+
+@pytest.mark.parametrize("name", ["pickscore", "deqa", "jpeg_compressibility", "brightness", "asynchronous"])
+def test_same_numbers_for_pictures(url, local, name, pictures):
+    keywords = {"prompts": PROMPTS, "completions": pictures}
+    assert call(RemoteReward(url, name), **keywords) == call(local[name], **keywords)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "deqa", "jpeg_compressibility", "brightness", "asynchronous"])
+def test_same_numbers_for_tensors(url, local, name, tensor):
+    keywords = {"prompts": PROMPTS, "completions": [], "images": tensor}
+    assert call(RemoteReward(url, name), **keywords) == call(local[name], **keywords)
+
+
+def test_same_numbers_for_pictures_of_several_sizes_and_modes(url, local, pictures):
+    mixed = [pictures[0], pictures[1].resize((30, 12)), pictures[2].convert("L"), pictures[3].convert("RGBA")]
+    keywords = {"prompts": PROMPTS[:4], "completions": mixed}
+    assert call(RemoteReward(url, "brightness"), **keywords) == [
+        float(np.asarray(image.convert("RGB"), dtype=np.float64).mean()) for image in mixed
+    ]
+    assert call(RemoteReward(url, "pickscore"), **keywords) == call(local["pickscore"], **keywords)
+
+
+def test_half_precision_and_bytes(url, local, tensor):
+    half = tensor.bfloat16()
+    expected = call(local["brightness"], prompts=PROMPTS, completions=[], images=half)
+    assert call(RemoteReward(url, "brightness"), prompts=PROMPTS, images=half) == expected
+    smaller = RemoteReward(url, "pickscore", as_uint8=True)
+    expected = call(local["pickscore"], prompts=PROMPTS, images=tensor)
+    assert call(smaller, prompts=PROMPTS, images=tensor) == expected
+
+
+def test_large_batches_are_sent_in_parts(url, tensor):
+    whole = call(RemoteReward(url, "brightness"), prompts=PROMPTS, images=tensor)
+    assert call(RemoteReward(url, "brightness", batch_size=5), prompts=PROMPTS, images=tensor) == whole
+
+
+def test_columns_travel(url, pictures):
+    keywords = {"target": ["cat", None, "", "tent"], "photo": [object()] * 4, "log_metric": print}
+    rewards = call(RemoteReward(url, "by_column"), prompts=PROMPTS[:4], completions=pictures[:4], **keywords)
+    assert rewards == [3.0, None, None, 4.0]
+
+
+def test_in_the_scorer_beside_local_ones(url, local, tensor):
+    with RewardScorer([RemoteReward(url, "pickscore"), local["brightness"]]) as scorer:
+        futures = [
+            scorer.submit(prompts=PROMPTS, completions=[None] * 12, images=tensor, columns={}) for _ in range(3)
+        ]
+        results = [future.result(timeout=30) for future in futures]
+    expected = call(local["pickscore"], prompts=PROMPTS, images=tensor)
+    for scored in results:
+        assert scored.rewards[:, 0].tolist() == pytest.approx(expected, abs=1e-4)  # three batches may be joined
+        assert scored.failures == {"pickscore": 0, "brightness": 0}
+
+
+def test_a_broken_reward_is_told_per_image(pictures):
+    def broken(prompts, **kwargs):
+        if "bad" in prompts:
+            raise RuntimeError("cannot score 'bad'")
+        return [1.0] * len(prompts)
+
+    with running({"broken": broken}, batch_wait=0.2) as url, RewardScorer([RemoteReward(url, "broken")]) as scorer:
+        good = scorer.submit(prompts=["good"], completions=pictures[:1])  # joined with the next in one call
+        with pytest.warns(UserWarning, match="cannot score 'bad'"):
+            bad = scorer.submit(prompts=["bad"], completions=pictures[:1]).result(timeout=20)
+        assert bad.failures == {"broken": 1}
+        assert good.result(timeout=20).rewards.item() == 1.0
+
+
+def test_requests_of_several_clients_are_joined(pictures):
+    sizes = []
+
+    def counting(prompts, completions, **kwargs):
+        sizes.append(len(prompts))
+        return [float(prompt) for prompt in prompts]
+
+    with running({"counting": counting}, batch_wait=0.3, max_batch=8) as url:
+
+        async def several():
+            rewards = [RemoteReward(url, "counting") for _ in range(6)]
+            return await asyncio.gather(
+                *(r(prompts=[f"{2 * i}", f"{2 * i + 1}"], completions=pictures[:2]) for i, r in enumerate(rewards))
+            )
+
+        answers = asyncio.run(several())
+    assert [list(answer) for answer in answers] == [[2.0 * i, 2.0 * i + 1] for i in range(6)]
+    assert sum(sizes) == 12 and len(sizes) <= 3 and max(sizes) <= 8
+
+
+class Slow:
+    """Loads for a while; fails to if told so."""
+
+    def __init__(self, fail=False):
+        self.__name__ = "slow"
+        self.fail = fail
+        self.unloaded = False
+
+    def load(self):
+        time.sleep(0.3)
+        if self.fail:
+            raise RewardLoadError("no weights here")
+
+    def unload(self):
+        self.unloaded = True
+
+    def __call__(self, prompts, **kwargs):
+        return [0.5] * len(prompts)
+
+
+def test_loading_is_waited_for_and_memory_freed(pictures):
+    slow = Slow()
+    with running([slow]) as url:
+        with pytest.raises(TransientRewardError, match="503: the reward is not ready: loading"):
+            call(RemoteReward(url, "slow"), prompts=["x"], completions=pictures[:1])
+        assert call(RemoteReward(url, "slow", max_retries=3), prompts=["x"], completions=pictures[:1]) == [0.5]
+        RemoteReward(url, "slow").check()
+    assert slow.unloaded
+
+
+@pytest.mark.parametrize(
+    ("remote", "options", "message"),
+    [
+        (("http://127.0.0.1:9", "slow"), {}, "no server answers .*Start it"),
+        (("{url}", "fast"), {"token": TOKEN}, "the server has slow, not this one"),
+        (("{url}", "slow"), {"token": TOKEN}, "failed: RewardLoadError: no weights here"),
+        (("{url}", "slow"), {"token": "another-token-of-some-length"}, "the server refuses the token. Set"),
+        (("{url}", "slow"), {}, "the server refuses the token"),
+    ],
+)
+def test_check_says_what_is_wrong_in_one_line(remote, options, message, monkeypatch):
+    with running([Slow(fail=True)], token=TOKEN) as url:
+        if options:
+            monkeypatch.setenv("TRL_APEX_REWARD_TOKEN", options["token"])
+        reward = RemoteReward(remote[0].format(url=url), remote[1])
+        with pytest.raises(RewardLoadError, match=message) as caught, RewardScorer([reward]) as scorer:
+            scorer.check()
+        assert "\n" not in str(caught.value)
+
+
+def test_check_tells_another_kind_of_server():
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Quiet(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(RewardLoadError, match="this is no reward server"):
+            RemoteReward(f"http://127.0.0.1:{server.server_port}", "ocr").check()
+        server.shutdown()
+
+
+def test_a_refusal_is_no_passing_failure(url, pictures):
+    with pytest.raises(RuntimeError, match="404: there is no such reward"):
+        call(RemoteReward(url, "nothing"), prompts=["x"], completions=pictures[:1])
+
+
+def test_the_token_is_never_pickled(monkeypatch):
+    monkeypatch.setenv("TRL_APEX_REWARD_TOKEN", TOKEN)
+    reward = RemoteReward("http://127.0.0.1:1", "ocr")
+    assert TOKEN.encode() not in pickle.dumps(reward) and TOKEN not in repr(reward)
+    assert pickle.loads(pickle.dumps(reward)).__name__ == "ocr"
+
+
+def test_options():
+    with pytest.raises(ValueError, match="must start with http"):
+        RemoteReward("127.0.0.1:8000", "ocr")
+    with pytest.raises(ValueError, match="`batch_size`"):
+        RemoteReward("http://x", "ocr", batch_size=0)
+    with pytest.raises(ValueError, match="`max_images` must be positive"):
+        Limits(max_images=0)
