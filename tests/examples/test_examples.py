@@ -1,0 +1,149 @@
+"""Each example runs, at toy size, through its own flags."""
+
+import importlib.util
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import TrlParser
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
+PROCESSES = {"sd35_lora_8gpu": 8, "sd35_full_zero2": 8}
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def column(trainer, key):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def test_every_script_is_tested_here():
+    tested = Path(__file__).read_text()
+    for script in EXAMPLES.glob("*.py"):
+        assert f'"{script.stem}"' in tested, f"{script.name} has no test"
+
+
+def test_the_aggregator_alone():
+    priorities = load("aggregator_alone").main(iterations=30)
+    assert sum(priorities.values()) == pytest.approx(1)
+    assert priorities["quiet"] < 1 / 3, "the objective that rises by itself needs no help"
+
+
+def test_a_language_model_keeps_both_rewards_up(tmp_path):
+    trainer = load("language_model").main(
+        ["--output_dir", str(tmp_path), "--disable_tqdm", "true", "--max_steps", "25", "--logging_steps", "1"]
+    )
+    for name in ("loud_sun", "quiet_moon"):
+        means = column(trainer, f"rewards/{name}/mean")
+        assert sum(means[-8:]) > 1.1 * sum(means[:8]), name
+    assert (tmp_path / "aggregator_state.json").is_file()
+
+
+def test_the_language_models_size_is_as_its_docstring_says():
+    module = load("language_model")
+    model, _ = module.tiny_model()
+    assert f"{round(sum(p.numel() for p in model.parameters()) / 1000)} thousand" in module.tiny_model.__doc__
+
+
+def test_custom_rewards(tmp_path):
+    trainer = load("custom_reward").main(["--max_steps", "1", "--output_dir", str(tmp_path)])
+    assert trainer.reward_func_names == ["right_colour", "calm", "balance"]
+    assert 0 < trainer.aggregator.iteration
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_remote_rewards_in_one_process(tmp_path):
+    trainer = load("remote_rewards").main(["both", "--max_steps", "1", "--output_dir", str(tmp_path)])
+    (row,) = [row for row in trainer.state.log_history if "rewards/contrast/mean" in row]
+    assert row["rewards/contrast/mean"] > 0 and row["rewards/jpeg_compressibility/mean"] < 0
+    assert row["reward_failures/contrast"] == row["reward_failures/jpeg_compressibility"] == 0
+
+
+@pytest.mark.slow
+def test_remote_rewards_in_two_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(EXAMPLES / "remote_rewards.py")]
+    server = subprocess.Popen([*command, "serve", "--port", str(port)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert "Serving" in server.stdout.readline()
+        arguments = ["train", "--url", f"http://127.0.0.1:{port}", "--max_steps", "1", "--output_dir", str(tmp_path)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.mark.parametrize("flags, owner", [(["--static"], "DiffusionGRPOTrainer"), ([], "APEXTrainer")])
+def test_switching_by_one_import(tmp_path, flags, owner):
+    trainer = load("switch_to_apex").main([*flags, "--max_steps", "1", "--output_dir", str(tmp_path)])
+    assert type(trainer).__name__ == owner
+    assert math.isfinite(column(trainer, "loss")[0])
+
+
+def test_sd35_lora_at_toy_size(tmp_path):
+    trainer = load("train_sd35_apex").main(
+        ["--config", str(EXAMPLES / "configs/sd35_tiny.yaml"), "--output_dir", str(tmp_path), "--max_steps", "2"]
+    )
+    assert trainer.reward_func_names == ["ocr", "pickscore", "deqa", "aesthetic"]
+    assert column(trainer, "ratio/max_deviation")[0] == 0
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+    assert json.loads((tmp_path / "aggregator_state.json").read_text())["iteration"] == 1
+
+
+def test_sd35_full_at_toy_size(tmp_path):
+    trainer = load("train_sd35_full").main(
+        ["--config", str(EXAMPLES / "configs/sd35_full_tiny.yaml"), "--output_dir", str(tmp_path)]
+    )
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    assert math.isfinite(column(trainer, "loss")[-1])
+
+
+@pytest.mark.slow
+def test_the_tiny_world(tmp_path):
+    trainer = load("train_tiny_world").main(["--max_steps", "4", "--output_dir", str(tmp_path), "--num_prompts", "16"])
+    assert set(trainer.aggregator.priorities) == {"ocr", "pickscore", "deqa", "aesthetic"}
+
+
+def test_prompts_load_from_files(tmp_path):
+    text, table = tmp_path / "prompts.txt", tmp_path / "prompts.csv"
+    text.write_text('a sign that reads "OPEN"\na bird\n')
+    table.write_text("prompt,target\na sign,OPEN\n")
+    apex, full = load("train_sd35_apex"), load("train_sd35_full")
+    assert apex.load_prompts(str(text), "train")["prompt"] == ['a sign that reads "OPEN"', "a bird"]
+    assert full.load_prompts(str(text))["prompt"] == ['a sign that reads "OPEN"', "a bird"]
+    assert apex.load_prompts(str(table), "train").column_names == ["prompt", "target"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_is_accepted_and_its_arithmetic_adds_up(path, tmp_path):
+    script = load("train_sd35_full" if "full" in path.stem else "train_sd35_apex")
+    parser = TrlParser((script.ScriptArguments, script.APEXConfig))
+    changes = ["--use_cpu", "true", "--output_dir", str(tmp_path), "--report_to", "none"]
+    _, args = parser.parse_args_and_config(["--config", str(path), *changes])
+    values = yaml.safe_load(path.read_text())
+    processes = PROCESSES.get(path.stem, 1)
+    per_device = args.generation_batch_size // processes
+    assert args.generation_batch_size % args.num_generations == 0
+    assert args.generation_batch_size % (args.per_device_train_batch_size * processes) == 0
+    rows = per_device * (args.sde_window_size or args.num_inference_steps - 1)
+    update = args.per_device_train_batch_size * args.timestep_batch_size * args.gradient_accumulation_steps
+    assert rows % update == 0 and rows // update in (1, 2)
+    assert not args.rollout_batch_size or per_device % args.rollout_batch_size == 0
+    ours = set(vars(args)) | set(script.ScriptArguments.__dataclass_fields__)
+    assert set(values) <= ours
