@@ -166,11 +166,12 @@ def local_shard(parameter: Tensor) -> Tensor:
     return parameter.data
 
 
-def full_trainable_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Whole trainable parameters by name, on the CPU of every rank; all ranks must call it.
+def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[str, Tensor]:
+    """Whole trainable parameters by name, on the CPU; all ranks must call it.
 
     Args:
         model (`nn.Module`): wrapped by an engine or not.
+        main_only (`bool`): the other ranks keep nothing, which saves their memory.
     """
     weights = {}
     for name, parameter in model.named_parameters():
@@ -178,8 +179,26 @@ def full_trainable_weights(model: nn.Module) -> dict[str, Tensor]:
             continue
         with _gathered([parameter]):
             value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            weights[name.removeprefix("module.")] = value.detach().cpu().clone()
+            if not main_only or this_rank() == 0:
+                weights[name.removeprefix("module.")] = value.detach().cpu().clone()
     return weights
+
+
+def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Put whole weights, by name, into a model that an engine may have sharded; all ranks must call it."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        value = weights[name.removeprefix("module.")].to(parameter.device, parameter.dtype)
+        if hasattr(parameter, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.to_local().data.copy_(value.to_local())
+            continue
+        with _gathered([parameter], modifier_rank=0):
+            if parameter.numel():
+                parameter.data.copy_(value)
 
 
 @contextmanager
@@ -209,13 +228,13 @@ def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered(parameters: list[Tensor]) -> Iterator[None]:
+def _gathered(parameters: list[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
     if not any(hasattr(p, "ds_tensor") for p in parameters):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
         yield
 
 

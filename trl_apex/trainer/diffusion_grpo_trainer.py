@@ -47,7 +47,7 @@ from .checkpoint import PARTIAL, check_engine, clear_partial, last_whole, publis
 from .denoiser import save_denoiser
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .ema import EMACallback
-from .inputs import check_dataset, check_weights, reward_names
+from .inputs import check_dataset, check_weights, check_whole, reward_names
 from .lora import add_adapter, save_diffusers_lora
 from .rows import update_rows
 from .trl_seam import set_inherited_attributes
@@ -150,6 +150,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
         with whole_models():
             self.policy = load_policy(model, **self._load_kwargs(model, args, peft_config))
+        check_whole(self.policy.pipeline)
         self._plan_rollout(args)
         self._plan_updates(args, len(train_dataset))
         denoiser = self._prepare_denoiser(args, peft_config)
@@ -290,7 +291,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._scorer = self._open_scorer(self.reward_funcs, self.reward_func_names)
         self.save_and_stop = None
         try:
-            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with whole_models():  # a reward may load its network at its first call
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except RuntimeError as error:
             if isinstance(error, OtherRankError) or not lost_rank(error):
                 raise

@@ -6,7 +6,10 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import TrainerCallback
+
+from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
 
 EMA_FILE = "ema.safetensors"
 
@@ -24,25 +27,32 @@ class EMACallback(TrainerCallback):
         self.trainer, self.decay, self.every = trainer, decay, every
         self._ema: EMAModel | None = None
 
-    def _parameters(self):
-        return [p for p in self.trainer.model.parameters() if p.requires_grad]
+    def _parameters(self) -> list[nn.Parameter]:
+        """What this rank holds of the trainable parameters: views, so that an average written there is used."""
+        return [nn.Parameter(local_shard(p)) for p in self.trainer.model.parameters() if p.requires_grad]
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._ema = EMAModel(self._parameters(), decay=self.decay, min_decay=self.decay)
-        self._ema.to(self.trainer.accelerator.device)
         checkpoint = self.trainer.resumed_from
         if checkpoint is not None and (Path(checkpoint) / EMA_FILE).is_file():
             stored = load_file(Path(checkpoint) / EMA_FILE)
             self._ema.optimization_step = int(stored.pop("optimization_step"))
-            self._ema.shadow_params = [stored[str(i)].to(p) for i, p in enumerate(self._parameters())]
+            self._ema.store(self._parameters())
+            set_trainable_weights(self.trainer.model, stored)
+            self._ema.shadow_params = [p.detach().clone() for p in self._parameters()]
+            self._ema.restore(self._parameters())
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
             self._ema.step(self._parameters())
 
     def save(self, directory: str) -> None:
-        if self._ema is not None:
-            tensors = {str(i): value.contiguous().cpu() for i, value in enumerate(self._ema.shadow_params)}
+        """Write the whole average; every rank must call it, the main process writes."""
+        if self._ema is None:
+            return
+        with self.averaged():
+            tensors = full_trainable_weights(self.trainer.model, main_only=True)
+        if self.trainer.args.should_save:
             tensors["optimization_step"] = torch.tensor(self._ema.optimization_step)
             Path(directory).mkdir(parents=True, exist_ok=True)
             save_file(tensors, Path(directory) / EMA_FILE)

@@ -89,3 +89,18 @@ def check_dataset(dataset: Any, name: str) -> None:
                 f"`prompt` must be a string in every row of `{name}`. Found {type(prompt).__name__} in row {i}. "
                 "Text-to-image models take plain text, not conversations."
             )
+
+
+def check_whole(pipeline: Any) -> None:
+    """Refuse a pipeline that DeepSpeed ZeRO-3 has cut in parts while it was loaded.
+
+    Raises:
+        ValueError: names the part.
+    """
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and any(hasattr(p, "ds_id") for p in component.parameters()):
+            raise ValueError(
+                f"A pipeline must be loaded whole. Found `{name}` partitioned by ZeRO-3, which does that to every "
+                "transformers model that is loaded once the training arguments exist. Pass the pipeline's name to the "
+                "trainer, or load the pipeline before the arguments, or inside `with trl_apex.distributed.whole_models():`."
+            )
