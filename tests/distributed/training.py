@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from engines import on_cpu
 from peft import LoraConfig
 
 from trl_apex import APEXConfig, APEXTrainer
@@ -32,6 +33,7 @@ def make_trainer(
     output_dir: str, *, lora: bool = True, rewards=(red, dark), trainer_class=APEXTrainer, **overrides: Any
 ) -> APEXTrainer:
     """The trainer of these tests: two groups of four images, however many processes share them."""
+    on_cpu()
     world = int(os.environ["WORLD_SIZE"])
     values: dict[str, Any] = {
         "output_dir": output_dir,
@@ -51,13 +53,12 @@ def make_trainer(
         "ddp_backend": "gloo",
         "dataloader_pin_memory": False,
     }
-    values.update(overrides)
-    config_class = trainer_class.config_class
-    pipeline = overrides.pop("pipeline", None)
-    values.pop("pipeline", None)
-    args = config_class(**values)
+    if os.environ.get("ACCELERATE_USE_CPU") == "true":
+        values["use_cpu"] = True
+    pipeline = overrides.pop("pipeline", None) or build_pipeline(0)  # before the arguments: ZeRO-3 would cut it up
+    args = trainer_class.config_class(**(values | overrides))
     return trainer_class(
-        pipeline or build_pipeline(0),
+        pipeline,
         list(rewards),
         args,
         Dataset.from_dict({"prompt": PROMPTS}),
