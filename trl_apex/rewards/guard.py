@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -49,6 +50,8 @@ class Guard:
         scope["memory_share"] = share
         try:
             await self.app(scope, self._bounded(receive, share), send)
+        except ClientDisconnect:  # nobody is left to answer
+            pass
         finally:
             share.give_back()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from trl_apex.rewards.batching import Job, QueueFull
@@ -69,6 +70,9 @@ def add_routes(app: FastAPI, state: ServerState) -> None:
             answer = await _score(state, name, request)
         except HTTPException as error:
             status = error.status_code
+            raise
+        except ClientDisconnect:
+            status = 499
             raise
         finally:
             state.count("requests_total", name, str(status))
