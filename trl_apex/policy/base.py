@@ -87,6 +87,10 @@ class DiffusionPolicy(ABC):
     def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
         """Encode prompts; tensors of shape `[B, ...]` keyed by what [`predict`] passes on."""
 
+    def encode_negative(self, prompt: str, max_sequence_length: int) -> Embeddings:
+        """Encode the prompt of the unconditional branch; tensors of shape `[1, ...]`."""
+        return self.encode([prompt], max_sequence_length)
+
     @abstractmethod
     def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
         """The noise grid of `num_steps` steps for images of `height` x `width` pixels."""

@@ -3,11 +3,16 @@
 from typing import Any
 
 from .base import DiffusionPolicy
+from .flux import FluxPolicy
 from .sd3 import SD3Policy
+from .stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 
-
-def _families() -> dict[str, type[DiffusionPolicy]]:
-    return {"StableDiffusion3Pipeline": SD3Policy}
+FAMILIES: dict[str, type[DiffusionPolicy]] = {
+    "StableDiffusion3Pipeline": SD3Policy,
+    "FluxPipeline": FluxPolicy,
+    "StableDiffusionPipeline": StableDiffusionPolicy,
+    "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
+}
 
 
 def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
@@ -25,13 +30,12 @@ def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
     """
     from diffusers import DiffusionPipeline
 
-    families = _families()
     if isinstance(model, str):
         model = DiffusionPipeline.from_pretrained(model, **from_pretrained_kwargs)
     name = type(model).__name__
-    if name not in families:
+    if name not in FAMILIES:
         raise ValueError(
-            f"`model` must be a supported text-to-image pipeline: {', '.join(families)}. Found {name}. "
+            f"`model` must be a supported text-to-image pipeline: {', '.join(FAMILIES)}. Found {name}. "
             "Pass a hub id, a folder in diffusers' format or a pipeline object of one of these classes."
         )
-    return families[name](model)
+    return FAMILIES[name](model)

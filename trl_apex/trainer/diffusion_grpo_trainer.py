@@ -41,7 +41,7 @@ from ..prompts import GroupSampler, PromptEmbeddings
 from ..rewards.scoring import RewardScorer
 from ..rollout.denoise import denoise
 from ..rollout.noise import keyed_noise
-from ..types import Rollout
+from ..types import Embeddings, Rollout
 from .callbacks import GradientGuardCallback, IterationCallback
 from .checkpoint import PARTIAL, check_engine, clear_partial, last_whole, publish, rotate, to_resume_from
 from .denoiser import save_denoiser
@@ -169,6 +169,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self.reward_weights = torch.tensor(weights, dtype=torch.float64)
         self.policy.move_frozen(self.accelerator.device)
         self._embeddings = PromptEmbeddings(lambda prompts: self.policy.encode(prompts, args.max_sequence_length))
+        self._negative_embeddings: Embeddings | None = None
         self._scorer: Any = None  # a RewardScorer while training
         self._iteration_rollout: dict[str, Any] | None = None
         self.resumed_from: str | None = None
@@ -460,7 +461,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     def _negative(self, guidance_scale: float):
         if guidance_scale == 1.0 or not self.policy.batched_guidance:
             return None
-        return self._embeddings([self.args.negative_prompt], self.accelerator.device)
+        if self._negative_embeddings is None:
+            encoded = self.policy.encode_negative(self.args.negative_prompt, self.args.max_sequence_length)
+            self._negative_embeddings = {name: value.to(self.accelerator.device) for name, value in encoded.items()}
+        return self._negative_embeddings
 
     def _rollout_model(self) -> nn.Module:
         """The model to sample with: through an engine's wrapper where it shards weights, else without DDP's."""

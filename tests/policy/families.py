@@ -1,0 +1,183 @@
+"""Pipelines of every supported family at toy size, with random weights and real classes."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from trl_apex.tiny.tokenizer import build_tokenizer
+
+
+def vae(channels: int, shift: float | None) -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=1.3,
+        shift_factor=shift,
+    )
+
+
+def clip(projected: bool, width: int = 16):
+    tokenizer = build_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+
+
+def t5(width: int):
+    return T5EncoderModel(T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
+def sd3(dual: bool = True) -> StableDiffusion3Pipeline:
+    """SD3.5-medium-shaped: dual attention in the first layer, qk-norm, three encoders, 16 channels, a shift."""
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        out_channels=16,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,) if dual else (),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(16, 0.06),
+        text_encoder=clip(True),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=clip(True),
+        tokenizer_2=build_tokenizer(),
+        text_encoder_3=t5(32),
+        tokenizer_3=build_tokenizer(begin=False),
+    )
+
+
+def flux() -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(4, 0.1),
+        text_encoder=clip(False),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=t5(32),
+        tokenizer_2=build_tokenizer(begin=False),
+    )
+
+
+def unet(cross: int, **extra) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross,
+        **extra,
+    )
+
+
+def scheduler(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
+
+def stable_diffusion(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        unet=unet(16),
+        scheduler=scheduler(prediction_type),
+        vae=vae(4, None),
+        text_encoder=clip(False),
+        tokenizer=build_tokenizer(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline(
+        unet=unet(
+            32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,
+            use_linear_projection=True,
+        ),
+        scheduler=scheduler("epsilon"),
+        vae=vae(4, None),
+        text_encoder=clip(False),
+        tokenizer=build_tokenizer(),
+        text_encoder_2=clip(True),
+        tokenizer_2=build_tokenizer(),
+    )
+
+
+FAMILIES = {
+    "sd3.5-medium": sd3,
+    "sd3": lambda: sd3(dual=False),
+    "flux": flux,
+    "sd1.5": stable_diffusion,
+    "sd2-v": lambda: stable_diffusion("v_prediction"),
+    "sdxl": stable_diffusion_xl,
+}
+
+
+def build(name: str, seed: int = 0):
+    torch.manual_seed(seed)
+    pipeline = FAMILIES[name]()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,52 @@
+"""Each family's policy draws the image that diffusers' own pipeline draws."""
+
+import pytest
+import torch
+from families import FAMILIES, build
+
+from trl_apex.policy.load import load_policy
+from trl_apex.policy.sampler import Sampler
+from trl_apex.policy.velocity import guided_prediction
+from trl_apex.rollout.denoise import denoise
+from trl_apex.rollout.noise import keyed_noise
+
+PROMPTS = ['a red circle with "CAT"', 'a blue star with "HUT"']
+SIZE = 16
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_deterministic_sampling_equals_the_pipeline(name, guidance):
+    pipeline = build(name)
+    policy = load_policy(pipeline)
+    shape = policy.latent_shape(SIZE, SIZE)
+    noise = keyed_noise([(0,), (1,)], shape)
+    given = pipeline._pack_latents(noise, 2, *shape) if name == "flux" else noise
+    kwargs = {"max_sequence_length": 12} if name in ("sd3", "sd3.5-medium", "flux") else {}
+    expected = pipeline(
+        PROMPTS, height=SIZE, width=SIZE, latents=given, num_inference_steps=4, guidance_scale=guidance,
+        output_type="pt", **kwargs,
+    ).images  # fmt: skip
+    sampler = Sampler(policy.schedule(4, SIZE, SIZE), policy.transitions[0], 0.7)
+    embeddings = policy.encode(PROMPTS, 12)
+    negative = policy.encode_negative("", 12) if policy.batched_guidance else None
+
+    def predict(latents, timesteps, rows):
+        return guided_prediction(policy, policy.denoiser, latents, timesteps, embeddings, negative, guidance)
+
+    final, _ = denoise(predict, sampler, noise, range(0), noise.new_zeros(2, 0, *shape))
+    torch.testing.assert_close(policy.decode(final), expected.float(), rtol=1e-4, atol=2e-4)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_default_lora_targets_exist(name):
+    policy = load_policy(build(name))
+    modules = [key for key, _ in policy.denoiser.named_modules()]
+    for target in policy.lora_targets:
+        assert any(module.endswith(target) for module in modules), target
+
+
+def test_size_that_the_model_cannot_draw():
+    with pytest.raises(ValueError, match="multiples of 4 pixels.*Found 18 x 16. Use 16 x 16"):
+        load_policy(build("sd3")).latent_shape(18, 16)
