@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .redact import redacted
+from ..redact import redacted
 
 
 @dataclass(frozen=True)
