@@ -6,6 +6,7 @@ import math
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,21 @@ def test_every_configuration_is_accepted_and_its_arithmetic_adds_up(path, tmp_pa
     assert not args.rollout_batch_size or per_device % args.rollout_batch_size == 0
     ours = set(vars(args)) | set(script.ScriptArguments.__dataclass_fields__)
     assert set(values) <= ours
+
+
+def test_the_notebook_runs_and_shows_what_it_says(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    notebook = json.loads((EXAMPLES / "variance_hijacking.ipynb").read_text())
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"], "outputs are stripped"
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="FigureCanvasAgg is non-interactive")
+                exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    shares, paths, hard = names["shares"], names["paths"], names["hard"]
+    assert shares["sum_then_normalize"][0] > 0.99
+    assert all(0.35 < share < 0.65 for share in shares["apex"])
+    assert abs(paths["sum_then_normalize"][-1, 1]) < 0.3 and paths["apex"][-1].min() > 1
+    assert hard["apex"][0][1] > 1.2 * hard["normalize_then_sum"][0][1]
+    assert hard["apex"][1]["up"] > 0.6
