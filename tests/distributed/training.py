@@ -11,11 +11,10 @@ from engines import on_cpu
 from peft import LoraConfig
 
 from trl_apex import APEXConfig, APEXTrainer
+from trl_apex.distributed import full_trainable_weights
 from trl_apex.tiny.pipeline import build_pipeline
 
-PROMPTS = [
-    f'a {colour} {shape} with " C A T "' for colour in ("red", "blue") for shape in ("circle", "square", "cross")
-]
+PROMPTS = [f'a {colour} {shape} with " C A T "' for colour in ("red", "blue") for shape in ("circle", "square", "cross")]
 GLOBAL_BATCH = 8
 
 
@@ -29,15 +28,22 @@ def dark(images, **kwargs):
     return (-10 * images.mean((1, 2, 3))).tolist()
 
 
+def tiny_pipeline():
+    pipeline = build_pipeline(0)
+    with torch.no_grad():  # a fresh head predicts next to nothing, and would hide errors
+        pipeline.transformer.proj_out.weight.mul_(20)
+    return pipeline
+
+
 def make_trainer(
-    output_dir: str, *, lora: bool = True, rewards=(red, dark), trainer_class=APEXTrainer, **overrides: Any
+    output_dir: str, *, lora: bool = True, rewards=(red, dark), pipeline=None, eval_prompts=None, **overrides: Any
 ) -> APEXTrainer:
     """The trainer of these tests: two groups of four images, however many processes share them."""
+    pipeline = pipeline or tiny_pipeline()  # before the arguments: ZeRO-3 would cut it up
     on_cpu()
-    world = int(os.environ["WORLD_SIZE"])
     values: dict[str, Any] = {
         "output_dir": output_dir,
-        "per_device_train_batch_size": GLOBAL_BATCH // world,
+        "per_device_train_batch_size": GLOBAL_BATCH // int(os.environ["WORLD_SIZE"]),
         "generation_batch_size": GLOBAL_BATCH,
         "num_generations": 4,
         "num_inference_steps": 4,
@@ -50,18 +56,18 @@ def make_trainer(
         "disable_tqdm": True,
         "bf16": False,
         "learning_rate": 1e-3 if lora else 1e-4,
+        "warmup_iterations": 1,
+        "ramp_iterations": 1,
         "ddp_backend": "gloo",
         "dataloader_pin_memory": False,
+        "use_cpu": os.environ.get("ACCELERATE_USE_CPU") == "true",
     }
-    if os.environ.get("ACCELERATE_USE_CPU") == "true":
-        values["use_cpu"] = True
-    pipeline = overrides.pop("pipeline", None) or build_pipeline(0)  # before the arguments: ZeRO-3 would cut it up
-    args = trainer_class.config_class(**(values | overrides))
-    return trainer_class(
+    return APEXTrainer(
         pipeline,
         list(rewards),
-        args,
+        APEXConfig(**(values | overrides)),
         Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=Dataset.from_dict({"prompt": eval_prompts}) if eval_prompts else None,
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
     )
 
@@ -81,12 +87,12 @@ def engine_of(trainer) -> str:
 
 def weights_of(trainer) -> dict[str, Any]:
     """Trained weights in full, by name, as numpy arrays."""
-    from trl_apex.distributed import full_trainable_weights
-
     return {name: value.float().numpy() for name, value in full_trainable_weights(trainer.model).items()}
 
 
-def train(rank: int, output_dir: str, *, resume=None, save: str | None = None, **kwargs: Any) -> dict[str, Any]:
+def train(
+    rank: int, output_dir: str, *, resume=None, save: str | None = None, evaluate: bool = False, **kwargs: Any
+) -> dict[str, Any]:
     """Train, and return what a test compares between engines and numbers of processes."""
     torch.manual_seed(1000 + rank)  # ranks agree on nothing that they need not agree on
     trainer = make_trainer(output_dir, **kwargs)
@@ -101,9 +107,7 @@ def train(rank: int, output_dir: str, *, resume=None, save: str | None = None, *
 
     trainer._compute_advantages = record
     trainer.train(resume_from_checkpoint=resume)
-    if save:
-        trainer.save_model(save)
-    return {
+    result = {
         "world": PartialState().num_processes,
         "engine": engine_of(trainer),
         "iterations": seen,
@@ -112,5 +116,12 @@ def train(rank: int, output_dir: str, *, resume=None, save: str | None = None, *
         "aggregator": trainer.aggregator.state_dict(),
         "step": trainer.state.global_step,
         "resumed_from": trainer.resumed_from,
-        "files": sorted(p.name for p in Path(output_dir).iterdir()) if Path(output_dir).is_dir() else [],
     }
+    if evaluate:
+        result["evaluation"] = trainer.evaluate()
+        records = trainer.eval_records
+        result["evaluated"] = [(r["row"], r["prompt"], r["rewards"]) for r in records]
+    if save:
+        trainer.save_model(save)
+    result["files"] = sorted(str(p.relative_to(output_dir)) for p in Path(output_dir).rglob("*") if p.is_file())
+    return result
