@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 PATCH = 4
 EMBEDDING = 48
+_PROBE_GAIN = 10.0  # the entries of a unit vector are small, scores are not
 _MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own, which its image processor applies by default
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -76,12 +77,12 @@ def fit_clip(
     beauties: Float[Tensor, "N 2"],
     *,
     steps: int,
-    batch_size: int = 96,
+    batch_size: int = 64,
     seed: int = 0,
 ) -> None:
     """Trains contrastively with hard negatives, in place.
 
-    `loss = CE(image_i -> its caption among all captions) + CE(caption_i -> its better image among all images) + 0.02 MSE`
+    `loss = CE(image_i -> its caption among all captions) + CE(caption_i -> its better image among all images) + 0.1 MSE`
 
     The second term ranks the better of two images first for their caption, as PickScore's training does. The last
     regresses beauty linearly from the normalized embedding, so that the embedding keeps what an aesthetic head needs.
@@ -94,7 +95,7 @@ def fit_clip(
         captions_of_worse (`list[str]`): The true captions of `worse`; some are equal to those of `better`.
         beauties (`torch.Tensor`): Beauty of both images, of shape `[N, 2]`.
         steps (`int`): Optimizer steps.
-        batch_size (`int`, *optional*, defaults to 96): Pairs per step.
+        batch_size (`int`, *optional*, defaults to 64): Pairs per step.
         seed (`int`, *optional*, defaults to 0): Seed of the batches.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -126,10 +127,10 @@ def fit_clip(
         to_image = scale * texts[:batch_size] @ images.T
         to_image = to_image.masked_fill(same & (torch.arange(2 * batch_size) < batch_size), -torch.inf)
         target = torch.arange(batch_size)
-        beauty = probe(images).squeeze(-1) + centre
+        beauty = _PROBE_GAIN * probe(images).squeeze(-1) + centre
         pleasing = functional.mse_loss(beauty, beauties[index].T.reshape(-1))
         loss = functional.cross_entropy(to_text, target) + functional.cross_entropy(to_image, target)
-        loss = loss + 0.02 * pleasing
+        loss = loss + 0.1 * pleasing
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
