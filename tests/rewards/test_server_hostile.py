@@ -396,7 +396,7 @@ def test_more_connections_than_allowed(url):
                 statuses.add(http.get(f"{url}/health").status_code)
             except httpx.TransportError:
                 statuses.add(0)
-        assert statuses <= {503, 0}
+        assert statuses <= {503, 0}  # told to come back, or cut off
     finally:
         for connection in many:
             connection.close()
@@ -454,11 +454,14 @@ async def flood(url, count, at_once):
     ("count", "at_once"),
     [(600, 300), pytest.param(10_000, 10_000, marks=pytest.mark.slow)],
 )
-def test_floods(url, count, at_once):
+def test_floods(count, at_once):
     process = psutil.Process()
-    before = process.memory_info().rss
-    seen = asyncio.run(flood(url, count, at_once))
-    grown = process.memory_info().rss - before
+    with running([JPEGCompressibilityReward()]) as url:
+        before = process.memory_info().rss
+        seen = asyncio.run(flood(url, count, at_once))
+        grown = process.memory_info().rss - before
+        print(f"{seen}, {grown / 2**20:.0f} MB more")
+        assert http.get(f"{url}/health").status_code == 200
     assert sum(seen.values()) == count
     assert set(seen) <= {"200", "503", "closed"}, seen
     assert seen.get("200", 0) > 0
@@ -467,5 +470,5 @@ def test_floods(url, count, at_once):
 
 def test_bounded_server_options():
     server = make_server([JPEGCompressibilityReward()], limits=LIMITS)
-    assert server.config.limit_concurrency == 64 and server.config.h11_max_incomplete_event_size == 16 * 1024
-    assert server.config.http.header_timeout == 0.6
+    assert server.config.h11_max_incomplete_event_size == 16 * 1024
+    assert server.config.http.header_timeout == 0.6 and server.config.http.max_connections == 64

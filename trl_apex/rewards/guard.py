@@ -127,14 +127,17 @@ class GuardedProtocol(H11Protocol):
     """
 
     header_timeout = 10.0
-    max_connections = 1024
+    max_connections = 512
 
     def connection_made(self, transport: Any) -> None:  # uvloop has a transport class of its own
         super().connection_made(transport)
         self._head_timer: asyncio.TimerHandle | None = None
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > 2 * self.max_connections:
             transport.abort()
             return
+        if len(self.connections) > self.max_connections:
+            # uvicorn's own limit would refuse every client while there are too many; here the first ones are served.
+            self.app = answer(503, "too many connections", BUSY)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -164,5 +167,5 @@ class GuardedProtocol(H11Protocol):
 
 def guarded_protocol(limits: Limits) -> type[GuardedProtocol]:
     """The protocol with these bounds."""
-    bounds = {"header_timeout": limits.header_timeout, "max_connections": 2 * limits.max_connections}
+    bounds = {"header_timeout": limits.header_timeout, "max_connections": limits.max_connections}
     return type("BoundedProtocol", (GuardedProtocol,), bounds)

@@ -236,7 +236,6 @@ def make_server(
         log_level="error",
         access_log=False,
         server_header=False,
-        limit_concurrency=limits.max_connections,
         h11_max_incomplete_event_size=16 * 1024,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=10,
