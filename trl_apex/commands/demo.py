@@ -14,6 +14,6 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     given = parser.parse_args(arguments)
 
-    from ..tiny.demo import run_demo
+    from ..demo import run_demo
 
     run_demo(output_dir=given.output_dir, seed=given.seed)

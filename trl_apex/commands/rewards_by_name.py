@@ -39,9 +39,9 @@ def load_rewards(specs: Sequence[str]) -> list[Callable]:
     functions: list[Callable] = []
     for spec in specs:
         if spec == "tiny":
-            from ..tiny import rewards as tiny
+            from ..tiny.world import tiny_rewards
 
-            functions += tiny.tiny_rewards()
+            functions += tiny_rewards()
         else:
             functions.append(_load(spec))
     return functions

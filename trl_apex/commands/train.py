@@ -95,7 +95,7 @@ def train(model: Any, data: Any, rewards: Any, lora: Any, config: Any, command: 
 
 def _pipeline(model: Any, config: Any) -> Any:
     if model.model == "tiny":
-        from ..tiny.weights import load_tiny_pipeline
+        from ..tiny.world import load_tiny_pipeline
 
         return load_tiny_pipeline()
     if model.revision:

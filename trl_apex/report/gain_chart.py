@@ -20,6 +20,7 @@ class Outcome:
         base, tuned (`float`): means before and after.
         se (`float`): standard error of the paired difference.
         gain (`float`, *optional*): the difference in units of the base model's standard deviation.
+        gain_se (`float`): its standard error.
         trained (`bool`): whether it was a reward of the training.
     """
 
@@ -28,6 +29,7 @@ class Outcome:
     tuned: float
     se: float
     gain: float | None
+    gain_se: float
     trained: bool
 
     @property
@@ -40,11 +42,6 @@ class Outcome:
     def verdict(self) -> str:
         """In a word, by two standard errors."""
         return "rose" if self.z > 2 else "fell" if self.z < -2 else "within noise"
-
-    @property
-    def gain_se(self) -> float:
-        """The standard error in the units of `gain`."""
-        return abs(self.gain / self.z) if self.gain and math.isfinite(self.z) and self.z else 0.0
 
     def cells(self) -> list[str]:
         """Base, tuned, difference with its error, and gain, as text that lines up."""
@@ -67,10 +64,15 @@ def outcomes(summary: dict[str, Any]) -> list[Outcome]:
     rows = []
     for part, trained in (("objectives", True), ("held_out", False)):
         for name, entry in (summary.get(part) or {}).items():
-            numbers = [entry.get(key) for key in ("base", "tuned", "se", "gain")]
-            base, tuned, se, gain = (float(v) if isinstance(v, int | float) else None for v in numbers)
-            if base is not None and tuned is not None:
-                rows.append(Outcome(name, base, tuned, se or 0.0, gain, trained))
+            numbers = [entry.get(key) for key in ("base", "tuned", "se", "gain", "gain_se")]
+            base, tuned, se, gain, gain_se = (
+                float(v) if isinstance(v, int | float) and math.isfinite(v) else None for v in numbers
+            )
+            if base is None or tuned is None:
+                continue
+            if gain_se is None and gain and tuned != base:
+                gain_se = (se or 0.0) * abs(gain / (tuned - base))
+            rows.append(Outcome(name, base, tuned, se or 0.0, gain, gain_se or 0.0, trained))
     return rows
 
 
