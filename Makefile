@@ -41,7 +41,7 @@ wheel: $(STAMP)
 	$(BIN)/python -m build --wheel
 
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 clean:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from trl_apex.rewards.clip_score import CLIPScoreReward
     from trl_apex.rewards.deqa import DeQAReward
     from trl_apex.rewards.failure import RewardFailureRateError, RewardFailureWarning
+    from trl_apex.rewards.from_ddpo import reward_from_ddpo
     from trl_apex.rewards.hpsv2 import HPSv2Reward
     from trl_apex.rewards.image_reward import ImageReward
     from trl_apex.rewards.jpeg import JPEGCompressibilityReward, JPEGIncompressibilityReward
@@ -45,6 +46,7 @@ _HOMES = {
     "ScoredBatch": "scoring",
     "TransientRewardError": "protocol",
     "VLMJudgeReward": "vlm_judge",
+    "reward_from_ddpo": "from_ddpo",
 }
 __all__ = [
     "AestheticReward",
@@ -67,6 +69,7 @@ __all__ = [
     "ScoredBatch",
     "TransientRewardError",
     "VLMJudgeReward",
+    "reward_from_ddpo",
 ]
 
 
