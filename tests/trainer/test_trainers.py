@@ -125,6 +125,17 @@ def test_adapter_loads_in_a_plain_pipeline_and_changes_its_images(pipeline, data
     torch.testing.assert_close(loaded, image(pipeline), rtol=0, atol=1e-5)  # lora_alpha / r = 3 survived
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_kl_of_full_fine_tuning_is_to_a_frozen_copy(pipeline, dataset, make_args, offload):
+    args = make_args(beta=0.1, max_steps=4, learning_rate=1e-3, offload_reference=offload)
+    trainer = APEXTrainer(pipeline, [redness], args, dataset)
+    frozen = {name: p.clone() for name, p in trainer._reference.named_parameters()}
+    trainer.train()
+    kl = history(trainer, "kl")
+    assert kl[0] == 0 and kl[1] > 0
+    assert all(torch.equal(p, frozen[name]) for name, p in trainer._reference.named_parameters())
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_resume_continues_to_identical_weights(pipeline, dataset, lora, make_args, tmp_path, full):
     config = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8, "num_iterations": 2, "ema_decay": 0.9}

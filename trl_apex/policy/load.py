@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import diffusers
+import torch
+from packaging.version import Version
+
 from .base import DiffusionPolicy
 from .flux import FluxPolicy
 from .sd3 import SD3Policy
@@ -13,6 +17,20 @@ FAMILIES: dict[str, type[DiffusionPolicy]] = {
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
 }
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword of `from_pretrained` for the weights' dtype, which diffusers has renamed.
+
+    Example:
+        ```python
+        >>> list(dtype_argument(torch.float32).values())
+        [torch.float32]
+
+        ```
+    """
+    renamed = Version(diffusers.__version__) >= Version("0.42.0.dev0")
+    return {"dtype" if renamed else "torch_dtype": dtype}
 
 
 def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
@@ -28,10 +46,8 @@ def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
     Raises:
         ValueError: if the pipeline is of no supported family.
     """
-    from diffusers import DiffusionPipeline
-
     if isinstance(model, str):
-        model = DiffusionPipeline.from_pretrained(model, **from_pretrained_kwargs)
+        model = diffusers.DiffusionPipeline.from_pretrained(model, **from_pretrained_kwargs)
     name = type(model).__name__
     if name not in FAMILIES:
         raise ValueError(

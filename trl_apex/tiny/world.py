@@ -54,7 +54,9 @@ def load_tiny_pipeline(dtype: torch.dtype = torch.float32) -> Any:
     """
     from diffusers import StableDiffusion3Pipeline
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(weights_path("pipeline"), torch_dtype=dtype)
+    from trl_apex.policy.load import dtype_argument
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(weights_path("pipeline"), **dtype_argument(dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

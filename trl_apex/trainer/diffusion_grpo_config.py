@@ -112,9 +112,9 @@ class DiffusionGRPOConfig(GRPOConfig):
     rollout_batch_size: int | None = field(
         default=None, metadata=_help("Images sampled at a time on a device; None for the whole generation batch.")
     )
-    kl_reference: str = field(
-        default="base",
-        metadata=_help("Reference of the KL term (`beta` > 0): 'base', the model without adapter or as loaded."),
+    offload_reference: bool = field(
+        default=False,
+        metadata=_help("Full fine-tuning with `beta` > 0: keep the frozen reference on the CPU between its forwards."),
     )
     gather_for_rollout: bool = field(
         default=True,
@@ -203,7 +203,7 @@ class DiffusionGRPOConfig(GRPOConfig):
             self.remove_unused_columns,
             "Remove it from the configuration.",
         )
-        self._check(self.kl_reference == "base", "`kl_reference` must be 'base'", self.kl_reference, "Remove it.")
+        self._check(not self.sync_ref_model, "`sync_ref_model` must be False", self.sync_ref_model, "Remove it.")
 
     @classmethod
     def allowed_rules(cls) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """GRPO for text-to-image models, on TRL's trainer."""
 
+import copy
 import json
 import logging
 import time
@@ -15,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
+from trl.models import prepare_deepspeed
 
 from ..aggregation.normalize import group_rows
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize
@@ -33,7 +35,7 @@ from ..distributed import (
     whole_models,
 )
 from ..loss import clipped_surrogate, gaussian_kl
-from ..policy.load import load_policy
+from ..policy.load import dtype_argument, load_policy
 from ..policy.sampler import Sampler, sde_window
 from ..policy.transition import Transition
 from ..policy.velocity import guided_prediction
@@ -153,7 +155,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         check_whole(self.policy.pipeline)
         self._plan_rollout(args)
         self._plan_updates(args, len(train_dataset))
-        denoiser = self._prepare_denoiser(args, peft_config)
+        denoiser = self._prepare_denoiser(model, args, peft_config)
 
         super(GRPOTrainer, self).__init__(
             model=denoiser,
@@ -167,6 +169,13 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         )
         set_inherited_attributes(self, args, reward_funcs, names)
         self.reward_weights = torch.tensor(weights, dtype=torch.float64)
+        if self._reference is not None:
+            if self.is_deepspeed_enabled:
+                self._reference = prepare_deepspeed(self._reference, self.accelerator)
+            else:
+                self._reference = self.accelerator.prepare_model(
+                    self._reference, device_placement=not args.offload_reference, evaluation_mode=True
+                )
         self.policy.move_frozen(self.accelerator.device)
         self._embeddings = PromptEmbeddings(lambda prompts: self.policy.encode(prompts, args.max_sequence_length))
         self._negative_embeddings: Embeddings | None = None
@@ -205,11 +214,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 "`model_init_kwargs` needs `model` to be a name. Found a loaded pipeline. Pass them when you load it."
             )
         dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
-        if dtype is None and peft_config is not None and (args.bf16 or args.fp16):
+        if dtype is None and isinstance(model, str) and (args.bf16 or args.fp16):
             dtype = torch.bfloat16 if args.bf16 else torch.float16  # frozen weights need no more
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
-        return kwargs if dtype is None else {**kwargs, "torch_dtype": dtype}
+        return kwargs if dtype is None else {**kwargs, **dtype_argument(dtype)}
 
     def _plan_rollout(self, args: DiffusionGRPOConfig) -> None:
         default_height, default_width = self.policy.default_size()
@@ -248,8 +257,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         groups = args.generation_batch_size // args.num_generations
         GroupSampler(num_prompts, groups, args.num_generations, 1, False, 0)  # raises where prompts are too few
 
-    def _prepare_denoiser(self, args: DiffusionGRPOConfig, peft_config: Any) -> nn.Module:
+    def _prepare_denoiser(self, model: Any, args: DiffusionGRPOConfig, peft_config: Any) -> nn.Module:
         denoiser = self.policy.denoiser
+        self._reference: Any = None
         # Trainer calls these transformers names; diffusers has its own.
         for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
             setattr(
@@ -261,11 +271,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(args.seed)  # equal on all ranks, also where an engine does not broadcast
                 return add_adapter(denoiser, peft_config, self.policy)
+        if isinstance(model, str):
+            denoiser.float()  # trained weights are float32; autocast does the rest
         if args.beta > 0:
-            raise ValueError(
-                "`beta` > 0 needs a reference policy, which is the model without its adapter. Found no `peft_config`. "
-                "Pass a LoraConfig, or set beta=0."
-            )
+            self._reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
         return denoiser.requires_grad_(True)
 
     # Trainer's and TRL's seams
@@ -621,9 +630,17 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return loss / self.current_gradient_accumulation_steps
 
     def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
-        """Mean KL divergence of `transition` to that of the model without its adapter."""
-        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-            _, reference, _ = self._step_log_prob(model, inputs)
+        """Mean KL divergence of `transition` to that of the model without its adapter, or of the frozen copy."""
+        with torch.no_grad():
+            if self._reference is None:
+                with self.accelerator.unwrap_model(model).disable_adapter():
+                    _, reference, _ = self._step_log_prob(model, inputs)
+            else:
+                if self.args.offload_reference:
+                    self._reference.to(self.accelerator.device)
+                _, reference, _ = self._step_log_prob(self._reference, inputs)
+                if self.args.offload_reference:
+                    self._reference.to("cpu")
         return gaussian_kl(transition.mean, reference.mean, transition.std).mean()
 
     def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
