@@ -1,0 +1,151 @@
+"""Prompts from wherever they lie, as a dataset with a `prompt` column."""
+
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+
+
+def load_prompts(
+    source: Any,
+    split: str = "train",
+    prompt_column: str = "prompt",
+    *,
+    config: str | None = None,
+    limit: int | None = None,
+) -> Any:
+    """Load prompts with everything that stands beside them: all other columns reach the reward functions by name.
+
+    Args:
+        source (`str`, `Path`, `datasets.Dataset` or dict of them): a file (.json with a list of objects, .jsonl, .csv,
+            .parquet, or .txt with a prompt a line), a folder, a hub id, or data that is loaded already.
+        split (`str`): which part, where the source has parts. A file is one part.
+        prompt_column (`str`): the column that holds the prompts; renamed to `prompt`.
+        config (`str`, *optional*): configuration of a hub dataset.
+        limit (`int`, *optional*): keep the first `limit` rows.
+
+    Returns:
+        `datasets.Dataset`: with a string in the column `prompt` of every row.
+
+    Raises:
+        FileNotFoundError: if the source looks like a file and there is none.
+        ValueError: if it cannot be read, has no such split or column, or holds no prompt.
+
+    Example:
+        ```python
+        >>> from datasets import Dataset
+        >>> captions = Dataset.from_dict({"caption": ["a cat", "a dog"], "legs": [4, 4]})
+        >>> load_prompts(captions, prompt_column="caption").column_names
+        ['prompt', 'legs']
+
+        ```
+    """
+    name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} that was passed"
+    dataset = _load(source, split, config)
+    columns = dataset.column_names
+    if prompt_column not in columns:
+        raise ValueError(
+            f"The dataset must have the column {prompt_column!r}. Found {columns} in {name}. "
+            "Name the column of the prompts with `prompt_column`."
+        )
+    if prompt_column != "prompt":
+        if "prompt" in columns:
+            raise ValueError(
+                f"The column {prompt_column!r} is to become `prompt`. Found another column of that name in {name}. "
+                'Rename it first: `dataset.rename_column("prompt", ...)`.'
+            )
+        dataset = dataset.rename_column(prompt_column, "prompt")
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"`limit` must be at least 1. Found {limit}. Leave it out to keep all rows.")
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    if not len(dataset):
+        raise ValueError(f"There must be at least one prompt. Found none in {name}. Check the file and the split.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"Every prompt must be a text. Found {prompt!r} ({type(prompt).__name__}) in row {row} of {name}. "
+                "Correct or remove that row, or name another column with `prompt_column`."
+            )
+    return dataset
+
+
+def _load(source: Any, split: str, config: str | None) -> Any:
+    from datasets import Dataset
+
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, dict):  # a DatasetDict is one
+        return _part(source, split, "the datasets that were passed")
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"Prompts must be a `datasets.Dataset`, a file, a folder or a hub id. Found {type(source).__name__}. "
+            'Make a dataset of it: `Dataset.from_dict({"prompt": [...]})`.'
+        )
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(path, split)
+    name = str(source)
+    if path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"The file of prompts must exist. Found no {name}. Check the path.")
+    return _read_hub(name, config, split)
+
+
+def _part(parts: dict, split: str, name: str) -> Any:
+    if split not in parts:
+        raise ValueError(f"`split` must be one of {sorted(parts)} in {name}. Found {split!r}. Pass one of these.")
+    return parts[split]
+
+
+def _read_file(path: Path) -> Any:
+    from datasets import Dataset
+
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"A file of prompts must end in one of {', '.join(SUFFIXES)}. Found {path}. Convert it.")
+    try:
+        if suffix == ".txt":
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            return Dataset.from_dict({"prompt": [line for line in lines if line]})
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")
+        if suffix == ".csv":
+            return Dataset.from_csv(str(path), keep_in_memory=True)
+        if suffix == ".parquet":
+            return Dataset.from_parquet(str(path), keep_in_memory=True)
+        return Dataset.from_json(str(path), keep_in_memory=True)
+    except Exception as error:  # datasets raises its own classes around those of pandas and arrow
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"A file of prompts must be well-formed {suffix[1:]}, in UTF-8. Found {path}: {cause}. Correct the file."
+        ) from error
+
+
+def _read_folder(path: Path, split: str) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))
+        return _part(saved, split, str(path)) if isinstance(saved, dict) else saved
+    try:
+        return load_dataset(str(path), split=split)
+    except Exception as error:
+        raise ValueError(
+            f"A folder of prompts must hold files that `datasets.load_dataset` reads, with the split {split!r}. "
+            f"Found {path}: {' '.join(str(error).split())}. Pass one file instead, or check `split`."
+        ) from error
+
+
+def _read_hub(name: str, config: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:
+        raise ValueError(
+            "Prompts must be a file, a folder or the id of a hub dataset that can be reached and has the split "
+            f"{split!r}. Found {name!r}: {(str(error) or type(error).__name__).splitlines()[0]}. "
+            "Check the spelling, `split` and `config`, and the connection."
+        ) from error
