@@ -78,6 +78,8 @@ def test_settings_that_do_not_fit_the_model_or_the_rewards(pipeline, dataset, lo
         ({"ema_decay": 1.5}, "`ema_decay`"),
         ({"priority_temperature": -1.0}, "priority_temperature"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"torch_compile": True}, "`torch_compile` must be False.*compile_denoiser=True"),
+        ({"compile_denoiser": True, "gradient_probe": True}, "Turn off one of the two"),
     ],
 )
 def test_bad_configuration(make_args, overrides, message):

@@ -271,3 +271,24 @@ def test_columns_reach_the_rewards_aligned_with_their_prompts(pipeline, lora, ma
     trainer = APEXTrainer(pipeline, [check, redness], make_args(), dataset, peft_config=lora)
     trainer.train()
     assert sum(history(trainer, "reward_failures/check")) == 0
+
+
+def test_an_epsilon_as_large_as_the_gradients_is_warned_about(pipeline, dataset, lora, make_args):
+    trainer = APEXTrainer(pipeline, [redness], make_args(adam_epsilon=1.0, max_steps=1), dataset, peft_config=lora)
+    with pytest.warns(UserWarning, match="adam_epsilon=1 and.*gradients of root mean square"):
+        trainer.train()
+    assert 0 < history(trainer, "grad_rms")[0] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler itself
+def test_compiled_blocks_serve_rollout_and_update(pipeline, dataset, lora, make_args):
+    results = []
+    for compiled in (False, True):
+        args = make_args(compile_denoiser=compiled, max_steps=2, optim="sgd", learning_rate=1.0)
+        trainer = APEXTrainer(copy.deepcopy(pipeline), [redness], args, dataset, peft_config=lora)
+        trainer.train()
+        assert history(trainer, "ratio/max_deviation")[0] < 1e-5
+        results.append(weights(trainer))
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)

@@ -22,12 +22,16 @@ class APEXConfig(ApexOptions, DiffusionGRPOConfig):
 
     gradient_probe: bool | None = field(
         default=None,
-        metadata=_help("Measure the objectives' gradients during training. None: where the rule or `conflict_source` needs them."),
+        metadata=_help(
+            "Measure the objectives' gradients during training. None: where the rule or `conflict_source` needs them."
+        ),
     )
     probe_every: int = field(default=10, metadata=_help("Optimizer steps between two probes; 1 with 'population'."))
     probe_layers: list[str] | None = field(
         default=None,
-        metadata=_help("Regular expressions of the linear layers to probe. None: every trainable one (right for LoRA)."),
+        metadata=_help(
+            "Regular expressions of the linear layers to probe. None: every trainable one (right for LoRA)."
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -44,6 +48,12 @@ class APEXConfig(ApexOptions, DiffusionGRPOConfig):
         if self.gradient_probe is None:
             self.gradient_probe = needed
         self._check(self.probe_every >= 1, "`probe_every` must be at least 1", self.probe_every, "Use e.g. 10.")
+        self._check(
+            not (self.gradient_probe and self.compile_denoiser),
+            "The gradient probe listens to layers that compiled code does not call",
+            "gradient_probe and compile_denoiser",
+            "Turn off one of the two.",
+        )
         self._check(
             not (self.gradient_probe and self.beta > 0 and self.activation_checkpointing_is_on()),
             "The gradient probe with `beta` > 0 needs activations that are kept",

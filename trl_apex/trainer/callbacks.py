@@ -1,6 +1,7 @@
 """What has to happen between Trainer's own events."""
 
 import logging
+import warnings
 
 import torch
 from transformers import TrainerCallback
@@ -42,6 +43,7 @@ class GradientGuardCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self._nonfinite_in_a_row = 0
+        self._warned_of_epsilon = False
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
@@ -78,3 +80,21 @@ class GradientGuardCallback(TrainerCallback):
         if args.skip_dead_updates and args.beta == 0 and not any_rank(not nothing, device):
             model.zero_grad(set_to_none=True)
             trainer._metrics["train"]["skipped_updates/dead"].append(1.0)
+            return
+        self._compare_with_epsilon(gradients, args.adam_epsilon)
+
+    def _compare_with_epsilon(self, gradients: list[torch.Tensor], epsilon: float) -> None:
+        """Log the gradient's root mean square, and warn where AdamW's epsilon is not far below it."""
+        count = sum(g.numel() for g in gradients)
+        if not count:
+            return
+        squares = torch.stack([g.float().square().sum() for g in gradients]).sum().item()
+        rms = (squares / count) ** 0.5
+        self.trainer._metrics["train"]["grad_rms"].append(rms)
+        if 0 < rms < 10 * epsilon and not self._warned_of_epsilon:
+            self._warned_of_epsilon = True
+            warnings.warn(
+                f"`adam_epsilon` must be far below the gradients or it swallows them. Found adam_epsilon={epsilon:g} and "
+                f"gradients of root mean square {rms:.2g}. Set adam_epsilon={rms / 1e4:.0e} or less.",
+                stacklevel=2,
+            )

@@ -122,6 +122,9 @@ class DiffusionGRPOConfig(GRPOConfig):
             "Under ZeRO-3 and FSDP2, gather all weights once a rollout; False gathers each layer in each forward."
         ),
     )
+    compile_denoiser: bool = field(
+        default=False, metadata=_help("Compile the denoiser's repeated blocks, for rollout and update alike.")
+    )
     ema_decay: float | None = field(
         default=None, metadata=_help("Decay of an exponential moving average of the trained weights; None for none.")
     )
@@ -202,6 +205,12 @@ class DiffusionGRPOConfig(GRPOConfig):
             "`remove_unused_columns` must be False, since the dataset's columns are passed to the rewards",
             self.remove_unused_columns,
             "Remove it from the configuration.",
+        )
+        self._check(
+            not self.torch_compile,
+            "`torch_compile` must be False: it would compile the update alone, and the importance ratio start away from 1",
+            self.torch_compile,
+            "Use compile_denoiser=True, which compiles rollout and update alike.",
         )
         self._check(not self.sync_ref_model, "`sync_ref_model` must be False", self.sync_ref_model, "Remove it.")
 

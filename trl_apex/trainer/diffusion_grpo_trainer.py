@@ -46,11 +46,12 @@ from ..rollout.noise import keyed_noise
 from ..types import Embeddings, Rollout
 from .callbacks import GradientGuardCallback, IterationCallback
 from .checkpoint import PARTIAL, check_engine, clear_partial, last_whole, publish, rotate, to_resume_from
-from .denoiser import save_denoiser
+from .denoiser import compile_blocks, save_denoiser
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .ema import EMACallback
 from .inputs import check_dataset, check_weights, check_whole, reward_names
 from .lora import add_adapter, save_diffusers_lora
+from .publishing import PublishingMixin, without_token
 from .rows import update_rows
 from .trl_seam import set_inherited_attributes
 
@@ -65,7 +66,7 @@ def to_numpy(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-class DiffusionGRPOTrainer(GRPOTrainer):
+class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
     """Trains the denoiser of a text-to-image pipeline with GRPO.
 
     One iteration: sample a group of images for each of a few prompts, score them, turn scores into advantages, and make
@@ -129,7 +130,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         *,
         monitor_funcs=None,
     ):
-        args = self._upgrade_args(args)
+        args, self._hub_token = without_token(self._upgrade_args(args))
         if reward_funcs is None or reward_funcs == []:
             raise ValueError(
                 "`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`."
@@ -260,6 +261,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     def _prepare_denoiser(self, model: Any, args: DiffusionGRPOConfig, peft_config: Any) -> nn.Module:
         denoiser = self.policy.denoiser
         self._reference: Any = None
+        if args.compile_denoiser:
+            compile_blocks(denoiser)
         # Trainer calls these transformers names; diffusers has its own.
         for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
             setattr(
@@ -750,6 +753,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             save_denoiser(model, Path(output_dir, self.policy.denoiser_name), state_dict)
         for name, state in self._extra_state().items():
             Path(output_dir, name).write_text(json.dumps(state, indent=1))
+        if self._partial_dir is None and Path(output_dir) == Path(self.args.output_dir):
+            self.create_model_card()  # in place of PEFT's
 
     def _extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside Trainer's own files: file name to JSON content."""
@@ -783,10 +788,3 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     def _get_output_dir(self, trial) -> str:
         return str(self._partial_dir or super()._get_output_dir(trial))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._partial_dir is None:  # not before it is whole
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Written when the model is pushed."""
