@@ -1,18 +1,27 @@
 """Every distinct prompt is encoded once."""
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from ..types import Embeddings
+from .embedding_store import EmbeddingStore
+
+LARGE = 8e9
+"""Bytes of embeddings in memory above which a folder for them is recommended."""
 
 
 class PromptEmbeddings:
-    """Prompt embeddings, computed on first need and kept on the CPU.
+    """Prompt embeddings, computed on first need and kept on the CPU, or on disk.
 
     Args:
         encode (`Callable[[list[str]], Embeddings]`): the policy's text encoders.
         batch_size (`int`): prompts encoded at a time.
+        cache_dir (`str` or `Path`, *optional*): keep the embeddings in this folder instead of in memory, for this run and
+            others. They are read back row by row through the memory map, so that they take no memory of their own.
+        fingerprint (`str`): names the encoders in `cache_dir`; see [`encoder_fingerprint`].
 
     Example:
         ```python
@@ -23,21 +32,71 @@ class PromptEmbeddings:
         ```
     """
 
-    def __init__(self, encode: Callable[[list[str]], Embeddings], batch_size: int = 32):
+    def __init__(
+        self,
+        encode: Callable[[list[str]], Embeddings],
+        batch_size: int = 32,
+        cache_dir: str | Path | None = None,
+        fingerprint: str = "embeddings",
+    ):
         self._encode, self._batch_size = encode, batch_size
         self._rows: dict[str, Embeddings] = {}
+        self._store = None if cache_dir is None else EmbeddingStore(Path(cache_dir).expanduser() / fingerprint)
 
     def precompute(self, prompts: list[str]) -> None:
         """Encode those of `prompts` that are not known yet."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._rows]
+        distinct = list(dict.fromkeys(prompts))
+        if self._store is not None:
+            missing = self._store.find(distinct)
+        else:
+            missing = [prompt for prompt in distinct if prompt not in self._rows]
         for start in range(0, len(missing), self._batch_size):
             chunk = missing[start : start + self._batch_size]
             encoded = {name: value.cpu() for name, value in self._encode(chunk).items()}
+            if self._store is not None:
+                self._store.add(chunk, encoded)
+                continue
+            if start == 0:
+                self._warn_of_size(encoded, len(chunk), len(missing))
             for i, prompt in enumerate(chunk):
                 self._rows[prompt] = {name: value[i].clone() for name, value in encoded.items()}
 
+    def close(self, reason: str) -> None:
+        """From now on, a prompt that is not known yet is an error.
+
+        Args:
+            reason (`str`): the error's text before the prompt that was found.
+        """
+
+        def refuse(prompts: list[str]) -> Embeddings:
+            raise ValueError(f"{reason} Found another prompt: {prompts[0]!r}. Set `unload_text_encoders=False`.")
+
+        self._encode = refuse
+
     def __call__(self, prompts: list[str], device: torch.device | str) -> Embeddings:
-        """Embeddings of `prompts`, in order, on `device`."""
+        """Embeddings of `prompts`, in order, on `device`; each distinct one travels once."""
         self.precompute(prompts)
-        rows = [self._rows[p] for p in prompts]
-        return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = [self._row(prompt) for prompt in place]
+        index = torch.tensor([place[prompt] for prompt in prompts], device=device)
+        return {name: torch.stack([row[name] for row in rows]).to(device)[index] for name in rows[0]}
+
+    def _row(self, prompt: str) -> Embeddings:
+        if self._store is None:
+            return self._rows[prompt]
+        row = self._store.row(prompt)
+        if row is None:
+            self.precompute([prompt])
+            row = self._store.row(prompt)
+        assert row is not None, "a shard that was just written cannot be read"
+        return row
+
+    @staticmethod
+    def _warn_of_size(encoded: Embeddings, rows: int, total: int) -> None:
+        size = sum(value.numel() * value.element_size() for value in encoded.values()) / rows * total
+        if size > LARGE:
+            warnings.warn(
+                f"The embeddings of {total} prompts will take {size / 1e9:.0f} GB of memory in every process. Set "
+                "`prompt_cache_dir` to keep them on disk.",
+                stacklevel=3,
+            )
