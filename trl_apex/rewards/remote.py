@@ -102,7 +102,7 @@ class RemoteReward:
                 f"{len(prompts)} prompts. Pass `completions` or `images` of the same length as `prompts`."
             )
         sent = json_columns(columns, len(prompts))
-        async with httpx.AsyncClient(timeout=self.timeout, headers=self._headers(), trust_env=False) as client:
+        async with httpx.AsyncClient(timeout=self.timeout, **self._client_options()) as client:
             slices = [slice(i, i + self.batch_size) for i in range(0, len(prompts), self.batch_size)]
             parts = await asyncio.gather(
                 *(
@@ -124,7 +124,7 @@ class RemoteReward:
         deadline = time.monotonic() + self.startup_timeout
         while True:
             try:
-                with httpx.Client(timeout=10, headers=self._headers(), trust_env=False) as client:
+                with httpx.Client(timeout=10, **self._client_options()) as client:
                     health = client.get(f"{self.url}/health")
                     listing = client.get(f"{self.url}/v1/rewards")
                 problem, loading = self._problem(health, listing)
@@ -186,9 +186,14 @@ class RemoteReward:
             raise RuntimeError(f"{self.url} answers with {len(rewards)} rewards for {size} images")
         return RewardList([None if reward is None else float(reward) for reward in rewards], errors)
 
-    def _headers(self) -> dict[str, str]:
+    def _client_options(self) -> dict[str, Any]:
         token = os.environ.get(self.token_env)
-        return {"Authorization": f"Bearer {token}"} if token else {}
+        return {
+            "headers": {"Authorization": f"Bearer {token}"} if token else {},
+            "trust_env": False,
+            # Certificates are read for https alone: reading them takes longer than a request.
+            "verify": self.url.startswith("https://"),
+        }
 
     def __repr__(self) -> str:
         return f"RemoteReward(url={self.url!r}, name={self.__name__!r})"
