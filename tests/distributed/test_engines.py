@@ -5,6 +5,7 @@ import pytest
 from compare import assert_same_training, curve, largest_difference, movement
 from diffusers import SD3Transformer2DModel
 from engines import environment
+from faults import constant, train_with_a_bad_gradient
 from processes import RankFailed, attempt, run
 from training import tiny_pipeline, train
 
@@ -143,8 +144,6 @@ def test_another_engine_is_refused(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ("ddp", "zero2", "zero3", "fsdp2"))
 def test_updates_without_a_signal_leave_the_weights_alone(engine, tmp_path):
-    from rewards_for_tests import constant
-
     first = run(train, 2, environment(engine), output_dir=str(tmp_path), max_steps=1, rewards=[constant])[0]
     second = run(train, 2, environment(engine), output_dir=str(tmp_path), max_steps=3, rewards=[constant])[0]
     assert movement(first["weights"], second["weights"]) == 0.0
@@ -154,8 +153,6 @@ def test_updates_without_a_signal_leave_the_weights_alone(engine, tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ("ddp", "zero1", "zero2", "zero3", "fsdp2"))
 def test_updates_that_are_not_finite_are_left_out(engine, tmp_path):
-    from rewards_for_tests import train_with_a_bad_gradient
-
     runs = run(train_with_a_bad_gradient, 2, environment(engine), output_dir=str(tmp_path), bad_rank=1, bad_step=1)
     assert runs[0]["finite"] and runs[0]["skipped"] == [0.0, 1.0, 0.0]
     assert runs[0]["moved"][0] > 0 and runs[0]["moved"][1] == 0 and runs[0]["moved"][2] > 0

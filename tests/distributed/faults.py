@@ -1,0 +1,145 @@
+"""Training in which something breaks, on one rank."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import movement
+from training import dark, make_trainer, red, weights_of
+
+
+def constant(images, **kwargs):
+    """Says nothing about any image."""
+    return [0.5] * len(images)
+
+
+def train_with_a_bad_gradient(rank: int, output_dir: str, bad_rank: int, bad_step: int) -> dict[str, Any]:
+    """Three updates, the loss of one of which is not a number on one rank."""
+    trainer = make_trainer(output_dir, max_steps=3, max_nonfinite_updates=5)
+    compute, seen = trainer._compute_loss, []
+
+    def loss(model, inputs):
+        value = compute(model, inputs)
+        bad = rank == bad_rank and trainer.state.global_step == bad_step
+        return value * float("nan") if bad else value
+
+    trainer._compute_loss = loss
+    step_end = trainer.callback_handler.on_step_end
+
+    def on_step_end(*args, **kwargs):
+        seen.append(weights_of(trainer))
+        return step_end(*args, **kwargs)
+
+    trainer.callback_handler.on_step_end = on_step_end
+    step_begin = trainer.callback_handler.on_step_begin
+
+    def on_step_begin(*args, **kwargs):
+        if not seen:
+            seen.append(weights_of(trainer))
+        return step_begin(*args, **kwargs)
+
+    trainer.callback_handler.on_step_begin = on_step_begin
+    trainer.train()
+    return {
+        "finite": all(bool(torch.isfinite(torch.from_numpy(w)).all()) for w in seen[-1].values()),
+        "moved": [movement(a, b) for a, b in zip(seen, seen[1:], strict=False)],
+        "skipped": [e.get("skipped_updates/nonfinite", 0.0) for e in trainer.state.log_history if "loss" in e],
+    }
+
+
+class BreaksOnRank:
+    """A reward that is sound until its `call`-th call on one rank, and then does something else.
+
+    Args:
+        how (`str`): "wrong" returns too few numbers, a user's bug; "raise" fails as a network may; "die" ends the process;
+            "never" is sound.
+    """
+
+    def __init__(self, how: str, rank: int = 1, call: int = 2):
+        self.how, self.rank, self.call, self.calls = how, rank, call, 0
+        self.__name__ = "breaks"
+
+    def __call__(self, images, **kwargs):
+        self.calls += 1
+        if int(os.environ["RANK"]) == self.rank and self.calls == self.call:
+            if self.how == "wrong":
+                return [0.0]
+            if self.how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "raise":
+                raise OSError("the server is gone")
+        return images[:, 1].mean((1, 2)).tolist()
+
+
+def train_with_a_broken_reward(rank: int, output_dir: str, how: str, resume=None, **options: Any) -> dict[str, Any]:
+    """Four updates with a checkpoint each; the reward breaks in the second iteration on rank 1."""
+    values = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "log_completions": False, **options}
+    trainer = make_trainer(output_dir, rewards=(red, BreaksOnRank(how)), **values)
+    trainer.train(resume_from_checkpoint=resume)
+    return {
+        "failures": [e["reward_failures/breaks"] for e in trainer.state.log_history if "loss" in e],
+        "step": trainer.state.global_step,
+    }
+
+
+def log_on_one_rank(images, log_metric=None, log_extra=None, **kwargs):
+    """A reward that logs where it has something to log, which is on one rank."""
+    if os.environ["RANK"] == "1":
+        log_metric("only_here", 3.0)
+        log_extra("note", ["seen"] * len(images))
+    return images[:, 1].mean((1, 2)).tolist()
+
+
+def train_with_uneven_logs(rank: int, output_dir: str) -> list[float]:
+    trainer = make_trainer(output_dir, rewards=(red, log_on_one_rank))
+    trainer.train()
+    return [e["only_here"] for e in trainer.state.log_history if "loss" in e]
+
+
+def train_with_unequal_aggregators(rank: int, output_dir: str) -> None:
+    """Rank 1 loses track of the priorities before the second checkpoint."""
+    trainer = make_trainer(output_dir, max_steps=2, save_strategy="steps", save_steps=1)
+    compute = trainer._compute_advantages
+
+    def advantages(rewards, group_ids):
+        if rank == 1 and trainer.state.global_step == 1:
+            rewards = rewards + torch.rand_like(rewards)
+        return compute(rewards, group_ids)
+
+    trainer._compute_advantages = advantages
+    trainer.train()
+
+
+def save_forever(rank: int, output_dir: str, seed: int) -> None:
+    """Publish one checkpoint after another, until killed."""
+    import random
+
+    from trl_apex.trainer.checkpoint import PARTIAL, publish
+
+    source = random.Random(seed)
+    for step in range(1, 100_000):
+        partial = Path(output_dir, PARTIAL, f"checkpoint-{step % 7}")
+        partial.mkdir(parents=True, exist_ok=True)
+        for name in ("weights", "optimizer", "state/rank0"):
+            path = partial / name
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
+                for _ in range(source.randrange(1, 20)):
+                    file.write(source.randbytes(50_000))
+                    file.flush()
+        publish(partial, Path(output_dir, f"checkpoint-{step % 7}"), world_size=1)
+
+
+def train_slowly(rank: int, output_dir: str) -> None:
+    """Checkpoints without end, for a test that kills the run from outside."""
+
+    def slow(images, **kwargs):
+        time.sleep(0.05)
+        return dark(images)
+
+    slow.__name__ = "dark"
+
+    make_trainer(output_dir, rewards=(red, slow), max_steps=10_000, save_strategy="steps", save_steps=1).train()
