@@ -1,0 +1,107 @@
+"""Time and memory of the aggregator for large batches and many objectives.
+
+    python benchmarks/aggregation_scale.py [--smoke] [--out benchmarks/results]
+
+Every case runs in a forked process of its own, on one thread: the time is the processor's, best of a few calls, the
+memory the rise of the process's high-water mark over the inputs. `exponent` is the slope of log time over log rows from 10^4 rows on: 1 is
+linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_apex.aggregation import RULES, MultiObjectiveRewardAggregator
+
+GROUP = 24
+TYPICAL = (1152, 4)  # 48 prompts x 24 images, four rewards
+
+
+def measure(rule: str, rows: int, objectives: int) -> dict[str, Any]:
+    """Best seconds and extra megabytes of one aggregation."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(rows, objectives, generator=generator) for _ in range(2)]
+    groups = torch.arange(rows) // GROUP
+    aggregator = MultiObjectiveRewardAggregator([f"r{k}" for k in range(objectives)], rule=rule)
+    if rows >= 10**5:
+        aggregator(batches[0][:GROUP], groups[:GROUP])  # first-call costs of torch are not the aggregator's
+    else:
+        aggregator(batches[0], groups)
+    before = _status("VmRSS")
+    best, start, calls = math.inf, time.perf_counter(), 0
+    while calls < 3 or (time.perf_counter() - start < 1.0 and calls < 200):
+        begin = time.process_time()
+        aggregator(batches[calls % 2], groups)
+        best = min(best, time.process_time() - begin)
+        calls += 1
+    return {"rule": rule, "rows": rows, "objectives": objectives, "ms": best * 1e3, "mb": _status("VmHWM") - before}
+
+
+def _status(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"no {key} in the process status")
+
+
+def _forked(case: tuple[str, int, int]) -> dict[str, Any]:
+    return measure(*case)
+
+
+def exponent(cases: list[dict[str, Any]]) -> float:
+    """Least-squares slope of log milliseconds over log rows."""
+    points = [(math.log(case["rows"]), math.log(case["ms"])) for case in cases if case["rows"] >= 10**4]
+    if len(points) < 2:
+        return math.nan
+    x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+
+
+def markdown(cases: list[dict[str, Any]], sizes: list[int], widths: list[int]) -> str:
+    """One row per rule."""
+    found = {(case["rule"], case["rows"], case["objectives"]): case for case in cases}
+    top = (sizes[-1], widths[-1])
+    head = [f"{TYPICAL[0]} x {TYPICAL[1]}, ms", *(f"{rows:.0e} x 4, ms" for rows in sizes)]
+    head += [f"{top[0]:.0e} x {top[1]}, ms", f"{top[0]:.0e} x {top[1]}, MB", "exponent"]
+    lines = ["| rule | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for rule in RULES:
+        row = [found[rule, *TYPICAL]["ms"], *(found[rule, rows, 4]["ms"] for rows in sizes), found[rule, *top]["ms"]]
+        cells = [f"{value:.1f}" for value in row] + [f"{found[rule, *top]['mb']:.0f}"]
+        slope = exponent([found[rule, rows, 4] for rows in sizes])
+        lines.append(f"| {rule} | " + " | ".join(cells) + f" | {slope:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small batches only, to see that it runs")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    sizes = [1000, 10_000] if arguments.smoke else [1000, 10_000, 100_000, 1_000_000]
+    widths = [4] if arguments.smoke else [2, 4, 8, 16]
+    todo = [(rule, *TYPICAL) for rule in RULES]
+    todo += [(rule, rows, width) for rule in RULES for rows in sizes for width in widths]
+    cases = []
+    for case in todo:  # a fresh fork each, so that memory is not reused from the case before
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            cases.append(pool.apply(_forked, (case,)))
+    table = markdown(cases, sizes, widths)
+    print(table)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    settings = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "group": GROUP}
+    (arguments.out / "aggregation_scale.json").write_text(json.dumps({"settings": settings, "cases": cases}, indent=1))
+    (arguments.out / "aggregation_scale.md").write_text(table)
+
+
+if __name__ == "__main__":
+    main()

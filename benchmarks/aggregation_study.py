@@ -1,0 +1,356 @@
+"""What each rule, and each part of APEX, buys on a small problem whose objectives are known exactly.
+
+A Gaussian policy x = theta + offset(prompt) + noise is trained by its exact score on five objectives that have the
+habits of real rewards:
+
+    pickscore   large scale, a part that the policy cannot influence; opposes `aesthetic` with a chosen cosine
+    aesthetic   small scale
+    ocr         sparse and stepped: zero at first for almost all samples, so most groups are dead
+    deqa        saturates early; its groups die while the others still learn
+    blank       dead from beginning to end (a broken scorer)
+
+Measured: an objective's expected reward at the end, as the share of the gain that training on it alone reaches in the
+same number of updates (1 = as good as alone, below 0 = worse than at the start); the worst and the mean of the four
+live objectives; the hijack index; and the seesaw rate.
+
+    python benchmarks/aggregation_study.py [--smoke] [--seeds 24] [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trl_apex.aggregation import GRADIENT_RULES, RULES, MultiObjectiveRewardAggregator, PopulationConflict
+
+OBJECTIVES = ["pickscore", "aesthetic", "ocr", "deqa", "blank"]
+LIVE = OBJECTIVES[:4]
+PROMPTS, GROUP, SIZE = 16, 12, 32
+EXPLORATION, LEARNING_RATE, REFRESH, EVALUATE = 0.5, 0.01, 10, 20
+CONFLICTS = (0.0, -0.5, -0.9)
+HARD = -0.9  # where the parts and options of APEX are compared
+
+PARTS: dict[str, dict[str, Any]] = {
+    "apex": {},
+    "- stage 1": {"normalize_objectives": False},
+    "- stage 2": {"normalize_advantages": False},
+    "- priorities": {"adaptive_priorities": False},
+    "- potential": {"potential_coef": 0.0},
+    "- conflict": {"conflict_coef": 0.0},
+    "- need": {"need_coef": 0.0},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "scale_blend 0 (group std)": {"scale_blend": 0.0},
+    "scale_blend 1": {"scale_blend": 1.0},
+    "scale_blend inf (pooled std)": {"scale_blend": math.inf},
+    "scale_ema 0.5": {"scale_ema": 0.5},
+    "norm_floor 0": {"norm_floor": 0.0},
+    "norm_floor 1": {"norm_floor": 1.0},
+    "clips off": {"z_clip": math.inf, "advantage_clip": math.inf},
+    "potential_coef 1": {"potential_coef": 1.0},
+    "conflict_coef 3": {"conflict_coef": 3.0},
+    "need_coef 0.5": {"need_coef": 0.5},
+    "need_coef 2": {"need_coef": 2.0},
+    "need_mode target": {"need_mode": "target", "reward_targets": [23.0, 5.6, 1.0, 4.15, math.nan]},
+    "need_scale largest": {"need_scale": "largest"},
+    "need_temperature 0.25": {"need_temperature": 0.25},
+    "need_temperature 1": {"need_temperature": 1.0},
+    "attribution victim": {"conflict_attribution": "victim"},
+    "attribution plain": {"conflict_attribution": "plain"},
+    "attribution plain, coef 3": {"conflict_attribution": "plain", "conflict_coef": 3.0},
+    "conflict from batch gradients": {"conflict_source": "gradient"},
+    "conflict from population": {"conflict_source": "population"},
+    "combination multiplicative": {"combination": "multiplicative"},
+    "priority_temperature 0.25": {"priority_temperature": 0.25},
+    "priority_temperature 1": {"priority_temperature": 1.0},
+    "priority_floor 0": {"priority_floor": 0.0},
+    "priority_floor 0.5": {"priority_floor": 0.5},
+    "priority_ema 0": {"priority_ema": 0.0},
+    "priority_ema 0.95": {"priority_ema": 0.95},
+    "warm-up and ramp 0": {"warmup_iterations": 0, "ramp_iterations": 0},
+    "warm-up and ramp 30": {"warmup_iterations": 30, "ramp_iterations": 30},
+    "slow trend 0.99": {"slow_ema": 0.99},
+}
+
+
+class Problem:
+    """The objectives, and the policy's place among them.
+
+    Args:
+        seed (`int`): of directions, offsets and noise.
+        conflict (`float`): cosine between the directions that `pickscore` and `aesthetic` want.
+    """
+
+    def __init__(self, seed: int, conflict: float) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        basis = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=self.generator))[0].T
+        self.directions = basis[:4].clone()
+        self.directions[1] = conflict * basis[0] + math.sqrt(1 - conflict**2) * basis[1]
+        self.offsets = 0.3 * torch.randn(PROMPTS, SIZE, generator=self.generator)
+        self.theta = torch.zeros(SIZE)
+        self.groups = torch.arange(PROMPTS).repeat_interleave(GROUP)
+        self.moments = [torch.zeros(SIZE), torch.zeros(SIZE)]
+        self.steps = 0
+        self.held_out = torch.randn(PROMPTS * 64, SIZE, generator=self.generator)
+
+    def rewards(self, samples: torch.Tensor, noise: bool = True) -> torch.Tensor:
+        """Rewards of shape `[B, 5]`."""
+        y = samples @ self.directions.T
+        luck = torch.randn(len(y), generator=self.generator) if noise else torch.zeros(len(y))
+        ocr = torch.round(4 * torch.sigmoid(3 * (y[:, 2] - 1.5))) / 4
+        return torch.stack(
+            [
+                21 + 3 * torch.tanh(y[:, 0] / 3) + luck,
+                5 + 0.6 * torch.tanh(y[:, 1] / 3),
+                ocr,
+                4 + 0.3 * y[:, 3].clamp(max=0.5),
+                torch.zeros(len(y)),
+            ],
+            1,
+        )
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples' scores (gradient of the log-probability) of shape `[B, SIZE]`, and their rewards."""
+        noise = EXPLORATION * torch.randn(PROMPTS * GROUP, SIZE, generator=self.generator)
+        return noise / EXPLORATION**2, self.rewards(self.theta + self.offsets[self.groups] + noise)
+
+    def expected(self) -> torch.Tensor:
+        """Expected rewards of the four live objectives, over the same noise at every call."""
+        places = self.offsets.repeat_interleave(64, 0) + EXPLORATION * self.held_out
+        return self.rewards(self.theta + places, noise=False)[:, :4].double().mean(0)
+
+    def climb(self, gradient: torch.Tensor) -> None:
+        """One step of Adam, upwards."""
+        self.steps += 1
+        for power, (memory, decay) in enumerate(zip(self.moments, (0.9, 0.999), strict=True), 1):
+            memory.mul_(decay).add_(gradient**power, alpha=1 - decay)
+        first, second = self.moments[0] / (1 - 0.9**self.steps), self.moments[1] / (1 - 0.999**self.steps)
+        self.theta += LEARNING_RATE * first / (second.sqrt() + 1e-12)
+
+
+def train(
+    seed: int, conflict: float, rule: str, options: dict[str, Any], updates: int, only: int | None = None
+) -> dict[str, Any]:
+    """One run: expected rewards before and after, and what was seen on the way.
+
+    Args:
+        seed (`int`): of the problem.
+        conflict (`float`): of the problem.
+        rule (`str`): of the aggregator.
+        options (`dict`): of the aggregator.
+        updates (`int`): optimizer steps.
+        only (`int`, *optional*): train on this objective alone.
+    """
+    problem = Problem(seed, conflict)
+    columns = slice(None) if only is None else slice(only, only + 1)
+    names = OBJECTIVES[columns]
+    aggregator = MultiObjectiveRewardAggregator(names, rule=rule, warn_after=10**9, **options)
+    population = PopulationConflict(len(names), decay=0.98)
+    probed = rule in GRADIENT_RULES or options.get("conflict_source", "advantage") != "advantage"
+    start = problem.expected()
+    hijack, track = [], [start]
+    for update in range(updates):
+        scores, rewards = problem.batch()
+        advantages, metrics = aggregator(rewards[:, columns], problem.groups)
+        hijack.append(metrics["hijack_index"])
+        if probed:
+            z = aggregator.normalized
+            assert z is not None
+            half = problem.groups % 2
+            parts = [torch.einsum("bk,bd->kd", z * (half == side)[:, None], scores).double() for side in (0, 1)]
+            if options.get("conflict_source") == "population":
+                population.update(parts[0] @ parts[1].T)
+                cosine, error = population.estimate()
+                aggregator.observe_conflict(cosine, standard_error=error)
+            elif update % REFRESH == 0:
+                whole = parts[0] + parts[1]
+                aggregator.observe_conflict(whole @ whole.T, samples=len(z))
+        problem.climb(advantages @ scores / len(scores))
+        if (update + 1) % EVALUATE == 0:
+            track.append(problem.expected())
+    return {
+        "start": start.tolist(),
+        "end": problem.expected().tolist(),
+        "hijack": statistics.fmean(hijack[updates // 10 :]),
+        "seesaw": seesaw_rate(torch.stack(track)),
+        "priorities": aggregator.priorities,
+    }
+
+
+def seesaw_rate(track: torch.Tensor) -> float:
+    """Share of evaluation intervals in which one objective rises and another falls by over 2 % of its whole range."""
+    span = (track.max(0).values - track.min(0).values).clamp(min=1e-9)
+    moves = track.diff(dim=0) / span
+    return float(((moves > 0.02).any(1) & (moves < -0.02).any(1)).double().mean())
+
+
+def measure(job: tuple[str, str, dict[str, Any], float, int, int]) -> dict[str, Any]:
+    """One row of the study: a run against its seed's four solo runs (`name` "solo" makes those)."""
+    torch.set_num_threads(1)
+    name, rule, options, conflict, seed, updates = job
+    row: dict[str, Any] = {"name": name, "conflict": conflict, "seed": seed}
+    if name == "solo":
+        runs = [train(seed, conflict, rule, options, updates, only=k) for k in range(4)]
+        return row | {"gain": [run["end"][k] - run["start"][k] for k, run in enumerate(runs)]}
+    run = train(seed, conflict, rule, options, updates)
+    gain = [end - start for start, end in zip(run["start"], run["end"], strict=True)]
+    return row | {"gain": gain, "hijack": run["hijack"], "seesaw": run["seesaw"]}
+
+
+def jobs(seeds: int, updates: int) -> list[tuple[str, str, dict[str, Any], float, int, int]]:
+    """Everything there is to run."""
+    every: list[tuple[str, str, dict[str, Any], float, int, int]] = []
+    for seed in range(seeds):
+        for conflict in CONFLICTS:
+            every.append(("solo", "normalize_then_sum", {}, conflict, seed, updates))
+            every += [(rule, rule, {}, conflict, seed, updates) for rule in RULES]
+            every += [(name, "apex", options, conflict, seed, updates) for name, options in PARTS.items() if options]
+        every += [(name, "apex", options, HARD, seed, updates) for name, options in OPTIONS.items()]
+    return every
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means with standard errors over seeds, and the paired difference to "apex"."""
+    solo = {(row["conflict"], row["seed"]): row["gain"] for row in rows if row["name"] == "solo"}
+    runs: dict[tuple[str, float], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row["name"] != "solo":
+            alone = solo[row["conflict"], row["seed"]]
+            share = [g / max(s, 1e-6) for g, s in zip(row["gain"], alone, strict=True)]
+            found = {"share": share, "worst": min(share), "mean": statistics.fmean(share)}
+            runs.setdefault((row["name"], row["conflict"]), {})[row["seed"]] = found | {
+                "hijack": row["hijack"],
+                "seesaw": row["seesaw"],
+            }
+    table = []
+    for (name, conflict), by_seed in runs.items():
+        line: dict[str, Any] = {"name": name, "conflict": conflict, "seeds": len(by_seed)}
+        base = runs["apex", conflict]
+        for key in ("worst", "mean", "hijack", "seesaw"):
+            line[key] = mean_error([found[key] for found in by_seed.values()])
+            if key in ("worst", "mean") and name != "apex":
+                line[f"{key}_minus_apex"] = mean_error([by_seed[seed][key] - base[seed][key] for seed in by_seed])
+        for k, objective in enumerate(LIVE):
+            line[objective] = mean_error([found["share"][k] for found in by_seed.values()])
+        table.append(line)
+    return table
+
+
+def mean_error(values: list[float]) -> list[float]:
+    """Mean and its standard error."""
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return [round(statistics.fmean(values), 4), round(spread, 4)]
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The tables of docs/method.md."""
+    text = []
+    for title, names, conflicts in (
+        ("Rules", list(RULES), CONFLICTS),
+        ("Parts of APEX switched off", list(PARTS), CONFLICTS),
+        ("Options of APEX changed", ["apex", *OPTIONS], (HARD,)),
+    ):
+        for conflict in conflicts:
+            text.append(f"\n### {title}, conflict cosine {conflict:g}\n")
+            text.append("| | worst | mean | worst - apex | " + " | ".join(LIVE) + " | hijack index | seesaw |")
+            text.append("|---" * (6 + len(LIVE)) + "|")
+            for line in table:
+                if line["name"] in names and line["conflict"] == conflict:
+                    cells = [_cell(line[key]) for key in ("worst", "mean")]
+                    cells.append(_cell(line["worst_minus_apex"], "+") if "worst_minus_apex" in line else "")
+                    cells += [f"{line[key][0]:.2f}" for key in LIVE]
+                    cells += [f"{line['hijack'][0]:.2f}", f"{line['seesaw'][0]:.2f}"]
+                    text.append(f"| {line['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def _cell(value: list[float], sign: str = "") -> str:
+    return f"{value[0]:{sign}.3f} ± {value[1]:.3f}"
+
+
+def figure(table: list[dict[str, Any]], path: Path) -> None:
+    """Worst and mean share for the rules at each conflict, and the cost of each part and option."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels, (left, right) = plt.subplots(1, 2, figsize=(13, 8.5), gridspec_kw={"width_ratios": [1, 1.15]})
+    colours = ["#9ecae1", "#4292c6", "#08306b"]
+    for step, conflict in enumerate(CONFLICTS):
+        lines = {line["name"]: line for line in table if line["conflict"] == conflict}
+        height = 0.26
+        places = [number + (1 - step) * height for number in range(len(RULES))]
+        left.barh(
+            places,
+            [lines[rule]["worst"][0] for rule in RULES],
+            height,
+            xerr=[lines[rule]["worst"][1] for rule in RULES],
+            color=colours[step],
+            label=f"conflict cosine {conflict:g}",
+        )
+        left.plot([lines[rule]["mean"][0] for rule in RULES], places, "|", color="black", markersize=7)
+    left.set_yticks(range(len(RULES)), RULES)
+    left.invert_yaxis()
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_xlabel("share of the solo gain: worst objective (bar), mean (tick)")
+    left.legend(loc="lower right", frameon=False)
+    left.set_title("Rules")
+    names = [*list(PARTS)[1:], *OPTIONS]
+    lines = {line["name"]: line for line in table if line["conflict"] == HARD}
+    for key, marker, colour in (("mean_minus_apex", "o", "#fd8d3c"), ("worst_minus_apex", "s", "#08306b")):
+        right.errorbar(
+            [lines[name][key][0] for name in names],
+            range(len(names)),
+            xerr=[2 * lines[name][key][1] for name in names],
+            fmt=marker,
+            color=colour,
+            markersize=4,
+            label=key.split("_")[0],
+        )
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_yticks(range(len(names)), names, fontsize=8)
+    right.invert_yaxis()
+    right.set_xlabel(f"change of the share against apex, ± 2 SE, conflict cosine {HARD:g}")
+    right.legend(loc="best", frameon=False)
+    right.set_title("APEX with a part off or an option changed")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    panels.tight_layout()
+    panels.savefig(path, dpi=110)
+    plt.close(panels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a few updates on two seeds, to see that it runs")
+    parser.add_argument("--seeds", type=int, default=24)
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    seeds, updates = (2, 2 * EVALUATE) if arguments.smoke else (arguments.seeds, arguments.updates)
+    start = time.perf_counter()
+    todo = jobs(seeds, updates)
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        rows = list(pool.map(measure, todo, chunksize=8))
+    table = summarize(rows)
+    print(markdown(table))
+    print(f"{len(todo)} jobs in {time.perf_counter() - start:.0f} s")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    settings = {"seeds": seeds, "updates": updates, "prompts": PROMPTS, "group": GROUP, "torch": torch.__version__}
+    (arguments.out / "aggregation_study.json").write_text(json.dumps({"settings": settings, "table": table}, indent=1))
+    (arguments.out / "aggregation_study.md").write_text(markdown(table))
+    figure(table, arguments.out / "aggregation_study.png")
+
+
+if __name__ == "__main__":
+    main()
