@@ -13,5 +13,5 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 import deepspeed  # noqa: E402, F401
-import torch.distributed.fsdp  # noqa: E402, F401
+import torch.distributed.fsdp  # noqa: E402
 import training  # noqa: E402, F401

@@ -73,7 +73,7 @@ def attempt(
         processes, pipes = [], []
         for rank in range(world):
             here, there = _forkserver().Pipe(duplex=False)
-            own = {**rendezvous, **(env or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = {**rendezvous, "LOCAL_RANK": str(rank), **(env or {}), "RANK": str(rank)}
             process = _forkserver().Process(target=_work, args=(there, str(logs[rank]), own, function, rank, kwargs))
             process.start()
             there.close()

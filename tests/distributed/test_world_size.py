@@ -45,7 +45,12 @@ def test_first_iteration_is_equal_to_the_bit_where_the_forwards_have_the_same_si
     "options",
     [
         {},
-        {"share_initial_noise": True, "sde_window_size": 2, "num_inference_steps": 5, "gradient_accumulation_steps": 2},
+        {
+            "share_initial_noise": True,
+            "sde_window_size": 2,
+            "num_inference_steps": 5,
+            "gradient_accumulation_steps": 2,
+        },
         {"num_iterations": 2, "beta": 0.01},
         {"gradient_accumulation_steps": 1, "max_steps": 6},
     ],

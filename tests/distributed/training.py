@@ -14,7 +14,9 @@ from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.distributed import full_trainable_weights
 from trl_apex.tiny.pipeline import build_pipeline
 
-PROMPTS = [f'a {colour} {shape} with " C A T "' for colour in ("red", "blue") for shape in ("circle", "square", "cross")]
+PROMPTS = [
+    f'a {colour} {shape} with " C A T "' for colour in ("red", "blue") for shape in ("circle", "square", "cross")
+]
 GLOBAL_BATCH = 8
 
 

@@ -1,0 +1,100 @@
+"""The shipped configurations, as accelerate's own launcher reads them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compare import assert_same_training, curve
+from engines import CONFIGS, environment, parse
+from processes import run
+from training import train
+
+from trl_apex.trainer.checkpoint import last_whole
+
+HERE = Path(__file__).parent
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def test_every_promised_configuration_is_there():
+    assert set(NAMES) == {
+        "single", "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2",
+        "two_node_ddp", "two_node_zero2", "two_node_fsdp2",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerate_reads_a_configuration(name):
+    args, env = parse(name)
+    assert args.mixed_precision == "bf16" and env["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert args.num_processes == {"single": 1}.get(name, 16 if name.startswith("two_node") else 8)
+    assert args.num_machines == (2 if name.startswith("two_node") else 1)
+    assert args.use_deepspeed == ("zero" in name) == (env.get("ACCELERATE_USE_DEEPSPEED") == "true")
+    assert args.use_fsdp == ("fsdp" in name) == (env.get("ACCELERATE_USE_FSDP") == "true")
+    if "zero" in name:
+        assert env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == name.split("zero")[1][0]
+        assert env["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
+        device = "cpu" if "offload" in name else "none"
+        assert env["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"] == device
+        assert env["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] == device
+        if "zero3" in name:  # save_model would write nothing
+            assert env["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
+    if "fsdp" in name:
+        assert env["FSDP_VERSION"] == "2" and env["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+        assert env["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "JointTransformerBlock"
+
+
+@pytest.mark.distributed
+def test_the_configuration_for_one_process_trains(tmp_path, ddp):
+    result = run(train, 1, environment("single", 1), output_dir=str(tmp_path))[0]
+    assert result["world"] == 1
+    assert_same_training(result, ddp[0], tolerance=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("name", "engine"), [("ddp", "ddp"), ("zero2", "zero2"), ("fsdp2", "fsdp2")])
+def test_the_two_node_templates_train_with_a_process_on_each(name, engine, tmp_path, ddp):
+    env = environment(f"two_node_{name}") | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    result = run(train, 2, env, output_dir=str(tmp_path))[0]
+    assert result["world"] == 2 and result["engine"] == engine
+    assert_same_training(result, ddp[0], tolerance=1e-5)
+
+
+@pytest.mark.distributed
+def test_fsdp_with_a_sharded_state_dict_saves_whole_weights_too(tmp_path):
+    env = environment("fsdp2") | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    result = run(train, 2, env, output_dir=str(tmp_path), save=str(tmp_path / "saved"))[0]
+    assert result["engine"] == "fsdp2"
+    assert (tmp_path / "saved" / "pytorch_lora_weights.safetensors").stat().st_size > 10_000
+
+
+def _launch(name: str, folder: Path, how: str) -> subprocess.CompletedProcess:
+    """`accelerate launch`, as a user types it, with what makes an engine start on a CPU."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ENGINE": name}
+    if name == "ddp":
+        env["ACCELERATE_USE_CPU"] = "true"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(HERE / "launched.py"), str(folder), how]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["ddp", "zero2"])
+def test_accelerate_launch_trains(name, tmp_path):
+    done = _launch(name, tmp_path, "never")
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["world"], result["engine"], result["step"]) == (2, name, 2)
+    assert curve(result, "ratio/max_deviation")[0] == 0.0
+
+
+@pytest.mark.distributed
+def test_accelerate_launch_ends_when_a_rank_is_killed(tmp_path):
+    done = _launch("ddp", tmp_path, "die")
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr.replace(" ", "").replace(
+        "exitcode:", "exitcode: "
+    )
+    assert last_whole(tmp_path).name == "checkpoint-1"
