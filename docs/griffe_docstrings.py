@@ -4,12 +4,15 @@ import re
 
 import griffe
 
+ARGUMENT = re.compile(r"^( +[\w*][\w*, ]* )\((.*)\):", re.MULTILINE)
+
 
 class HuggingFaceDocstrings(griffe.Extension):
-    """`Example:` becomes a section of code, and [`Name`] a plain name."""
+    """`Example:` becomes a section of code, [`Name`] a plain name, and the types of arguments lose their marks."""
 
     def on_object(self, *, obj, **kwargs) -> None:
         if obj.docstring is not None:
             text = obj.docstring.value
             text = re.sub(r"^(\s*)Example:\s*$", r"\1Examples:", text, flags=re.MULTILINE)
-            obj.docstring.value = re.sub(r"\[(`[\w.]+`)\](?![\[(])", r"\1", text)
+            text = re.sub(r"\[(`[\w.]+`)\](?![\[(])", r"\1", text)
+            obj.docstring.value = ARGUMENT.sub(lambda m: f"{m[1]}({re.sub('[`*]', '', m[2])}):", text)
