@@ -24,7 +24,7 @@ def fit_flow(
     ema_decay: float = 0.998,
     seed: int = 0,
 ) -> None:
-    """Trains transformer and text encoders in place and leaves their averaged weights.
+    """Trains transformer and text encoders in place, for one cycle of the learning rate, and leaves their averaged weights.
 
     `loss = mean (v(x_s, s, caption) - (eps - x_0))^2` with `x_s = (1 - s) x_0 + s eps` and `logit s ~ N(0, 1)`
 
@@ -32,7 +32,7 @@ def fit_flow(
         pipeline (`StableDiffusion3Pipeline`): Its transformer and three text encoders are trained together.
         latents (`torch.Tensor`): Scaled latents of shape `[N, 16, 8, 8]`.
         captions (`list[str]`): Their captions.
-        steps (`int`): Optimizer steps: how well the words are spelled in the end, so how much is left to a reward.
+        steps (`int`): Optimizer steps.
         batch_size (`int`, *optional*, defaults to 64): Images per step.
         caption_drop (`float`, *optional*, defaults to 0.1): Share of empty captions, for classifier-free guidance.
         ema_decay (`float`, *optional*, defaults to 0.998): Decay of the averaged weights.
@@ -40,7 +40,7 @@ def fit_flow(
     """
     generator = torch.Generator().manual_seed(seed)
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
-    trained = torch.nn.ModuleList([pipeline.transformer, *encoders]).train()
+    trained = torch.nn.ModuleList([pipeline.transformer, *encoders]).train().requires_grad_(True)
     parameters = list(trained.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)

@@ -20,7 +20,7 @@ from trl_apex.tiny.tokenizer import MAX_LENGTH
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
 from trl_apex.tiny.worse import worse_scene
 
-STEPS, GUIDANCE = 8, 2.0
+STEPS, GUIDANCE = 8, 1.0
 """Sampling settings of every figure: deterministic Euler steps and guidance scale."""
 
 
@@ -40,7 +40,7 @@ def sample_images(
         prompts (`list[str]`): One per image.
         seed (`int`): Seed of the start noise.
         steps (`int`, *optional*, defaults to 8): Denoising steps.
-        guidance (`float`, *optional*, defaults to 2.0): Guidance scale.
+        guidance (`float`, *optional*, defaults to 1.0): Guidance scale.
 
     Returns:
         `torch.Tensor`: In [0, 1], of shape `[B, 3, 32, 32]`.
