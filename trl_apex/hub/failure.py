@@ -31,7 +31,7 @@ def is_network_failure(error: BaseException) -> bool:
         return status >= 500 or status == 429
     if type(error).__name__ == "OfflineModeIsEnabled":
         return False
-    network = type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3")
+    network = type(error).__module__.startswith(("httpx", "httpcore", "requests.", "urllib3"))  # httpx2 as well
     return network or isinstance(error, ConnectionError | TimeoutError)
 
 
@@ -63,7 +63,7 @@ def explained(error: BaseException, repo_id: str, run_dir: str | Path | None, en
     elif is_network_failure(error):
         what, user = f"the connection to {endpoint} failed ({kind}). Check it, or wait", False
     else:
-        what, user = f"{kind}: {str(redacted(str(error))).splitlines()[0] if str(error) else ''}", False
+        what, user = f"{kind}: {str(redacted(str(error))).partition(chr(10))[0].rstrip('.')}", False
     again = f" Nothing is lost: the run is in {run_dir}. To try again: trl-apex push {run_dir} --repo-id {repo_id}"
     return PushError(f"Could not upload to {repo_id}: {what}.{again if run_dir else ''}", user)
 

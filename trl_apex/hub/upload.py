@@ -69,7 +69,7 @@ def push_run(
     create: bool = True,
     commit_message: str = "Upload run",
     endpoint: str | None = None,
-    pauses: tuple[float, ...] = PAUSES,
+    pauses: tuple[float, ...] | None = None,
 ) -> str:
     """Upload a run in one commit: either all of it arrives, or nothing.
 
@@ -82,7 +82,7 @@ def push_run(
         create (`bool`): create the repository if it is missing.
         commit_message (`str`): of the commit.
         endpoint (`str`, *optional*): address of the hub.
-        pauses (`tuple[float, ...]`): seconds before each further attempt after a network failure.
+        pauses (`tuple[float, ...]`, *optional*): seconds before each further attempt after a network failure; 1 and 4.
 
     Returns:
         `str`: address of the repository.
@@ -125,19 +125,19 @@ def trying(
     repo_id: str,
     run_dir: str | Path | None,
     endpoint: str,
-    pauses: tuple[float, ...] = PAUSES,
+    pauses: tuple[float, ...] | None = None,
 ) -> T:
     """Call something that talks to the Hub; after a network failure wait and call it again, and explain what stays.
 
     Args:
         attempt (`Callable`): safe to repeat.
         repo_id, run_dir, endpoint: for the explanation; see [`explained`].
-        pauses (`tuple[float, ...]`): seconds before each further attempt.
+        pauses (`tuple[float, ...]`, *optional*): seconds before each further attempt; 1 and 4.
 
     Raises:
         PushError: if the last attempt fails, or one fails for another reason than the network.
     """
-    for pause in (*pauses, None):
+    for pause in (*(PAUSES if pauses is None else pauses), None):
         try:
             return attempt()
         except Exception as error:

@@ -1,0 +1,171 @@
+"""From training to another machine's pipeline, through a hub on loopback; with every `hub_strategy`."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from loopback_hub import WRITER, Hub
+from peft import LoraConfig
+
+from trl_apex import APEXConfig, APEXTrainer
+from trl_apex.hub import PushError
+from trl_apex.tiny.pipeline import build_pipeline
+
+PROMPTS = ['a red circle with " C A T "', "a blue square"]
+DOWNLOAD = """
+import sys, torch
+from diffusers import StableDiffusion3Pipeline
+pipeline = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+pipeline.load_lora_weights("me/apex")
+latents = torch.ones(1, 16, 8, 8)
+image = pipeline("a blue square", latents=latents, num_inference_steps=2, guidance_scale=1.0, output_type="latent").images
+torch.save(image, sys.argv[2])
+"""
+
+
+def red(images, **columns):
+    return images[:, 0].mean((1, 2)).tolist()
+
+
+def dark(images, **columns):
+    return (-images.mean((1, 2, 3))).tolist()
+
+
+@pytest.fixture
+def endpoint(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub as the default of everything in this process."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    return hub
+
+
+def make_trainer(output_dir: Path, lora: bool = True, **options) -> APEXTrainer:
+    config = APEXConfig(
+        output_dir=str(output_dir),
+        use_cpu=True,
+        per_device_train_batch_size=8,
+        generation_batch_size=8,
+        num_generations=4,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        gradient_accumulation_steps=1,
+        max_sequence_length=12,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        logging_steps=1,
+        **{"max_steps": 2, "save_steps": 1, "hub_token": WRITER, "hub_model_id": "me/apex", **options},
+    )
+    adapter = LoraConfig(r=4, lora_alpha=16) if lora else None
+    dataset = Dataset.from_dict({"prompt": PROMPTS * 2})
+    return APEXTrainer(build_pipeline(0), [red, dark], config, dataset, peft_config=adapter)
+
+
+def test_a_pushed_adapter_draws_the_same_on_another_machine(endpoint: Hub, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run")
+    trainer.train()
+    assert trainer.push_to_hub(private=True) == f"{endpoint.url}/me/apex"
+    repo = endpoint.repos["me/apex"]
+    assert repo.private and len(repo.commits) == 1
+    card = repo.files["README.md"].decode()
+    assert "load_lora_weights" in card and "| red | 1.0 |" in card and "library_name: diffusers" in card
+    assert json.loads(repo.files["aggregator_state.json"])["objectives"] == ["red", "dark"]
+    assert {"figures/priorities.png", "figures/rewards.png", "trainer_state.json"} <= set(repo.files)
+    assert not [path for path, content in repo.files.items() if WRITER.encode() in content]
+
+    build_pipeline(0).save_pretrained(tmp_path / "base")
+    environment = {**os.environ, "HF_ENDPOINT": endpoint.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
+    command = [sys.executable, "-c", DOWNLOAD, str(tmp_path / "base")]
+    done = subprocess.run([*command, str(tmp_path / "image.pt")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    elsewhere = torch.load(tmp_path / "image.pt", weights_only=True)
+
+    local, untrained = build_pipeline(0), build_pipeline(0)
+    local.load_lora_weights(tmp_path / "run")
+    arguments = {
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+        "latents": torch.ones(1, 16, 8, 8),
+    }
+    assert torch.equal(elsewhere, local("a blue square", **arguments).images)
+    assert not torch.equal(elsewhere, untrained("a blue square", **arguments).images)
+
+
+@pytest.mark.parametrize(
+    "strategy,folders",
+    [
+        pytest.param("end", set(), marks=pytest.mark.slow),
+        pytest.param("every_save", set(), marks=pytest.mark.slow),
+        ("checkpoint", {"last-checkpoint"}),
+        pytest.param("all_checkpoints", {"checkpoint-1", "checkpoint-2"}, marks=pytest.mark.slow),
+    ],
+)
+def test_strategies(endpoint: Hub, tmp_path: Path, strategy: str, folders: set[str]) -> None:
+    trainer = make_trainer(tmp_path / "run", push_to_hub=True, hub_strategy=strategy, hub_always_push=True)
+    trainer.train()
+    repo = endpoint.repos["me/apex"]
+    assert ("pytorch_lora_weights.safetensors" in repo.files) == (strategy != "end")
+    assert len(repo.commits) == (0 if strategy == "end" else 2)
+    trainer.save_model()
+    assert "pytorch_lora_weights.safetensors" in repo.files
+    assert {path.split("/")[0] for path in repo.files if "checkpoint" in path} == folders
+    for folder in folders:
+        assert f"{folder}/optimizer.pt" in repo.files
+    assert not [path for path, content in repo.files.items() if WRITER.encode() in content]
+    assert not list((tmp_path / "run").glob(".push-*"))
+
+
+@pytest.mark.slow
+def test_an_uploaded_checkpoint_can_be_resumed_from(endpoint: Hub, tmp_path: Path) -> None:
+    make_trainer(tmp_path / "run", push_to_hub=True, hub_strategy="checkpoint", max_steps=1).train()
+    copy = tmp_path / "elsewhere" / "checkpoint-1"
+    for path, content in endpoint.repos["me/apex"].files.items():
+        if path.startswith("last-checkpoint/"):
+            target = copy / path.removeprefix("last-checkpoint/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    trainer = make_trainer(tmp_path / "elsewhere", hub_token=None)
+    trainer.train(resume_from_checkpoint=str(copy))
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_uploads_what_diffusers_loads(endpoint: Hub, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", lora=False, max_steps=1)
+    trainer.train()
+    trainer.push_to_hub()
+    files = endpoint.repos["me/apex"].files
+    assert {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(files)
+    assert "AutoModel.from_pretrained" in files["README.md"].decode()
+
+
+def test_a_wrong_token_is_named_before_any_compute(endpoint: Hub, tmp_path: Path) -> None:
+    with pytest.raises(PushError, match="does not accept the token"):
+        make_trainer(tmp_path / "run", push_to_hub=True, hub_token="hf_wrongwrongwrong")
+
+
+def test_a_cut_in_the_middle_of_training_loses_nothing(
+    endpoint: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl_apex.hub.upload.PAUSES", (0.0, 0.0))
+    trainer = make_trainer(tmp_path / "run", push_to_hub=True, hub_strategy="every_save", hub_always_push=True)
+    endpoint.fail("cut", 1000)
+    caplog.set_level(logging.WARNING)
+    trainer.train()
+    assert trainer.state.global_step == 2, "training goes on without the hub"
+    assert "the connection to http://127.0.0.1" in caplog.text and WRITER not in caplog.text
+    with pytest.raises(PushError, match="Nothing is lost"):
+        trainer.push_to_hub()
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    endpoint.fail("", 0)
+    trainer.push_to_hub()
+    assert "pytorch_lora_weights.safetensors" in endpoint.repos["me/apex"].files
