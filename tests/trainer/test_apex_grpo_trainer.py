@@ -286,3 +286,32 @@ def test_the_seam_in_trl_has_not_moved():
         "self.reward_func_names = []",
     ):
         assert text in source, f"{release} no longer contains `{text}` in its GRPO trainer"
+
+
+def test_an_adapter_trains_and_resumes_inside_an_iteration(tmp_path):
+    from peft import LoraConfig
+
+    def fresh(**changes):
+        values = {"steps_per_generation": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        arguments = APEXGRPOConfig(
+            **settings(
+                tmp_path, generation_batch_size=None, save_strategy="steps", save_steps=3.0, **values, **changes
+            )
+        )
+        adapter = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return APEXGRPOTrainer(
+            tiny_causal_lm(),
+            [LOUD, QUIET],
+            arguments,
+            prompts(64),
+            processing_class=tiny_tokenizer(),
+            peft_config=adapter,
+        )
+
+    first = fresh(max_steps=3)  # two updates an iteration: stops in the middle of the second
+    first.train()
+    assert first.aggregator.iteration == 2 and (tmp_path / "checkpoint-3/adapter_model.safetensors").is_file()
+    resumed = fresh(max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    # The second iteration is completed on fresh completions, the third starts where the data do.
+    assert resumed.aggregator.iteration == 4 and resumed.state.global_step == 6 and resumed._step == 12
