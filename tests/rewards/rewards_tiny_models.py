@@ -62,7 +62,7 @@ def save_clip(folder: Path, seed: int = 0, projection: int = 16) -> Path:
     return folder
 
 
-def save_llava(folder: Path, levels: list[str] = LEVELS, chat_template: str | None = None) -> Path:
+def save_llava(folder: Path, levels: list[str] = LEVELS, chat_template: str | None = None, wrap: bool = False) -> Path:
     """A LLaVA of one layer on 16 px images."""
     words = [
         "How",
@@ -81,7 +81,7 @@ def save_llava(folder: Path, levels: list[str] = LEVELS, chat_template: str | No
         ":",
         "ASSISTANT",
     ]
-    tokenizer = save_tokenizer(folder, words + levels, length=64, wrap=False)
+    tokenizer = save_tokenizer(folder, words + levels, length=64, wrap=wrap)
     torch.manual_seed(0)
     body = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(

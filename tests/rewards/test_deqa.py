@@ -8,7 +8,7 @@ from rewards_tiny_models import LEVELS, save_llava
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from trl_apex.rewards import DeQAReward, RewardLoadError
-from trl_apex.rewards.deqa import level_score
+from trl_apex.rewards.deqa import build_text, level_score
 
 QUESTION = "How would you rate the quality of this image?"
 CHAT = (
@@ -80,3 +80,13 @@ def test_split_and_shared_level_words_are_refused(llava_folder):
         DeQAReward(str(llava_folder), levels=("excellent", "very good")).load()
     with pytest.raises(RewardLoadError, match="'good'"):
         DeQAReward(str(llava_folder), levels=("good", "good")).load()
+
+
+def test_a_start_token_is_not_doubled(tmp_path):
+    folder = save_llava(tmp_path, chat_template="<s>" + CHAT, wrap=True)
+    text = build_text(AutoProcessor.from_pretrained(folder), QUESTION, "is")
+    assert text == f"USER: <image> {QUESTION} ASSISTANT: is"
+
+
+def test_left_padding_keeps_the_answer_at_the_end(llava_folder):
+    assert DeQAReward(str(llava_folder)).load()[1].tokenizer.padding_side == "left"

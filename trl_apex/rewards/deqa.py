@@ -1,5 +1,6 @@
 """How good the image's technical quality is to a vision-language model that names a level."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -49,8 +50,9 @@ class DeQAReward(Reward):
     [`level_score`] of the logits of the five level words as the next token. The prompt plays no part.
 
     Range: 1 (bad) to 5 (excellent), larger is better. Licence: that of the model you pass. The published weights,
-    `zhiyuanyou/DeQA-Score-Mix3` (mPLUG-Owl2, 7B; MIT code, LLaMA-2 community licence on the base), need an older
-    environment of their own: serve them behind the reward server and use [`RemoteReward`], as the documentation shows.
+    `zhiyuanyou/DeQA-Score-Mix3` (mPLUG-Owl2, 7B; Apache-2.0 by their authors' metadata, on a LLaMA-2 base with Meta's
+    community licence), need an older environment of their own: serve them behind the reward server and use
+    [`RemoteReward`], as the documentation shows.
 
     Args:
         model (`str`): Hub id or local folder of a model that `AutoModelForImageTextToText` loads.
@@ -103,6 +105,8 @@ class DeQAReward(Reward):
         processor = AutoProcessor.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
         text = build_text(processor, self.question, self.answer, self.template)
         level_ids = level_token_ids(processor.tokenizer, text, self.levels)
+        # Images may take unlike numbers of tokens; padding on the left keeps the answer's start at the end of each row.
+        processor.tokenizer.padding_side = "left"
         model: Any = AutoModelForImageTextToText.from_pretrained(
             self.model, dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
@@ -112,13 +116,13 @@ class DeQAReward(Reward):
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         model, processor, text, level_ids = loaded
         pictures = to_pil(images)
-        inputs = processor(
-            images=pictures, text=[text] * len(pictures), return_tensors="pt", padding=True, padding_side="left"
-        ).to(self.device)
+        inputs = processor(images=pictures, text=[text] * len(pictures), return_tensors="pt", padding=True)
+        inputs = inputs.to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
-        # Left padding puts the last position of every row at the end of the answer's start.
-        logits = model(**inputs, logits_to_keep=1).logits[:, -1]
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            inputs["logits_to_keep"] = 1  # the other positions' logits would fill the memory for nothing
+        logits = model(**inputs).logits[:, -1]
         return level_score(logits[:, level_ids]).tolist()
 
 
@@ -139,6 +143,13 @@ def build_text(processor: Any, question: str, answer: str, template: str | None 
         head = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
+        start = processor.tokenizer.bos_token
+        if (
+            start
+            and head.startswith(start)
+            and processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id
+        ):
+            head = head.removeprefix(start)  # the tokenizer puts it there itself
         return head + ("" if head[-1:].isspace() else " ") + answer
     image = getattr(processor, "image_token", None) or "<image>"
     template = template or "USER: {image}\n{question}\nASSISTANT: {answer}"

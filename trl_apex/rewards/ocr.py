@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from trl_apex.rewards.images import to_arrays
-from trl_apex.rewards.protocol import Images, Reward
+from trl_apex.rewards.protocol import Images, Reward, RewardLoadError
 
 QUOTED = re.compile(r'"([^"]*)"|\u201c([^\u201d]*)\u201d')
 
@@ -175,7 +175,7 @@ class OCRReward(Reward):
     def targets(self, prompts: Sequence[str], columns: dict[str, Any]) -> list[list[str]]:
         """The target texts of each sample; an empty list where there is none."""
         if self.target_column is not None and self.target_column not in columns:
-            raise ValueError(
+            raise RewardLoadError(
                 f"`target_column` must be a column of the dataset. Found {sorted(columns)}, without "
                 f"{self.target_column!r}. Add the column or leave `target_column` out."
             )

@@ -1,0 +1,98 @@
+"""The base class, the conversions between the two forms of images, and the embedding cache."""
+
+import threading
+
+import numpy as np
+import torch
+from PIL import Image
+
+from trl_apex.rewards import Reward, RewardFunction
+from trl_apex.rewards.image_tower import EmbeddingCache
+from trl_apex.rewards.images import to_arrays, to_pil, to_uint8
+
+
+class Recording(Reward):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.loads, self.calls = 0, []
+
+    def _load(self):
+        self.loads += 1
+        return "weights"
+
+    def _score(self, loaded, images, prompts, columns):
+        assert loaded == "weights" and torch.is_inference_mode_enabled()
+        self.calls.append((len(images), prompts, columns))
+        return [float(len(prompt)) for prompt in prompts]
+
+
+def test_batches_loading_and_unloading():
+    reward = Recording(batch_size=2, name="mine", device="cpu")
+    assert reward.loads == 0 and reward.__name__ == "mine" and isinstance(reward, RewardFunction)
+    keywords = {"target": ["x", "y", "z"], "seed": 3, "odd": [1, 2]}
+    assert reward(prompts=["a", "bb", "ccc"], images=torch.rand(3, 3, 4, 4), **keywords) == [1.0, 2.0, 3.0]
+    assert reward.calls == [(2, ["a", "bb"], {"target": ["x", "y"]}), (1, ["ccc"], {"target": ["z"]})]
+    reward(prompts=["a"], completions=[Image.new("RGB", (2, 2))])
+    assert reward.loads == 1
+    reward.unload()
+    reward(prompts=["a"], completions=[Image.new("RGB", (2, 2))])
+    assert reward.loads == 2
+
+
+def test_one_batch_at_a_time():
+    inside = []
+
+    class Alone(Recording):
+        def _score(self, loaded, images, prompts, columns):
+            inside.append(1)
+            assert len(inside) == 1
+            threading.Event().wait(0.01)
+            inside.pop()
+            return [0.0] * len(prompts)
+
+    reward, failed = Alone(device="cpu"), []
+
+    def call():
+        try:
+            reward(prompts=["a"], images=torch.rand(1, 3, 2, 2))
+        except AssertionError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert not failed and reward.loads == 1
+
+
+def test_rounding_is_that_of_saving():
+    images = torch.tensor([-1.0, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 2.0, float("nan"), 254.6 / 255])
+    assert to_uint8(images.repeat(3, 1).reshape(1, 3, 2, 4))[0, 0].flatten().tolist() == [0, 0, 0, 1, 255, 255, 0, 255]
+
+
+def test_there_and_back():
+    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)[None] / 255
+    assert (to_arrays(tensor)[0] == array).all()
+    assert (np.asarray(to_pil(tensor)[0]) == array).all()
+    assert (to_arrays([Image.fromarray(array)])[0] == array).all()
+    assert (to_uint8(tensor.half())[0].permute(1, 2, 0).numpy() == array).all()
+
+
+def test_cache_keeps_the_last_ones_and_gives_the_right_rows():
+    cache, computed = EmbeddingCache(size=3), []
+
+    def get(keys):
+        def embed(missing):
+            computed.append([keys[i] for i in missing])
+            return torch.tensor([[float(ord(keys[i]))] for i in missing])
+
+        assert cache.get(list(keys), embed).flatten().tolist() == [float(ord(key)) for key in keys]
+
+    get("abab")
+    get("bc")
+    get("ad")
+    get("b")  # the oldest, so it has gone
+    get("abcdefg")  # more than are kept
+    assert computed == [["a", "b"], ["c"], ["d"], ["b"], ["c", "e", "f", "g"]]
