@@ -3,8 +3,8 @@
     python benchmarks/aggregation_scale.py [--smoke] [--out benchmarks/results]
 
 Every case runs in a forked process of its own, on one thread: the time is the processor's, best of a few calls, the
-memory the rise of the process's high-water mark over the inputs. `exponent` is the slope of log time over log rows from 10^4 rows on: 1 is
-linear.
+memory the rise of the process's high-water mark over the inputs. `exponent` is the slope of log time over log rows from 10^4
+rows on: 1 is linear.
 """
 
 from __future__ import annotations

@@ -302,8 +302,7 @@ def figure(table: list[dict[str, Any]], path: Path) -> None:
     left.invert_yaxis()
     left.axvline(0, color="black", linewidth=0.8)
     left.set_xlabel("share of the solo gain: worst objective (bar), mean (tick)")
-    left.legend(loc="lower right", frameon=False)
-    left.set_title("Rules")
+    left.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, fontsize=8)
     names = [*list(PARTS)[1:], *OPTIONS]
     lines = {line["name"]: line for line in table if line["conflict"] == HARD}
     for key, marker, colour in (("mean_minus_apex", "o", "#fd8d3c"), ("worst_minus_apex", "s", "#08306b")):
@@ -320,8 +319,7 @@ def figure(table: list[dict[str, Any]], path: Path) -> None:
     right.set_yticks(range(len(names)), names, fontsize=8)
     right.invert_yaxis()
     right.set_xlabel(f"change of the share against apex, ± 2 SE, conflict cosine {HARD:g}")
-    right.legend(loc="best", frameon=False)
-    right.set_title("APEX with a part off or an option changed")
+    right.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False, fontsize=8)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     panels.tight_layout()
@@ -335,8 +333,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=24)
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--redraw", action="store_true", help="only draw the figure again, from the results")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
+    if arguments.redraw:
+        table = json.loads((arguments.out / "aggregation_study.json").read_text())["table"]
+        return figure(table, arguments.out / "aggregation_study.png")
     seeds, updates = (2, 2 * EVALUATE) if arguments.smoke else (arguments.seeds, arguments.updates)
     start = time.perf_counter()
     todo = jobs(seeds, updates)
