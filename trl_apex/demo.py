@@ -10,14 +10,13 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
-from .evaluation import domination_rates, paired_gain
-from .report import image_grid, write_figures, write_report
-from .rollout.noise import keyed_noise
+from .evaluation import compare
+from .report import save_samples, write_figures, write_report
+from .rollout.noise import evaluation_noise
 from .tiny.prompts import tiny_prompts
 from .tiny.world import heldout_metrics, load_tiny_pipeline, tiny_rewards
 from .trainer.apex_config import APEXConfig
 from .trainer.apex_trainer import APEXTrainer
-from .trainer.diffusion_grpo_trainer import EVAL_NOISE
 from .trainer.progress import ProgressCallback
 
 HELD_OUT = ("exact_word", "attributes")
@@ -163,7 +162,7 @@ def check_adapter(trainer: APEXTrainer, tuned: list[dict[str, Any]], count: int 
     records = tuned[:count]
     images = pipeline(
         [record["prompt"] for record in records],
-        latents=keyed_noise([(args.seed, EVAL_NOISE, record["row"]) for record in records], trainer.latent_shape),
+        latents=evaluation_noise(args.seed, [record["row"] for record in records], trainer.latent_shape),
         num_inference_steps=args.eval_num_inference_steps,
         guidance_scale=args.guidance_scale,
         max_sequence_length=args.max_sequence_length,
@@ -184,20 +183,12 @@ def as_tensor(image) -> torch.Tensor:
 def summarize(objectives: list[str], base: list, tuned: list, seconds: dict[str, float]) -> dict[str, Any]:
     """Means, paired standard errors and gains of every objective and held-out metric."""
 
-    def column(records: list, name: str) -> torch.Tensor:
-        return torch.tensor([record["rewards"][name] for record in records], dtype=torch.float64)
-
-    def part(names) -> dict[str, dict[str, float]]:
-        return {name: paired_gain(column(base, name), column(tuned, name)) for name in names}
-
-    stacked = [torch.stack([column(records, name) for name in objectives], 1) for records in (base, tuned)]
-    better, worse = domination_rates(*stacked)
-    return {
-        "objectives": part(objectives),
-        "held_out": part(HELD_OUT),
-        "domination": {"all_at_least_as_good": better, "all_at_most_as_good": worse},
-        "seconds": seconds,
-    }
+    names = [*objectives, *HELD_OUT]
+    before, after = (
+        torch.tensor([[record["rewards"][name] for name in names] for record in records], dtype=torch.float64)
+        for records in (base, tuned)
+    )
+    return {**compare(names, before, after, len(objectives)), "seconds": seconds}
 
 
 def table(summary: dict[str, Any]) -> Table:
@@ -213,16 +204,3 @@ def table(summary: dict[str, Any]) -> Table:
                 gain = f"[red]{row['gain']:+.2f}[/red]"
             result.add_row(label, f"{row['base']:.3f}", f"{row['tuned']:.3f}", gain, f"{row['gain_se']:.2f}")
     return result
-
-
-def save_samples(folder: Path, base: list, tuned: list, count: int) -> None:
-    """Images before and after for the same prompts and noise, one by one and as grids."""
-    folder.mkdir(parents=True, exist_ok=True)
-    prompts = []
-    for i, (before, after) in enumerate(zip(base[:count], tuned[:count], strict=True)):
-        before["image"].save(folder / f"base_{i:03d}.png")
-        after["image"].save(folder / f"tuned_{i:03d}.png")
-        prompts.append({"prompt": before["prompt"], "base": before["rewards"], "tuned": after["rewards"]})
-    (folder / "prompts.json").write_text(json.dumps(prompts, indent=1))
-    for name, records in (("base", base), ("tuned", tuned)):
-        image_grid([record["image"] for record in records[:count]], 8).save(folder.parent / f"{name}_grid.png")

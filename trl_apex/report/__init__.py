@@ -7,9 +7,10 @@ if TYPE_CHECKING:
     from .figures import write_figures
     from .grid import image_grid
     from .page import write_report
+    from .samples import save_samples
 
-_HOMES = {"image_grid": "grid", "write_figures": "figures", "write_report": "page"}
-__all__ = ["image_grid", "write_figures", "write_report"]
+_HOMES = {"image_grid": "grid", "save_samples": "samples", "write_figures": "figures", "write_report": "page"}
+__all__ = ["image_grid", "save_samples", "write_figures", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# What a random draw is for, the second entry of its key.
+INITIAL_NOISE, STEP_NOISE, ROW_ORDER, EVAL_NOISE = range(4)
+
 
 def keyed_generator(*key: int) -> torch.Generator:
     """A CPU generator whose seed is a hash of `key`.
@@ -37,3 +40,17 @@ def keyed_noise(keys: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> Floa
         Drawn on the CPU for every device: the same seed gives the same noise on any hardware.
     """
     return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
+
+
+def evaluation_noise(seed: int, rows: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
+    """The noise that evaluation starts from: a row keeps its own, whatever the batch, the weights or the step.
+
+    Args:
+        seed (`int`): of the run.
+        rows (sequence of `int`): numbers of rows in the evaluation dataset.
+        shape (`tuple[int, ...]`): of one latent.
+
+    Returns:
+        `torch.Tensor` of shape `[len(rows), *shape]`
+    """
+    return keyed_noise([(seed, EVAL_NOISE, row) for row in rows], shape)

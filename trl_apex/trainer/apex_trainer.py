@@ -101,7 +101,8 @@ class APEXTrainer(DiffusionGRPOTrainer):
             self.aggregator.observe_conflict(result.gramian, samples=result.rows)
 
     def _extra_state(self) -> dict[str, Any]:
-        return {AGGREGATOR_FILE: self.aggregator.state_dict(), POPULATION_FILE: self.population.state_dict()}
+        own = {AGGREGATOR_FILE: self.aggregator.state_dict(), POPULATION_FILE: self.population.state_dict()}
+        return {**super()._extra_state(), **own}
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

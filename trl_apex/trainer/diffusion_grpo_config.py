@@ -91,6 +91,20 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
     negative_prompt: str = field(default="", metadata=_help("Prompt of the unconditional branch."))
     max_sequence_length: int = field(default=256, metadata=_help("Tokens of the longest text encoder."))
+    prompt_cache_dir: str | None = field(
+        default=None,
+        metadata=_help("Keep prompt embeddings in files of this folder, for later runs too. None: in memory."),
+    )
+    precompute_prompts: bool = field(
+        default=True, metadata=_help("Encode all prompts of the training and evaluation datasets at the start.")
+    )
+    unload_text_encoders: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Free the text encoders once all prompts are encoded (a pipeline object that was passed keeps its own, on the "
+            "CPU). None: where the trainer loaded the pipeline from a name."
+        ),
+    )
     transition: str | None = field(
         default=None,
         metadata=_help("Stochastic step: 'flow_sde', 'cps' or 'ddim'. None for the model family's default."),
@@ -211,6 +225,12 @@ class DiffusionGRPOConfig(GRPOConfig):
             "`torch_compile` must be False: it would compile the update alone, and the importance ratio start away from 1",
             self.torch_compile,
             "Use compile_denoiser=True, which compiles rollout and update alike.",
+        )
+        self._check(
+            self.precompute_prompts or not self.unload_text_encoders,
+            "`unload_text_encoders` needs `precompute_prompts`, since prompts cannot be encoded later",
+            self.unload_text_encoders,
+            "Set precompute_prompts=True, or unload_text_encoders=False.",
         )
         self._check(not self.sync_ref_model, "`sync_ref_model` must be False", self.sync_ref_model, "Remove it.")
 

@@ -39,10 +39,10 @@ from ..policy.load import dtype_argument, load_policy
 from ..policy.sampler import Sampler, sde_window
 from ..policy.transition import Transition
 from ..policy.velocity import guided_prediction
-from ..prompts import GroupSampler, PromptEmbeddings
+from ..prompts import GroupSampler
 from ..rewards.scoring import RewardScorer
-from ..rollout.denoise import denoise
-from ..rollout.noise import keyed_noise
+from ..rollout.noise import INITIAL_NOISE, ROW_ORDER, STEP_NOISE, evaluation_noise, keyed_noise
+from ..rollout.sample import sample
 from ..types import Embeddings, Rollout
 from .callbacks import GradientGuardCallback, IterationCallback
 from .checkpoint import PARTIAL, check_engine, clear_partial, last_whole, publish, rotate, to_resume_from
@@ -51,14 +51,13 @@ from .diffusion_grpo_config import DiffusionGRPOConfig
 from .ema import EMACallback
 from .inputs import check_dataset, check_weights, check_whole, reward_names
 from .lora import add_adapter, save_diffusers_lora
+from .monitor import MONITOR_FILE, RewardHackingWatch
+from .prompt_encoding import open_embeddings, precompute, unload_encoders
 from .publishing import PublishingMixin, without_token
 from .rows import update_rows
 from .trl_seam import set_inherited_attributes
 
 logger = logging.getLogger(__name__)
-
-# What a random draw is for, the second entry of its key.
-INITIAL_NOISE, STEP_NOISE, ROW_ORDER, EVAL_NOISE = range(4)
 
 
 def to_numpy(images: Tensor) -> np.ndarray:
@@ -178,8 +177,8 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
                     self._reference, device_placement=not args.offload_reference, evaluation_mode=True
                 )
         self.policy.move_frozen(self.accelerator.device)
-        self._embeddings = PromptEmbeddings(lambda prompts: self.policy.encode(prompts, args.max_sequence_length))
         self._negative_embeddings: Embeddings | None = None
+        self._encode_prompts(args, [train_dataset, eval_dataset], own_pipeline=isinstance(model, str))
         self._scorer: Any = None  # a RewardScorer while training
         self._iteration_rollout: dict[str, Any] | None = None
         self.resumed_from: str | None = None
@@ -187,6 +186,7 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
         self.save_and_stop: str | None = None
         self.update_is_dead = True
         self.eval_records: list[dict[str, Any]] = []
+        self._watch = RewardHackingWatch(len(reward_funcs))
         self.add_callback(IterationCallback(self))
         self.add_callback(GradientGuardCallback(self))
         self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps) if args.ema_decay else None
@@ -234,6 +234,18 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
         schedule = self.policy.schedule(args.num_inference_steps, self.height, self.width)
         self.sampler = Sampler(schedule, self.transition, args.noise_level)
         self._window(args, iteration=0)
+
+    def _encode_prompts(self, args: DiffusionGRPOConfig, datasets: list, own_pipeline: bool) -> None:
+        self._embeddings = open_embeddings(self.policy, args.max_sequence_length, args.prompt_cache_dir)
+        if args.precompute_prompts:
+            precompute(self._embeddings, datasets, shared=args.prompt_cache_dir is not None)
+        unload = own_pipeline and args.precompute_prompts
+        if unload if args.unload_text_encoders is None else args.unload_text_encoders:
+            self._negative(guidance_scale=2.0)  # any that needs it: evaluation may have another than training
+            unload_encoders(self.policy, own_pipeline)
+            self._embeddings.close(
+                "The text encoders were unloaded once the prompts of `train_dataset` and `eval_dataset` were encoded."
+            )
 
     def _window(self, args: DiffusionGRPOConfig, iteration: int) -> range:
         steps, size, where = args.num_inference_steps, args.sde_window_size, args.sde_window_range
@@ -356,6 +368,8 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super(GRPOTrainer, self)._load_optimizer_and_scheduler(checkpoint)
         self.resumed_from = checkpoint
+        if checkpoint is not None and (Path(checkpoint) / MONITOR_FILE).is_file():
+            self._watch.load_state_dict(json.loads((Path(checkpoint) / MONITOR_FILE).read_text()))
 
     # One iteration
 
@@ -452,23 +466,12 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
             representative = torch.tensor([max(i // group * group - first_sample, 0) for i in samples], device=device)
         return self._sample(prompts, initial, window, noise, self.sampler, args.guidance_scale, representative)
 
-    @torch.no_grad()
     def _sample(self, prompts, initial, window, noise, sampler, guidance_scale, representative=None) -> Rollout:
-        device = self.accelerator.device
-        embeddings = self._embeddings(prompts, device)
+        model, embeddings = self._rollout_model(), self._embeddings(prompts, self.accelerator.device)
         negative = self._negative(guidance_scale)
-        model = self._rollout_model()
-        was_training = model.training
-        model.eval()
-
-        def predict(latents: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-            own = {name: value[rows] for name, value in embeddings.items()}
-            return guided_prediction(self.policy, model, latents, timesteps, own, negative, guidance_scale)
-
-        initial = self.policy.scale_initial_noise(initial).to(device)
-        latents, trajectory = denoise(predict, sampler, initial, window, noise, representative)
-        model.train(was_training)
-        return Rollout(self.policy.decode(latents), trajectory)
+        return sample(
+            self.policy, model, sampler, embeddings, negative, guidance_scale, initial, window, noise, representative
+        )
 
     def _negative(self, guidance_scale: float):
         if guidance_scale == 1.0 or not self.policy.batched_guidance:
@@ -555,6 +558,8 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
         )
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
         self.eval_records = records
+        if self.monitor_funcs:
+            self._watch.see(metric_key_prefix, names, records, self.state.global_step)
         Trainer.log(self, dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -574,7 +579,7 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
             for start in range(0, share, args.per_device_eval_batch_size):
                 indices = mine[start : start + args.per_device_eval_batch_size]
                 rows = [dataset[i] for i in indices]
-                initial = keyed_noise([(args.seed, EVAL_NOISE, i) for i in indices], self.latent_shape)
+                initial = evaluation_noise(args.seed, indices, self.latent_shape)
                 empty = initial.new_zeros(len(rows), 0, *self.latent_shape)
                 prompts = [row["prompt"] for row in rows]
                 images = self._sample(prompts, initial, range(0), empty, sampler, guidance).images
@@ -758,7 +763,7 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
 
     def _extra_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside Trainer's own files: file name to JSON content."""
-        return {}
+        return {MONITOR_FILE: self._watch.state_dict()} if self.monitor_funcs else {}
 
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's own, but into a place that no resume looks at, renamed once it is whole."""
