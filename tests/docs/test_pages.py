@@ -134,3 +134,14 @@ def test_every_equation_is_called_a_reconstruction():
         assert "the paper's equation" not in text, page.name
     for name in ("index.md", "papers.md", "comparison.md"):
         assert "reconstructed from" in (DOCS / name).read_text(), name
+
+
+def test_error_messages_on_the_troubleshooting_page_are_raised_somewhere():
+    joined = "".join(path.read_text() for path in sorted((ROOT / "trl_apex").rglob("*.py")))
+    joined = re.sub(r'"\s*\n\s*f?"', "", joined)
+    table = (DOCS / "troubleshooting.md").read_text().split("## Error messages")[1]
+    messages = re.findall(r'^\| "([^"]+)" \|', table, re.MULTILINE)
+    assert len(messages) >= 6
+    for message in messages:
+        start = " ".join(message.split()[:6])
+        assert start in joined, message
