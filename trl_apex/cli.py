@@ -26,12 +26,12 @@ class CommandError(Exception):
 
     Args:
         message (`str`): what happened, and what to do.
-        code (`int`): exit code.
+        exit_code (`int`): of the command.
     """
 
-    def __init__(self, message: str, code: int = FAILURE) -> None:
+    def __init__(self, message: str, exit_code: int = FAILURE) -> None:
         super().__init__(message)
-        self.code = code
+        self.exit_code = exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,8 +93,9 @@ def explain(error: Exception) -> tuple[str, int]:
         ("KeyError: 'x'. Run it again with --debug to see where.", 1)
     """
     text = " ".join(str(error).split())
-    if isinstance(error, CommandError):
-        return text, error.code
+    code = getattr(error, "exit_code", None)  # its message says it all
+    if isinstance(code, int):
+        return text, code
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
         return text if not error.filename else f"{error.strerror}: {error.filename}", USER_MISTAKE
     if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("trl_apex"):

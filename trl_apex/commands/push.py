@@ -7,8 +7,7 @@ def run(arguments: list[str]) -> None:
     """Upload a run directory, with its model card written anew."""
     given = _parser().parse_args(arguments)
 
-    from ..cli import FAILURE, USER_MISTAKE, CommandError
-    from ..hub import PushError, push_run, refresh_model_card
+    from ..hub import push_run, refresh_model_card
     from ..hub.upload import files_to_upload
     from ..report import write_figures, write_report
 
@@ -19,17 +18,14 @@ def run(arguments: list[str]) -> None:
     except (ImportError, FileNotFoundError) as error:
         print(f"Without pictures of the run: {error}")
     refresh_model_card(given.run_dir, given.repo_id)
-    try:
-        url = push_run(
-            given.run_dir,
-            given.repo_id,
-            private=given.private,
-            revision=given.revision,
-            create=not given.no_create,
-            commit_message=given.message,
-        )
-    except PushError as error:
-        raise CommandError(str(error), USER_MISTAKE if error.user else FAILURE) from error
+    url = push_run(
+        given.run_dir,
+        given.repo_id,
+        private=given.private,
+        revision=given.revision,
+        create=not given.no_create,
+        commit_message=given.message,
+    )
     print(url)
 
 

@@ -85,12 +85,14 @@ def train(model: Any, data: Any, rewards: Any, lora: Any, config: Any, command: 
             if not interrupt.requested:
                 raise
             raise Interrupted(output_dir, command) from None
-    trainer.save_model()
     trainer.save_state()
     if main_process:
         from ..report import write_report
 
-        print(f"Saved in {output_dir}. Report: {write_report([output_dir])}")
+        report = write_report([output_dir])
+    trainer.save_model()  # with push_to_hub, uploads as well
+    if main_process:
+        print(f"Saved in {output_dir}. Report: {report}")
 
 
 def _pipeline(model: Any, config: Any) -> Any:

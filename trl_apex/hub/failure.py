@@ -18,6 +18,11 @@ class PushError(RuntimeError):
         super().__init__(message)
         self.user = user
 
+    @property
+    def exit_code(self) -> int:
+        """Of a command that fails with it."""
+        return 2 if self.user else 1
+
 
 def is_network_failure(error: BaseException) -> bool:
     """Whether trying again may help: a broken connection, a timeout, or a server that is ill or busy.

@@ -1,0 +1,268 @@
+"""The command line: what it refuses and how, what it records, and that a run can be stopped and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trl_apex.cli import COMMANDS, main
+from trl_apex.commands.rewards_by_name import load_rewards
+
+REWARDS = """
+def red(images, **columns):
+    return images[:, 0].mean((1, 2)).tolist()
+
+def dark(images, **columns):
+    return (-images.mean((1, 2, 3))).tolist()
+
+class Constant:
+    def __init__(self, value=0.0, name="constant"):
+        self.value, self.__name__ = value, name
+
+    def __call__(self, prompts, **columns):
+        return [self.value] * len(prompts)
+
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline with random weights, saved."""
+    from trl_apex.tiny.pipeline import build_pipeline
+
+    path = tmp_path_factory.mktemp("models") / "base"
+    build_pipeline(0).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def folder(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with prompts, rewards and a configuration."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "cli_rewards", raising=False)
+    (tmp_path / "cli_rewards.py").write_text(REWARDS)
+    (tmp_path / "prompts.txt").write_text('a red circle with " C A T "\n\na blue square\na green star\na red star\n')
+    settings = {
+        "model": str(base),
+        "dataset": "prompts.txt",
+        "rewards": ["cli_rewards:red", "cli_rewards:dark"],
+        "output_dir": "out",
+        "use_cpu": True,
+        "per_device_train_batch_size": 8,
+        "generation_batch_size": 8,
+        "num_generations": 4,
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "gradient_accumulation_steps": 2,
+        "max_sequence_length": 12,
+        "learning_rate": "1e-3",
+        "lora_r": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "hub_token": "hf_secretsecretsecret",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def failing(capsys: pytest.CaptureFixture, *arguments: str, code: int = 2) -> str:
+    """The one line that a command fails with."""
+    assert main(arguments) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = [line for line in lines if line.startswith("trl-apex")]
+    assert len(message) == 1 and "Traceback" not in "\n".join(lines), lines
+    return message[0]
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "trl_apex", "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 1
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"usage: trl-apex {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_corrected(capsys: pytest.CaptureFixture) -> None:
+    assert "Did you mean 'report'?" in failing(capsys, "reprot")
+
+
+def test_version_and_no_command(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("trl_apex ")
+    assert main([]) == 2
+
+
+def test_env_tells_versions_and_no_secret(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert "torch" in text and "python" in text and "HF_TOKEN" in text and "secret" not in text
+
+
+@pytest.mark.parametrize(
+    "change,flags,message",
+    [
+        ({"lerning_rate": 1}, [], "lerning_rate (did you mean learning_rate?)"),
+        ({}, ["--num-generation", "4"], "--num-generation (did you mean num_generations?)"),
+        ({}, ["--max_steps", "three"], "invalid int value: 'three'"),
+        ({"max_steps": "three"}, [], "invalid int value: 'three'"),
+        ({"num_generations": 1}, [], "`num_generations` must be at least 2"),
+        ({"rewards": ["nothing"]}, [], "A reward must be one of"),
+        ({"rewards": ["cli_rewards:nothing"]}, [], "must be importable"),
+        ({"rewards": ["cli_rewards:number"]}, [], "must be callable"),
+        ({"rewards": []}, [], "`rewards` must be given"),
+        ({"dataset": "absent.txt"}, [], "absent.txt"),
+        ({"model": "./absent"}, [], "absent"),
+        ({"lora_r": -1}, [], "`lora_r` must not be negative"),
+        ({"lora_target_modules": ["nothing"]}, [], "nothing"),
+        ({"reward_weights": [1.0]}, [], "`reward_weights`"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture, change: dict, flags: list[str], message: str
+) -> None:
+    settings = yaml.safe_load((folder / "run.yaml").read_text()) | change
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert message in failing(capsys, "train", "--config", "run.yaml", *flags)
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("[1", "must be valid YAML"),
+        ("- a\n- b", "must hold arguments as"),
+        (None, "No such file or directory: other.yaml"),
+    ],
+)
+def test_a_broken_configuration_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (folder / "other.yaml").write_text(content)
+    assert message in failing(capsys, "train", "--config", "other.yaml")
+
+
+def test_debug_shows_the_traceback(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["--debug", "train", "--config", "absent.yaml"])
+
+
+def test_training_from_yaml_and_flags_leaves_a_complete_run(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--config=run.yaml", "--learning-rate", "5e-4", "--seed", "7"]) == 0, capsys.readouterr().err
+    out = folder / "out"
+    names = {path.name for path in out.iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "aggregator_state.json", "trainer_state.json", "report.html"} <= names
+    config = json.loads((out / "config.json").read_text())
+    assert config["learning_rate"] == 5e-4 and config["seed"] == 7 and config["lora_r"] == 4
+    assert config["rewards"] == ["cli_rewards:red", "cli_rewards:dark"]
+    record = json.loads((out / "environment.json").read_text())
+    assert record["command"] == "trl-apex train --config=run.yaml --learning-rate 5e-4 --seed 7"
+    assert record["versions"]["trl"] != "not installed"
+    assert "# out" in (out / "README.md").read_text()
+    for path in out.rglob("*"):
+        assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    """A long run in its own process, stopped at its second logged step."""
+    command = [sys.executable, "-m", "trl_apex", "train", "--config", "run.yaml", "--max_steps", "2000", *flags]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "'loss'" in line:
+            break
+    return process
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(folder: Path) -> None:
+    process = start(folder, "--save_strategy", "no")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("trl-apex train: interrupted; a checkpoint is saved in out.")
+    command = last.split("To go on: ")[1]
+    assert command.endswith("--save_strategy no --resume_from_checkpoint true")
+    (checkpoint,) = (folder / "out").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    resumed = command.removeprefix("trl-apex ").split()
+    resumed[resumed.index("2000")] = str(step + 1)
+    assert main(resumed) == 0
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == step + 1
+    steps = [entry["step"] for entry in state["log_history"] if "loss" in entry]
+    assert steps == sorted(set(steps)), "the log goes on where it was"
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once(folder: Path) -> None:
+    process = start(folder)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it(folder: Path) -> None:
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--cpu", "--num_processes", "1"]
+    command += ["-m", "trl_apex", "train", "--config", "run.yaml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_rewards_take_arguments(folder: Path) -> None:
+    red, constant = load_rewards(["cli_rewards:red", "cli_rewards:Constant(value=2.5, name='two')"])
+    assert red.__name__ == "red" and constant.__name__ == "two"
+    assert constant(prompts=["a", "b"]) == [2.5, 2.5]
+    (jpeg,) = load_rewards(["jpeg_compressibility(quality=50)"])
+    assert jpeg.quality == 50  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "spec,message",
+    [
+        ("ocr(", "must read name"),
+        ("ocr(1)", "must read name"),
+        ("ocr(workers=__import__('os'))", "must read name"),
+        ("ocr(wrong=1)", "must fit"),
+        ("deqa", "must fit"),
+        ("cli_absent:reward", "must be importable"),
+    ],
+)
+def test_rewards_that_cannot_be(folder: Path, spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_rewards([spec])
+
+
+def test_report_and_push_name_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "Found no directory" in failing(capsys, "report", str(tmp_path / "absent"))
+    assert "must hold weights" in failing(capsys, "push", str(tmp_path), "--repo-id", "me/x")
+
+
+def test_benchmark_lists_and_runs_scripts(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "sample_speed.py").write_text("import sys; print('ran', sys.argv[1:])")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    assert main(["benchmark"]) == 0 and "sample_speed" in capsys.readouterr().out
+    assert main(["benchmark", "sample-speed", "--smoke"]) == 0 and "ran ['--smoke']" in capsys.readouterr().out
+    assert "must be one of" in failing(capsys, "benchmark", "nothing")
