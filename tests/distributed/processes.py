@@ -5,6 +5,7 @@ hangs is killed at the time limit, and the test fails with what every rank had p
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -74,7 +75,7 @@ def attempt(
         for rank in range(world):
             here, there = _forkserver().Pipe(duplex=False)
             own = {**rendezvous, "LOCAL_RANK": str(rank), **(env or {}), "RANK": str(rank)}
-            process = _forkserver().Process(target=_work, args=(there, str(logs[rank]), own, function, rank, kwargs))
+            process = _forkserver().Process(target=_work, args=(there, str(logs[rank]), own, limit, function, rank, kwargs))
             process.start()
             there.close()
             processes.append(process)
@@ -101,11 +102,14 @@ def attempt(
     return outcomes
 
 
-def _work(pipe, log: str, env: dict[str, str], function: Callable, rank: int, kwargs: dict[str, Any]) -> None:
+def _work(
+    pipe, log: str, env: dict[str, str], limit: float, function: Callable, rank: int, kwargs: dict[str, Any]
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(env)
+    faulthandler.dump_traceback_later(0.9 * limit)  # where a rank hangs
     import torch
 
     torch.set_num_threads(1)
