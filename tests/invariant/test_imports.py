@@ -14,7 +14,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # Imports go down: a part may import parts of lower rank, and itself. The stages, all of rank 2, never import each other.
 RANK = {"types": 0, "distributed": 0, "redact": 0, "policy": 1}
 RANK |= dict.fromkeys(("prompts", "rollout", "rewards", "aggregation", "loss", "evaluation", "report", "hub"), 2)
-RANK |= {"tiny": 3, "trainer": 4, "demo": 5, "commands": 6, "__main__": 7}
+RANK |= {"tiny": 3, "trainer": 4, "demo": 5, "evaluate": 5, "plan": 5, "commands": 6, "__main__": 7}
 SAME = {"cli": "commands"}  # the door of the command line and its rooms
 HEAVY = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "numpy", "PIL", "jaxtyping")
 

@@ -1,0 +1,100 @@
+"""Put what a training run saved onto a pipeline, for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .base import DiffusionPolicy
+from .load import dtype_argument
+
+LORA_FILE, EMA_FILE = "pytorch_lora_weights.safetensors", "ema.safetensors"
+
+
+def check_adapter(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> None:
+    """Raise where a local `source` cannot be loaded, before anything is computed.
+
+    Raises:
+        ValueError: says what the folder lacks.
+    """
+    if getattr(policy.denoiser, "peft_config", None):
+        raise ValueError(
+            "The base must come without adapters. Found some on the pipeline. Call `pipeline.unload_lora_weights()`."
+        )
+    path = Path(source).expanduser()
+    if not path.exists():
+        if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+            raise ValueError(
+                f"An adapter must be a run directory or a hub id. Found no folder {source}. Check the path."
+            )
+        return
+    if _full_weights(policy, path) is None and not (path / LORA_FILE).is_file():
+        raise ValueError(
+            f"An adapter must hold {LORA_FILE}, or a fully trained model in {policy.denoiser_name}/. Found neither in "
+            f"{source}. Pass the `output_dir` of a run that ended with `save_model()`, or one of its checkpoints."
+        )
+    if ema and not (path / EMA_FILE).is_file():
+        raise ValueError(f"`ema=True` needs {EMA_FILE}. Found none in {source}. It is saved by runs with `ema_decay`.")
+
+
+@contextmanager
+def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> Iterator[None]:
+    """The policy with a saved adapter, or with fully trained weights; afterwards it is the base again.
+
+    Args:
+        policy ([`DiffusionPolicy`]): without adapters.
+        source (`str` or `Path`): a run directory, or a hub id of an adapter.
+        ema (`bool`): take the averaged weights that were saved beside.
+
+    Raises:
+        ValueError: if nothing was loaded.
+    """
+    path = Path(source).expanduser()
+    full = _full_weights(policy, path) if path.exists() else None
+    base = policy.denoiser
+    device = next(base.parameters()).device
+    if full is not None:
+        tuned = type(base).from_pretrained(full, **dtype_argument(policy.dtype)).requires_grad_(False).eval()
+        base.to("cpu")
+        setattr(policy.pipeline, policy.denoiser_name, tuned.to(device))
+    else:
+        policy.pipeline.load_lora_weights(str(path) if path.exists() else str(source), weight_name=LORA_FILE)
+        if not getattr(base, "peft_config", None):
+            raise ValueError(
+                f"An adapter must have weights of the {policy.denoiser_name}. Found none in {source}. It may belong to "
+                "another model."
+            )
+        base.to(device)
+    try:
+        if ema:
+            _load_average(policy.denoiser, path / EMA_FILE)
+        yield
+    finally:
+        if full is not None:
+            setattr(policy.pipeline, policy.denoiser_name, base.to(device))
+        else:
+            policy.pipeline.unload_lora_weights()
+
+
+def _full_weights(policy: DiffusionPolicy, path: Path) -> Path | None:
+    folder = path / policy.denoiser_name
+    return folder if (folder / "config.json").is_file() else None
+
+
+@torch.no_grad()
+def _load_average(denoiser: Any, file: Path) -> None:
+    """Copy averaged weights over those just loaded; the file names them as the trainer's wrapped model did."""
+    parameters = dict(denoiser.named_parameters())
+    (adapter,) = getattr(denoiser, "peft_config", None) or [""]
+    for name, value in load_file(file).items():
+        if name == "optimization_step":
+            continue
+        plain = name.removeprefix("module.").removeprefix("base_model.model.").replace(".default.", f".{adapter}.")
+        if plain not in parameters:
+            raise ValueError(
+                f"{file} must hold averages of the same weights. Found {name}. It may belong to another run."
+            )
+        parameters[plain].copy_(value)
