@@ -102,7 +102,7 @@ def test_sd35_lora_at_toy_size(tmp_path):
         ["--config", str(EXAMPLES / "configs/sd35_tiny.yaml"), "--output_dir", str(tmp_path), "--max_steps", "2"]
     )
     assert trainer.reward_func_names == ["ocr", "pickscore", "deqa", "aesthetic"]
-    assert column(trainer, "ratio/max_deviation")[0] == 0
+    assert column(trainer, "ratio/max_deviation")[0] < 1e-6  # rollout and update use batches of different sizes
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
     assert json.loads((tmp_path / "aggregator_state.json").read_text())["iteration"] == 1
 
