@@ -75,7 +75,7 @@ def hijack_index(shares: Float[Tensor, " K"], weights: Float[Tensor, " K"]) -> f
 
     Args:
         shares (`Tensor` of shape `[K]`): from [`hijack_shares`].
-        weights (`Tensor` of shape `[K]`): \(w\); objectives of weight 0 do not count.
+        weights (`Tensor` of shape `[K]`): \(w\); objectives with less than a hundredth of the largest do not count.
 
     Returns:
         `float`: 1 when every objective owns what was intended.
@@ -84,7 +84,7 @@ def hijack_index(shares: Float[Tensor, " K"], weights: Float[Tensor, " K"]) -> f
         >>> hijack_index(torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5]))
         1.5
     """
-    counted = weights != 0
+    counted = weights.abs() > 0.01 * weights.abs().max()
     return float((shares[counted] / intended_shares(weights)[counted]).max())
 
 

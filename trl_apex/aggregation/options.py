@@ -80,6 +80,11 @@ class ApexOptions:
         None, "With need_mode 'target': one target per objective, in its own units; nan = none for this objective."
     )
     need_temperature: float = _option(0.5, "Softness of the relative need, in initial standard deviations.")
+    need_scale: str = _option(
+        "initial",
+        "Unit in which gains are compared: the spread at the end of the warm-up ('initial') or the largest since then "
+        "('largest'), which does not overrate the first gains of a sparse reward.",
+    )
     need_cap: float = _option(1.5, "Largest need in target mode.")
     conflict_source: str = _option(
         "advantage",
@@ -144,6 +149,7 @@ class ApexOptions:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "need_mode": ("relative", "target"),
+    "need_scale": ("initial", "largest"),
     "conflict_source": ("advantage", "gradient", "population"),
     "conflict_attribution": ("lag", "victim", "plain"),
     "combination": ("additive", "multiplicative"),

@@ -10,20 +10,20 @@ from torch import Tensor
 def relative_need(
     mean: Float[Tensor, " K"],
     first_mean: Float[Tensor, " K"],
-    first_scale: Float[Tensor, " K"],
+    unit: Float[Tensor, " K"],
     weighted: Bool[Tensor, " K"],
     temperature: float = 0.5,
 ) -> Float[Tensor, " K"]:
-    r"""Need of the objectives that gained less than the others, in units of their initial spread.
+    r"""Need of the objectives that gained less than the others, in units of their spread.
 
-    $$u_k = \frac{f_k - R^0_k}{S^0_k}, \qquad N_k = \mathrm{sigmoid}\left(\frac{\bar u - u_k}{T}\right)$$
+    $$u_k = \frac{f_k - R^0_k}{S_k}, \qquad N_k = \mathrm{sigmoid}\left(\frac{\bar u - u_k}{T}\right)$$
 
     Args:
         mean (`Tensor` of shape `[K]`): \(f\), fast average of the mean reward.
         first_mean (`Tensor` of shape `[K]`): \(R^0\), its value at the end of the warm-up; NaN where not yet known.
-        first_scale (`Tensor` of shape `[K]`): \(S^0\), within-group standard deviation then.
+        unit (`Tensor` of shape `[K]`): \(S\), within-group standard deviation, at the end of the warm-up or the largest.
         weighted (`Tensor` of shape `[K]`): true where the user's weight is positive; only these count in \(\bar u\).
-        temperature (`float`): \(T\), in initial standard deviations.
+        temperature (`float`): \(T\), in units of \(S\).
 
     Returns:
         `Tensor` of shape `[K]`, in (0, 1); 0.5 where there is no baseline yet.
@@ -36,7 +36,7 @@ def relative_need(
     Note:
         Reconstructed from the abstract of arXiv 2601.06574.
     """
-    gain = (mean - first_mean) / first_scale
+    gain = (mean - first_mean) / unit
     known = gain.isfinite()
     counted = known & weighted
     average = torch.where(counted, gain, 0.0).sum() / counted.sum().clamp(min=1)

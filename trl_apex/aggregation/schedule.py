@@ -97,6 +97,7 @@ def observe_batch(
         state,
         first_mean=torch.where(start, state.fast.value, state.first_mean),
         first_scale=torch.where(start, state.scale, state.first_scale),
+        largest_scale=torch.where(start, state.scale, torch.maximum(state.largest_scale, state.scale)),
     )
 
 
@@ -124,7 +125,8 @@ def reprioritize(
     """
     weighted = weights > 0
     mean = state.fast.value
-    need = relative_need(mean, state.first_mean, state.first_scale, weighted, options.need_temperature)
+    unit = state.largest_scale if options.need_scale == "largest" else state.first_scale
+    need = relative_need(mean, state.first_mean, unit, weighted, options.need_temperature)
     if options.need_mode == "target":
         targets = torch.tensor(options.reward_targets, dtype=mean.dtype)
         wanted = target_need(mean, state.first_mean, state.first_scale, targets, options.need_cap)

@@ -62,6 +62,7 @@ class AggregatorState:
         error ([`Average`] of shape `[K]`): standard error of a batch's mean reward.
         first_mean (`Tensor` of shape `[K]`): mean reward at the end of the warm-up; NaN before.
         first_scale (`Tensor` of shape `[K]`): within-group standard deviation then; NaN before.
+        largest_scale (`Tensor` of shape `[K]`): the largest since then; NaN before.
         dead_fraction (`Tensor` of shape `[K]`): share of dead groups in the last batch that had the objective.
         conflict ([`Average`] of shape `[K, K]`): correlation or cosine of the objectives.
         margin (`Tensor` of shape `[K, K]`): what counts as noise in `conflict`.
@@ -78,6 +79,7 @@ class AggregatorState:
     error: Average
     first_mean: Float[Tensor, " K"]
     first_scale: Float[Tensor, " K"]
+    largest_scale: Float[Tensor, " K"]
     dead_fraction: Float[Tensor, " K"]
     conflict: Average
     margin: Float[Tensor, "K K"]
@@ -99,6 +101,7 @@ class AggregatorState:
             error=Average.empty(n),
             first_mean=unknown,
             first_scale=unknown.clone(),
+            largest_scale=unknown.clone(),
             dead_fraction=zero,
             conflict=Average.empty(n, n),
             margin=torch.full((n, n), margin, dtype=torch.float64),
