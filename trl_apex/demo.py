@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
@@ -13,8 +15,9 @@ from rich.table import Table
 from .evaluation import compare
 from .report import save_samples, write_figures, write_report
 from .rollout.noise import evaluation_noise
+from .tiny.heldout import heldout_metrics
 from .tiny.prompts import tiny_prompts
-from .tiny.world import heldout_metrics, load_tiny_pipeline, tiny_rewards
+from .tiny.world import load_tiny_pipeline, tiny_rewards
 from .trainer.apex_config import APEXConfig
 from .trainer.apex_trainer import APEXTrainer
 from .trainer.progress import ProgressCallback
@@ -102,6 +105,7 @@ def run_demo(
         RuntimeError: if the reloaded adapter makes other images than the trained model.
     """
     console = console or Console()
+    quiet()
     started = time.perf_counter()
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,7 @@ def run_demo(
         callbacks=[ProgressCallback([r.__name__ for r in rewards], console)],
         monitor_funcs=held_out_monitors(),
     )
+    trainer.remove_callback(transformers.PrinterCallback)  # the progress lines say it
     console.print(
         f"A tiny Stable Diffusion 3 pipeline, four rewards, {config.max_steps} updates. Evaluating the base ..."
     )
@@ -139,6 +144,13 @@ def run_demo(
         f"Adapter, pictures and numbers: {output}/ ({len(figures)} figures); the whole run on one page: {report}"
     )
     return summary
+
+
+def quiet() -> None:
+    """Leave the terminal to the demo's own lines."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def timed(seconds: dict[str, float], name: str, call, *arguments):

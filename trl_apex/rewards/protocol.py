@@ -12,6 +12,10 @@ from torch import Tensor
 Images = Sequence[Image.Image] | Tensor
 
 
+# Loading sets PyTorch's default dtype for a moment, for the whole process: one network at a time.
+_LOADING = threading.RLock()
+
+
 class RewardLoadError(ValueError):
     """A reward could not load its weights or is set up wrongly: the run cannot go on with it."""
 
@@ -159,7 +163,8 @@ class Reward:
         with self._lock:
             if self._loaded is None:
                 try:
-                    self._loaded = self._load()
+                    with _LOADING:
+                        self._loaded = self._load()
                 except (ImportError, RewardLoadError):
                     raise
                 except Exception as error:

@@ -40,6 +40,7 @@ from ..policy.sampler import Sampler, sde_window
 from ..policy.transition import Transition
 from ..policy.velocity import guided_prediction
 from ..prompts import GroupSampler
+from ..rewards.protocol import Reward
 from ..rewards.scoring import RewardScorer
 from ..rollout.noise import INITIAL_NOISE, ROW_ORDER, STEP_NOISE, evaluation_noise, keyed_noise
 from ..rollout.sample import sample
@@ -358,7 +359,18 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
         return "fsdp" if self.is_fsdp_enabled else "ddp"
 
     def _open_scorer(self, funcs: list, names: list[str]) -> RewardScorer:
-        return RewardScorer(funcs, names, timeout=self.args.reward_timeout)
+        """Scoring in the background, once every reward is known to work.
+
+        Networks are loaded here and not at their first call: loading sets PyTorch's default dtype for a moment, which
+        would reach a rollout or another reward that runs at the same time.
+        """
+        scorer = RewardScorer(funcs, names, timeout=self.args.reward_timeout)
+        with failing_together("the check of the rewards"):
+            scorer.check()
+            for func in funcs:
+                if isinstance(func, Reward):
+                    func.load()
+        return scorer
 
     def request_stop(self, cause: str) -> None:
         """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""

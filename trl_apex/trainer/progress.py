@@ -1,12 +1,14 @@
-"""A live line on the terminal: how far, the rewards and their priorities."""
+"""Two live lines on the terminal: how far, and the rewards with their priorities."""
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a progress bar with the latest reward and priority of every objective.
+    """Shows a progress bar and the latest reward and priority of every objective.
 
     Args:
         names (`list[str]`): objectives, in order.
@@ -15,30 +17,30 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, names: list[str], console: Console | None = None):
         self.names, self.console = names, console or Console()
-        self._progress: Progress | None = None
+        self._live: Live | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=20),
+        self._bar = Progress(
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
+            TextColumn("updates, elapsed"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=self.console,
         )
-        self._progress.start()
-        self._task = self._progress.add_task("", total=state.max_steps, completed=state.global_step)
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self._text = Text("reward (priority): waiting for the first iteration", overflow="ellipsis", no_wrap=True)
+        self._live = Live(Group(self._bar, self._text), console=self.console, refresh_per_second=4)
+        self._live.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step)
+        if self._live is not None:
+            self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self._progress is None or not logs:
+        if self._live is None or not logs:
             return
         parts = []
         for name in self.names:
@@ -46,9 +48,9 @@ class ProgressCallback(TrainerCallback):
             if reward is not None:
                 parts.append(f"{name} {reward:.3g}" + (f" ({priority:.0%})" if priority is not None else ""))
         if parts:
-            self._progress.update(self._task, description=" ".join(parts))
+            self._text.plain = "  ".join(parts)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
