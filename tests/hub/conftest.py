@@ -1,7 +1,6 @@
 """A hub on loopback, and a run to put there."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
