@@ -238,8 +238,9 @@ def test_under_autocast_the_cosines_stay_close(lora):
     assert (probe.result().cosine - cosines(expected)[:3, :3]).abs().max() < 0.02
 
 
-def test_kl_in_its_own_backward_keeps_the_probe_exact(lora):
-    """A KL term in the probed backward is not proportional to the advantage; sent separately, nothing is lost."""
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_kl_through_a_paused_forward_keeps_the_probe_exact(lora, checkpointing):
+    """A KL term is not proportional to the advantage; through a forward of its own it leaves the probe alone."""
     b = batch()
     advantages = advantages_of(b["scores"])
     target = torch.zeros_like(b["latents"])
@@ -251,11 +252,17 @@ def test_kl_in_its_own_backward_keeps_the_probe_exact(lora):
     expected = separate_backwards(
         lora, probe, lambda k: surrogate(lora, b, advantages if k is None else b["scores"][:, k])
     )
+    transformer = lora.base_model.model
+    transformer.enable_gradient_checkpointing() if checkpointing else transformer.disable_gradient_checkpointing()
+    lora.train()
     lora.zero_grad()
     with probe.step():
         probe.rows(advantages, b["scores"])
-        surrogate(lora, b, advantages).backward()
-    kl().backward()
+        loss = surrogate(lora, b, advantages)
+        with probe.paused():
+            loss = loss + kl()
+        loss.backward()
+    transformer.disable_gradient_checkpointing()
     check(probe.result(), expected)
     apart = [p.grad.clone() for p in lora.parameters() if p.grad is not None]
     lora.zero_grad()

@@ -189,9 +189,9 @@ class GradientProbe:
 
     def _hook(self, name: str):
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if self._paused or not torch.is_grad_enabled() or not output.requires_grad:
+            if not torch.is_grad_enabled() or not output.requires_grad:
                 return None
-            return _Listen.apply(output, arguments[0].detach(), self, name)
+            return _Listen.apply(output, arguments[0].detach(), self, name, not self._paused)
 
         return hook
 
@@ -211,19 +211,24 @@ class GradientProbe:
 
 
 class _Listen(torch.autograd.Function):
-    """Identity that keeps a layer's input the way autograd keeps it, so that checkpointing recomputes it."""
+    """Identity that keeps a layer's input the way autograd keeps it, so that checkpointing recomputes it.
+
+    A paused forward passes through here as well, with `listening` false: checkpointing repeats it when nothing is paused
+    any more, and must find the same tensors saved. It is the first forward's graph that the backward runs through.
+    """
 
     @staticmethod
-    def forward(ctx, output: Tensor, inputs: Tensor, probe: GradientProbe, name: str) -> Tensor:
+    def forward(ctx, output: Tensor, inputs: Tensor, probe: GradientProbe, name: str, listening: bool) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.probe, ctx.name = probe, name
+        ctx.probe, ctx.name, ctx.listening = probe, name, listening
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (inputs,) = ctx.saved_tensors
-        ctx.probe._collect(ctx.name, inputs, gradient)
-        return gradient, None, None, None
+        if ctx.listening:
+            ctx.probe._collect(ctx.name, inputs, gradient)
+        return gradient, None, None, None, None
 
 
 def weighted_gradients(
