@@ -229,5 +229,5 @@ def _font() -> ImageFont.FreeTypeFont:
     spec = find_spec("matplotlib")  # found without importing: only the font file that it ships is needed
     path = Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSansMono-Bold.ttf" if spec and spec.origin else None
     if path is None or not path.exists():
-        raise ImportError('Drawing the tiny world needs a font that matplotlib ships: pip install "trl_apex[tiny]"')
+        raise ImportError('Drawing the tiny world needs a font that matplotlib ships: pip install "trl_apex[report]"')
     return ImageFont.truetype(str(path), _FONT_PIXELS * _SCALE)
