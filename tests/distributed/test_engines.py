@@ -80,11 +80,67 @@ def test_a_toy_reward_rises(engine, tmp_path):
     assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.01
 
 
+PROBE = {
+    "gradient_probe": True,
+    "probe_every": 1,
+    "conflict_source": "gradient",
+    "probe_layers": [r"attn\.to_[qk]"],
+    "max_steps": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """Probed runs of one process and of two under DDP."""
+    return {
+        (world, lora): run(
+            train,
+            world,
+            environment("ddp", world),
+            output_dir=str(tmp_path_factory.mktemp("probe")),
+            lora=lora,
+            **PROBE,
+        )[0]
+        for world in (1, 2)
+        for lora in (True, False)
+    }
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", SHARDED)
 def test_layerwise_rollout_equals_the_gathered_one(engine, ddp, tmp_path):
     result = run(train, 2, environment(engine), output_dir=str(tmp_path), gather_for_rollout=False)[0]
     assert_same_training(result, ddp[0], tolerance=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ("zero3", "fsdp2"))
+def test_weights_are_gathered_once_a_rollout_or_in_each_forward(engine, tmp_path):
+    """The all-gathers of the second rollout: as many for four steps as for eight, or twice as many for the layers."""
+    counted = {}
+    for gather in (True, False):
+        for steps in (4, 8):
+            options = {"gather_for_rollout": gather, "num_inference_steps": steps, "sde_window_size": 3}
+            options |= {"sde_window_range": [0, 3], "lora": False, "count_gathers": True}
+            result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
+            counted[gather, steps] = result["gathers"][1]
+    assert counted[True, 4] == counted[True, 8]
+    layers = counted[False, 8] - counted[False, 4]  # of four more forwards
+    assert layers >= 4 * 4  # four blocks
+    assert counted[False, 8] > counted[True, 8] or engine == "zero3"
+    print(engine, counted)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("engine", ("zero1", "zero2", "zero3", "fsdp2"))
+def test_the_gradient_probe_sees_the_same_conflict(engine, lora, probed, tmp_path):
+    result = run(train, 2, environment(engine), output_dir=str(tmp_path), lora=lora, **PROBE)[0]
+    for other in (probed[2, lora], probed[1, lora]):
+        assert_same_training(result, other, tolerance=2e-5)
+        for key in ("conflict/red/dark", "gradient_harmony"):
+            np.testing.assert_allclose(curve(result, key), curve(other, key), atol=1e-4)
+    assert result["aggregator"] != {} and abs(curve(result, "gradient_harmony")[0]) <= 1.0
 
 
 @pytest.mark.distributed

@@ -58,7 +58,7 @@ def test_first_iteration_is_equal_to_the_bit_where_the_forwards_have_the_same_si
 )
 def test_one_two_and_four_processes_agree(tmp_path, options):
     """Four processes hold two images each, so that every group of four is split over ranks."""
-    options = {"max_steps": 4, **options}
+    options = {"max_steps": 4, "learning_rate": 3e-4, **options}
     runs = [
         run(train, world, environment("ddp", world), output_dir=str(tmp_path / str(world)), **options)[0]
         for world in (1, 2, 4)

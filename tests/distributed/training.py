@@ -9,6 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from engines import on_cpu
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.distributed import full_trainable_weights
@@ -92,8 +93,34 @@ def weights_of(trainer) -> dict[str, Any]:
     return {name: value.float().numpy() for name, value in full_trainable_weights(trainer.model).items()}
 
 
+def _count_gathers(trainer) -> list[int]:
+    """The list will hold, for each rollout, how many all-gathers of tensors it made."""
+    counted: list[int] = []
+    rollout = trainer._generate_and_score_completions
+
+    class Gathers(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted[-1] += "allgather" in func.__name__ or "all_gather" in func.__name__
+            return func(*args, **(kwargs or {}))
+
+    def generate(inputs):
+        counted.append(0)
+        with Gathers():
+            return rollout(inputs)
+
+    trainer._generate_and_score_completions = generate
+    return counted
+
+
 def train(
-    rank: int, output_dir: str, *, resume=None, save: str | None = None, evaluate: bool = False, **kwargs: Any
+    rank: int,
+    output_dir: str,
+    *,
+    resume=None,
+    save: str | None = None,
+    evaluate: bool = False,
+    count_gathers: bool = False,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Train, and return what a test compares between engines and numbers of processes."""
     torch.manual_seed(1000 + rank)  # ranks agree on nothing that they need not agree on
@@ -108,6 +135,7 @@ def train(
         return advantages, normalized
 
     trainer._compute_advantages = record
+    gathers = _count_gathers(trainer) if count_gathers else None
     trainer.train(resume_from_checkpoint=resume)
     result = {
         "world": PartialState().num_processes,
@@ -118,6 +146,7 @@ def train(
         "aggregator": trainer.aggregator.state_dict(),
         "step": trainer.state.global_step,
         "resumed_from": trainer.resumed_from,
+        "gathers": gathers,
     }
     if evaluate:
         result["evaluation"] = trainer.evaluate()
