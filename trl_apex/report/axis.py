@@ -36,7 +36,7 @@ def padded_range(values: Sequence[float], padding: float = 0.06) -> tuple[float,
     if not finite:
         return 0.0, 1.0
     low, high = min(finite), max(finite)
-    margin = (high - low) * padding if high > low else max(abs(high), 1.0) * 0.1
+    margin = (high - low) * padding if high > low else abs(high) * 0.1 or 1.0
     return low - margin, high + margin
 
 

@@ -53,9 +53,7 @@ def reward_charts(runs: list[Run]) -> list[Markup]:
             )
             for position, run in enumerate(runs)
         ]
-        evaluated = [
-            Line("held out", index + 1, *run.series(f"eval_rewards/{name}/mean")) for run in runs if len(runs) == 1
-        ]
+        evaluated = [Line("held out", 7, *run.series(f"eval_rewards/{name}/mean")) for run in runs if len(runs) == 1]
         charts.append(line_chart(name, [line for line in lines + evaluated if line.x]))
     return [chart for chart in charts if chart]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .numbers import decimals_for, fixed
+from .numbers import fixed
 from .run import Sample
 
 LARGEST_SIDE = 512
@@ -67,8 +67,7 @@ def _rewards(sample: Sample) -> list[tuple[str, str, str, str, str]]:
         if not isinstance(before, int | float) or not isinstance(after, int | float):
             continue
         difference = after - before
-        decimals = max(decimals_for(abs(difference), 1), 2 if abs(before) < 10 else 1)
-        decimals = min(decimals, 3)
+        decimals = 2 if abs(before) < 100 else 0
         shown = fixed(difference, decimals, sign=True)
         way = "same" if shown[0] not in "+\N{MINUS SIGN}" else "up" if difference > 0 else "down"
         rows.append((name, fixed(before, decimals), fixed(after, decimals), shown, way))

@@ -1,12 +1,13 @@
 """Curves over the steps of a run, labelled where they end."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
 from .axis import Scale, dodge, padded_range, tick_labels, ticks
-from .numbers import decimals_for, fixed
+from .numbers import decimals_for, fixed, number
 from .smooth import thin
 from .svg import HEIGHT, WIDTH, band, element, join, path, picture
 
@@ -59,8 +60,8 @@ def line_chart(
     if include:
         low, high = (min(include) if low < min(include) <= min(reach) else low), high
     first, last = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
-    decimals = min(max(decimals_for((high - low) / 10, 1), 0), 5)
-    labels = [f"{line.name} {fixed(line.y[-1], decimals)}".strip() for line in lines]
+    write = _writer(high - low)
+    labels = [f"{line.name} {write(line.y[-1])}".strip() for line in lines]
     tick_values = ticks(low, high)
     names = tick_labels(tick_values)
     left = 14 + 7.0 * max(map(len, names), default=1)
@@ -74,12 +75,12 @@ def line_chart(
     if reference:
         y = y_scale(reference[0])
         parts.append(element("line", x1=left, x2=right, y1=y, y2=y, class_="reference"))
-        ends.append((y, f"{reference[1]} {fixed(reference[0], decimals)}", "tick"))
+        ends.append((y, f"{reference[1]} {write(reference[0])}", "tick"))
     places = dodge([y for y, _, _ in ends], 16, 14, HEIGHT - 44)
     for (_, label, style), y in zip(ends, places, strict=True):
         parts.append(element("text", _cut(label), x=right + 7, y=y + 4.5, class_=style))
     parts.append(element("line", class_="cross", y1=10, y2=HEIGHT - 40, x1=0, x2=0))
-    spoken = ". ".join([title, *(_spoken(line, decimals) for line in lines)])
+    spoken = ". ".join([title, *(_spoken(line, write) for line in lines)])
     data = {
         "left": left / WIDTH,
         "right": right / WIDTH,
@@ -89,7 +90,7 @@ def line_chart(
                 "name": line.name,
                 "c": line.colour % 8,
                 "x": [round(v, 1) for v in line.x],
-                "y": [fixed(v, decimals) for v in line.y],
+                "y": [write(v) for v in line.y],
             }
             for line in lines
         ],
@@ -100,8 +101,16 @@ def line_chart(
     ).format(json.dumps(data), element("strong", title), element("span", note) if note else "", picture(parts, spoken))
 
 
-def _spoken(line: Line, decimals: int) -> str:
-    first, last = fixed(line.y[0], decimals), fixed(line.y[-1], decimals)
+def _writer(span: float) -> Callable[[float], str]:
+    """How values of an axis of this length are written: about a tenth of it is the last digit that counts."""
+    if span < 1e-3:
+        return number
+    decimals = decimals_for(span / 10, 1)
+    return lambda value: fixed(value, decimals)
+
+
+def _spoken(line: Line, write: Callable[[float], str]) -> str:
+    first, last = write(line.y[0]), write(line.y[-1])
     return f"{line.name or 'value'}: from {first} at step {line.x[0]:g} to {last} at step {line.x[-1]:g}"
 
 

@@ -82,16 +82,20 @@ def pareto_chart(x_name: str, y_name: str, tracks: list[Track]) -> Markup:
         )
     )
     ends = [_end(track) for track in shown]
-    places = dodge([y_scale(y) - 10 for _, y in ends], 15, 20, HEIGHT - 52)
-    for track, (x_end, y_end), place in zip(shown, ends, places, strict=True):
+    starts = [_start(track) for track in shown]
+    away = [16 if start[1] > end[1] else -10 for start, end in zip(starts, ends, strict=True)]
+    places = dodge([y_scale(end[1]) + d for end, d in zip(ends, away, strict=True)], 15, 20, HEIGHT - 52)
+    for track, start, end, place in zip(shown, starts, ends, places, strict=True):
         parts += _measured(track, x_scale, y_scale) if track.results else _path(track, x_scale, y_scale)
         label = track.name if len(shown) > 1 else "tuned" if track.results else "end"
-        right = x_scale(x_end) > (left + WIDTH) / 2
-        x = x_scale(x_end) + (-9 if right else 9)
-        del y_end
-        parts.append(
-            element("text", label[:22], x=x, y=place, class_=f"end c{track.colour % 8}{' right' if right else ''}")
-        )
+        room = x_scale.end - x_scale(end[0]) > 8 * len(label[:22])
+        left_of = not room or (start[0] > end[0] and x_scale(end[0]) - left > 8 * len(label[:22]))
+        x, side = x_scale(end[0]) + (-9 if left_of else 9), " right" if left_of else ""
+        parts.append(element("text", label[:22], x=x, y=place, class_=f"end c{track.colour % 8}{side}"))
+    for x, y in (
+        {(round(x_scale(x) / 40), round(y_scale(y) / 40)): (x, y) for x, y in starts}.values() if measured else ()
+    ):
+        parts.append(element("text", "base", x=x_scale(x) + 8, y=y_scale(y) + 14, class_="tick"))
     spoken = f"{y_name} against {x_name}. " + ". ".join(
         f"{t.name}: {x_name} from {t.results[0].cells()[0]} to {t.results[0].cells()[1]}, "
         f"{y_name} from {t.results[1].cells()[0]} to {t.results[1].cells()[1]}"
@@ -113,6 +117,12 @@ def _reach(track: Track, axis: int) -> list[float]:
         row = track.results[axis]
         return [row.base, row.tuned - 2 * row.se, row.tuned + 2 * row.se]
     return track.x if axis == 0 else track.y
+
+
+def _start(track: Track) -> tuple[float, float]:
+    if track.results:
+        return track.results[0].base, track.results[1].base
+    return track.x[0], track.y[0]
 
 
 def _end(track: Track) -> tuple[float, float]:
@@ -156,5 +166,4 @@ def _measured(track: Track, x_scale: Scale, y_scale: Scale) -> list[Markup]:
         ),
         element("circle", cx=x1, cy=y1, r=5.5, class_=f"mark {colour}"),
         element("circle", cx=x0, cy=y0, r=5, class_="hollow"),
-        element("text", "base", x=x0 + 8, y=y0 + 14, class_="tick"),
     ]
