@@ -145,3 +145,11 @@ def test_error_messages_on_the_troubleshooting_page_are_raised_somewhere():
     for message in messages:
         start = " ".join(message.split()[:6])
         assert start in joined, message
+
+
+def test_commands_that_pages_mention_exist():
+    from trl_apex.cli import COMMANDS
+
+    for page in pages():
+        for command in re.findall(r"trl-apex ([a-z][a-z-]*)", page.read_text()):
+            assert command in COMMANDS, f"{page.name}: trl-apex {command}"
