@@ -1,7 +1,4 @@
-"""The aggregator without any trainer: rewards in, advantages out.
-
-python examples/aggregator_alone.py
-"""
+"""The aggregator without any trainer: rewards in, advantages out."""
 
 import torch
 
@@ -20,15 +17,12 @@ def batch(iteration: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def main(iterations: int = 30) -> dict[str, float]:
-    generator = torch.Generator().manual_seed(0)
-    group_ids = torch.arange(PROMPTS).repeat_interleave(GROUP)
+    generator, group_ids = torch.Generator().manual_seed(0), torch.arange(PROMPTS).repeat_interleave(GROUP)
     aggregator = MultiObjectiveRewardAggregator(["loud", "quiet", "sparse"], warmup_iterations=5, ramp_iterations=5)
     for iteration in range(iterations):
         advantages, metrics = aggregator(batch(iteration, generator), group_ids)
         if iteration % 10 == 9:
-            shares = {name: round(metrics[f"hijack_share/{name}"], 2) for name in aggregator.objectives}
-            priorities = {name: round(value, 2) for name, value in aggregator.priorities.items()}
-            print(f"{iteration + 1:3d}  priorities {priorities}  share of the advantage's variance {shares}")
+            print(iteration + 1, {name: round(value, 2) for name, value in aggregator.priorities.items()})
     print("advantages of the first prompt:", [round(value, 2) for value in advantages[:GROUP].tolist()])
     return aggregator.priorities
 
