@@ -114,7 +114,8 @@ def text_similarity(recognized: str, target: str) -> float:
 class OCRReward(Reward):
     """How well the text in the image matches the text that the prompt quotes, read by PP-OCR through RapidOCR.
 
-    `r = text_similarity(text in the image, target)`; None for a prompt that asks for no text.
+    `r = text_similarity(text in the image, target)`, times the recognizer's confidence where `confidence` is set; None
+    for a prompt that asks for no text.
 
     Range: 0 to 1, larger is better. Weights: PP-OCR detection and recognition, inside the `rapidocr` package,
     Apache-2.0.
@@ -126,6 +127,8 @@ class OCRReward(Reward):
             first one, as Flow-GRPO does, or the mean over all.
         min_side (`int`, *optional*, defaults to `128`): Images whose shorter side is below this many pixels are
             enlarged to it bicubically; small text is not found otherwise.
+        confidence (`bool`, *optional*, defaults to `False`): Multiply by the recognizer's confidence in [0, 1]. Short
+            targets otherwise give few different values (four for three letters), and groups without a difference.
         workers (`int`, *optional*, defaults to `2`): Images read at the same time.
         pool (`"thread"` or `"process"`, *optional*, defaults to `"thread"`): Kind of workers. Threads are enough, as
             the OCR engine works outside the interpreter lock.
@@ -158,6 +161,7 @@ class OCRReward(Reward):
         target_column: str | None = None,
         several: str = "first",
         min_side: int = 128,
+        confidence: bool = False,
         workers: int = 2,
         pool: str = "thread",
         name: str | None = None,
@@ -170,7 +174,7 @@ class OCRReward(Reward):
             raise ValueError(f"`workers` must be at least 1. Found {workers}. Pass the images read at the same time.")
         super().__init__(name=name, device="cpu", batch_size=batch_size)
         self.target_column, self.several, self.min_side = target_column, several, min_side
-        self.workers, self.pool = workers, pool
+        self.confidence, self.workers, self.pool = confidence, workers, pool
 
     def targets(self, prompts: Sequence[str], columns: dict[str, Any]) -> list[list[str]]:
         """The target texts of each sample; an empty list where there is none."""
@@ -189,7 +193,7 @@ class OCRReward(Reward):
         arrays = to_arrays(images)
         with self._lock:
             executor: Executor = self.load()
-            return list(executor.map(_read_text, arrays, [self.min_side] * len(arrays)))
+            return [text for text, _ in executor.map(_read_text, arrays, [self.min_side] * len(arrays))]
 
     def _load(self) -> Executor:
         try:
@@ -207,8 +211,10 @@ class OCRReward(Reward):
         futures = {i: loaded.submit(_read_text, arrays[i], self.min_side) for i in asked}
         rewards: list[float | None] = [None] * len(prompts)
         for i, future in futures.items():
-            scores = [text_similarity(future.result(), target) for target in targets[i]]
-            rewards[i] = scores[0] if self.several == "first" else sum(scores) / len(scores)
+            text, confidence = future.result()
+            scores = [text_similarity(text, target) for target in targets[i]]
+            score = scores[0] if self.several == "first" else sum(scores) / len(scores)
+            rewards[i] = score * confidence if self.confidence else score
         return rewards
 
     def unload(self) -> None:
@@ -222,8 +228,8 @@ class OCRReward(Reward):
 _engines = threading.local()
 
 
-def _read_text(image: np.ndarray, min_side: int) -> str:
-    """Read one RGB image with this thread's own engine."""
+def _read_text(image: np.ndarray, min_side: int) -> tuple[str, float]:
+    """Read one RGB image with this thread's own engine: the text, and the mean confidence of its characters."""
     if not hasattr(_engines, "engine"):
         _engines.engine = _make_engine()
     height, width = image.shape[:2]
@@ -232,7 +238,11 @@ def _read_text(image: np.ndarray, min_side: int) -> str:
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     output = _engines.engine(np.ascontiguousarray(image[:, :, ::-1]), use_cls=False)
-    return "".join(output.txts or ())
+    texts, scores = list(output.txts or ()), list(output.scores or ())
+    characters = sum(map(len, texts))
+    if not characters:
+        return "", 0.0
+    return "".join(texts), sum(len(text) * score for text, score in zip(texts, scores, strict=True)) / characters
 
 
 def _make_engine() -> Callable:
