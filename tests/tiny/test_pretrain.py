@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -34,6 +35,7 @@ def test_the_command_writes_what_the_rewards_load(tmp_path: Path) -> None:
     assert (tmp_path / "pipeline" / "model_index.json").exists()
 
 
+@pytest.mark.slow
 def test_pretraining_is_seeded(tmp_path: Path) -> None:
     for name in ("one", "two"):
         pretrain(tmp_path / name, seed=0, lengths=replace(TOY, images=32))
