@@ -157,6 +157,10 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
         self._plan_rollout(args)
         self._plan_updates(args, len(train_dataset))
         denoiser = self._prepare_denoiser(model, args, peft_config)
+        self.policy.move_frozen(args.device)
+        self._negative_embeddings: Embeddings | None = None
+        # Before the denoiser moves to the device: it and the text encoders need not fit there together.
+        self._encode_prompts(args, [train_dataset, eval_dataset], own_pipeline=isinstance(model, str))
 
         super(GRPOTrainer, self).__init__(
             model=denoiser,
@@ -177,9 +181,6 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
                 self._reference = self.accelerator.prepare_model(
                     self._reference, device_placement=not args.offload_reference, evaluation_mode=True
                 )
-        self.policy.move_frozen(self.accelerator.device)
-        self._negative_embeddings: Embeddings | None = None
-        self._encode_prompts(args, [train_dataset, eval_dataset], own_pipeline=isinstance(model, str))
         self._scorer: Any = None  # a RewardScorer while training
         self._iteration_rollout: dict[str, Any] | None = None
         self.resumed_from: str | None = None
@@ -237,6 +238,7 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
         self._window(args, iteration=0)
 
     def _encode_prompts(self, args: DiffusionGRPOConfig, datasets: list, own_pipeline: bool) -> None:
+        self.args = args
         self._embeddings = open_embeddings(self.policy, args.max_sequence_length, args.prompt_cache_dir)
         if args.precompute_prompts:
             precompute(self._embeddings, datasets, shared=args.prompt_cache_dir is not None)
@@ -490,7 +492,7 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
             return None
         if self._negative_embeddings is None:
             encoded = self.policy.encode_negative(self.args.negative_prompt, self.args.max_sequence_length)
-            self._negative_embeddings = {name: value.to(self.accelerator.device) for name, value in encoded.items()}
+            self._negative_embeddings = {name: value.to(self.args.device) for name, value in encoded.items()}
         return self._negative_embeddings
 
     def _rollout_model(self) -> nn.Module:
