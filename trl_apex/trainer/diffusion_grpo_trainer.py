@@ -367,7 +367,7 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
         would reach a rollout or another reward that runs at the same time.
         """
         scorer = RewardScorer(funcs, names, timeout=self.args.reward_timeout)
-        with failing_together("the check of the rewards"):
+        with failing_together("the check of the rewards"), whole_models():
             scorer.check()
             for func in funcs:
                 if isinstance(func, Reward):
