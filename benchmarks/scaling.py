@@ -6,6 +6,7 @@ Parameters, activations and operations are counted on the meta device; no weight
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -63,6 +64,7 @@ def denoiser(name: str, lora: bool = False) -> nn.Module:
         return get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules=list(SD3Policy.lora_targets)))
 
 
+@cache
 def counts(name: str) -> Counts:
     """Elements of a model, counted."""
     model, adapted = denoiser(name), denoiser(name, lora=True)
