@@ -30,7 +30,7 @@ LORA_TARGETS = (
 
 
 def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEXConfig:
-    """The demo's settings: 8 prompts x 8 images an iteration, a window of 3 stochastic steps, 2 updates.
+    """The demo's settings: 8 prompts x 8 images an iteration, a window of 2 stochastic steps, 2 updates.
 
     Args:
         output_dir (`str` or `Path`): where the run goes.
@@ -55,9 +55,10 @@ def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEX
         "gradient_accumulation_steps": 1,
         "learning_rate": 3e-4,
         "epsilon": 1e-3,
-        "max_steps": 120,
-        "warmup_iterations": 6,
-        "ramp_iterations": 6,
+        "max_steps": 180,
+        "need_coef": 2.0,
+        "warmup_iterations": 3,
+        "ramp_iterations": 3,
         "logging_steps": 2,
         "save_strategy": "steps",
         "save_steps": 60,

@@ -292,3 +292,11 @@ def test_compiled_blocks_serve_rollout_and_update(pipeline, dataset, lora, make_
         results.append(weights(trainer))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 4])
+def test_updates_per_iteration_sets_the_accumulation(pipeline, dataset, lora, make_args, updates):
+    args = make_args(per_device_train_batch_size=4, updates_per_iteration=updates)
+    assert args.gradient_accumulation_steps == 4 // updates
+    trainer = APEXTrainer(pipeline, [redness], args, dataset, peft_config=lora)
+    assert trainer.updates_per_iteration == updates

@@ -79,7 +79,7 @@ def tiny_rewards() -> list[Reward]:
 
     clip = str(weights_path("clip"))
     return [
-        OCRReward(),
+        OCRReward(confidence=True),
         PickScoreReward(model=clip, processor=clip, batch_size=64),
         DeQAReward(model=str(weights_path("deqa")), batch_size=64),
         AestheticReward(clip=clip, head=str(weights_path("aesthetic")), batch_size=64),

@@ -123,6 +123,10 @@ class DiffusionGRPOConfig(GRPOConfig):
     timestep_batch_size: int = field(
         default=1, metadata=_help("Trained steps of one image that share a forward pass of the update.")
     )
+    updates_per_iteration: int | None = field(
+        default=None,
+        metadata=_help("Optimizer steps per pass over a rollout; sets `gradient_accumulation_steps` for you."),
+    )
     rollout_batch_size: int | None = field(
         default=None, metadata=_help("Images sampled at a time on a device; None for the whole generation batch.")
     )
@@ -173,8 +177,28 @@ class DiffusionGRPOConfig(GRPOConfig):
         if self.bf16 is None and self.use_cpu:
             self.bf16 = False
         self._reject_language_fields()
+        derive = self.updates_per_iteration is not None
+        if derive and (self.generation_batch_size is None or self.gradient_accumulation_steps != 1):
+            raise ValueError(
+                "`updates_per_iteration` needs `generation_batch_size`, and sets `gradient_accumulation_steps` itself. "
+                f"Found generation_batch_size={self.generation_batch_size} and "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}. Pass the first and leave out the other."
+            )
         super().__post_init__()
         self._check_choices()
+        if derive:
+            self.gradient_accumulation_steps = self._accumulation_for(self.updates_per_iteration)
+
+    def _accumulation_for(self, updates: int) -> int:
+        window = self.sde_window_size or self.num_inference_steps - 1
+        steps, rest = divmod(self.steps_per_generation * window, self.timestep_batch_size)
+        if updates < 1 or rest or steps % updates:
+            raise ValueError(
+                "`updates_per_iteration` must divide the micro-batches of an iteration, which are images x trained steps / "
+                f"(per_device_train_batch_size x timestep_batch_size x devices) = {self.steps_per_generation} x {window} / "
+                f"{self.timestep_batch_size}. Found {updates}. Use a divisor, e.g. 1."
+            )
+        return steps // updates
 
     def _reject_language_fields(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
