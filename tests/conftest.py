@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 STAGES = ("aggregation", "evaluation", "loss", "policy", "prompts", "rewards", "rollout", "tiny", "types")
 TRAINER = ("apex_trainer", "diffusion_grpo_trainer", "gradient_probe", "rows")

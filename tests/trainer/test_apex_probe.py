@@ -41,7 +41,7 @@ def test_cosine_of_the_run_equals_separate_backwards(pipeline, dataset, lora, ma
     trainer.aggregator.observe_conflict = lambda matrix, **kw: (seen.append(matrix), observe(matrix, **kw))
 
     def keep(model, inputs):
-        batches.append({k: v for k, v in inputs.items()})
+        batches.append(dict(inputs))
         return compute(model, inputs)
 
     trainer._compute_loss = keep

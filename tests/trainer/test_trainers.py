@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_adapter_loads_in_a_plain_pipeline_and_changes_its_images(pipeline, data
 
     def image(pipe):
         generator = torch.Generator().manual_seed(0)
-        call = dict(num_inference_steps=3, guidance_scale=1.0, height=32, width=32, max_sequence_length=12)
+        call = {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 32, "width": 32, "max_sequence_length": 12}
         return pipe(PROMPTS[0], generator=generator, output_type="pt", **call).images
 
     plain = image(original)
@@ -242,7 +243,7 @@ def test_state_is_written_beside_the_adapter(pipeline, dataset, lora, make_args)
     trainer.train()
     trainer.save_model()
     folder = trainer.args.output_dir
-    state = json.load(open(os.path.join(folder, "aggregator_state.json")))
+    state = json.loads(Path(folder, "aggregator_state.json").read_text())
     assert state["objectives"] == ["redness", "contrast"]
     assert {"pytorch_lora_weights.safetensors", "adapter_model.safetensors"} <= set(os.listdir(folder))
 

@@ -33,7 +33,9 @@ def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[s
     whole = base.isfinite() & tuned.isfinite()
     base, tuned = base[whole].double(), tuned[whole].double()
     if len(base) < 2:
-        raise ValueError(f"A paired difference needs at least 2 images scored both times. Found {len(base)}. Use more.")
+        raise ValueError(
+            f"A paired difference needs at least 2 images scored both times. Found {len(base)}. Use more."
+        )
     difference = tuned - base
     se = difference.std().item() / len(base) ** 0.5
     spread = base.std().item()

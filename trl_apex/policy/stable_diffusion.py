@@ -1,5 +1,7 @@
 """Stable Diffusion 1.x, 2.x and XL, sampled with DDIM: the setting of DDPO."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,7 @@ class StableDiffusionPolicy(DiffusionPolicy):
     """`StableDiffusionPipeline`: one CLIP encoder, a UNet that predicts the noise (or v)."""
 
     denoiser_name = "unet"
-    encoder_names = ("text_encoder",)
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     transitions = ("ddim",)
 
