@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from trl_apex import APEXConfig, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex.cli import main
 from trl_apex.plan import PlanSettings, count_passes, estimator, load_shapes, plan_text
 from trl_apex.plan.fit import check_fit, remedy
 from trl_apex.plan.measure import peak_bytes, saved_bytes
@@ -26,6 +27,11 @@ ALL_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj",
 @pytest.fixture(scope="module")
 def medium():
     return load_shapes("sd3.5-medium")
+
+
+@pytest.fixture(scope="module")
+def estimate(medium):
+    return estimator(medium)
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +235,7 @@ def settings(**changes):
     return PlanSettings(512, 512, **{**values, **changes})
 
 
-def test_a_plan_that_cannot_fit_names_what_to_change(medium):
-    estimate = estimator(medium)
+def test_a_plan_that_cannot_fit_names_what_to_change(estimate):
     with pytest.raises(ValueError, match=r"(?s)must fit into 24 GB a GPU. Found .* GB during .*activations.* Set "):
         check_fit(settings(rollout_batch=4), 24, estimate)
     check_fit(settings(rollout_batch=4, checkpointing=True), 24, estimate)
@@ -248,8 +253,7 @@ def test_a_plan_that_cannot_fit_names_what_to_change(medium):
     assert "No setting makes it fit. Even with" in remedy(settings(), 6, estimate)
 
 
-def test_parts_of_a_plan(medium):
-    estimate = estimator(medium)
+def test_parts_of_a_plan(estimate):
     base = settings(lora_rank=0, gpus=8, samples=512, zero_stage=2)
     plain, kl = estimate(base), estimate(base.but(kl=True))
     assert kl.always["reference"] == pytest.approx(4.5, abs=0.05)
@@ -296,3 +300,18 @@ def test_the_text_of_a_plan(tmp_path):
         assert part in text
     with pytest.raises(ValueError, match="must fit into 0.5 GB"):
         plan_text(str(tmp_path / "pipeline"), config, lora_rank=4, gpu_memory_gb=0.5)
+
+
+def test_the_command(tmp_path, capsys):
+    build("sd1.5").save_pretrained(tmp_path / "pipeline")
+    run = [
+        "plan", "--model", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path / "run"), "--height", "16", "--width",
+        "16", "--num_generations", "4", "--generation_batch_size", "16", "--per_device_train_batch_size", "2",
+        "--gradient_accumulation_steps", "2", "--num_inference_steps", "5", "--lora_r", "4", "--gpus", "4", "--zero_stage", "2",
+    ]  # fmt: skip
+    assert main([*run, "--gpu_memory_gb", "24"]) == 0
+    printed = capsys.readouterr().out
+    assert "This run: LoRA r4, ZeRO-2, half precision, 4 GPU(s)" in printed
+    assert "One iteration on each GPU: 4 images, 4 optimizer step(s)" in printed
+    assert main([*run, "--gpu_memory_gb", "0.5"]) == 2
+    assert "must fit into 0.5 GB a GPU" in capsys.readouterr().err

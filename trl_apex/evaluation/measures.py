@@ -1,6 +1,5 @@
 """What several rewards together say of a run. Plain tensors in, plain numbers out."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,6 +23,7 @@ def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[s
 
     Example:
         ```python
+        >>> import torch
         >>> result = paired_gain(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))
         >>> result["tuned"], result["gain"], result["se"]
         (3.0, 1.0, 0.0)
@@ -63,6 +63,7 @@ def domination_rates(base: Float[Tensor, "B K"], tuned: Float[Tensor, "B K"]) ->
 
     Example:
         ```python
+        >>> import torch
         >>> base = torch.zeros(4, 2)
         >>> tuned = torch.tensor([[1.0, 0.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 0.0]])
         >>> domination_rates(base, tuned)
@@ -87,6 +88,7 @@ def hypervolume(points: Float[Tensor, "M K"], reference: Float[Tensor, " K"]) ->
 
     Example:
         ```python
+        >>> import torch
         >>> hypervolume(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.zeros(2))
         3.0
 
@@ -122,6 +124,7 @@ def seesaw_rate(means: Float[Tensor, "E K"], errors: Float[Tensor, "E K"]) -> fl
 
     Example:
         ```python
+        >>> import torch
         >>> means = torch.tensor([[0.0, 0.0], [1.0, -1.0], [2.0, 0.0]])
         >>> seesaw_rate(means, torch.full((3, 2), 0.1))
         0.5
