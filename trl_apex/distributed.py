@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -150,12 +150,12 @@ def check_equal(name: str, state: Any) -> None:
 # Weights that an engine has sharded
 
 
-def is_sharded(parameter: Tensor) -> bool:
+def is_sharded(parameter: Any) -> bool:
     """Whether this rank holds a part of the parameter only (ZeRO-3, FSDP2)."""
     return hasattr(parameter, "ds_tensor") or hasattr(parameter, "full_tensor")
 
 
-def local_shard(parameter: Tensor) -> Tensor:
+def local_shard(parameter: Any) -> Tensor:
     """The storage that this rank owns of a parameter: a view, the parameter itself where nothing is sharded."""
     if hasattr(parameter, "ds_tensor"):
         if parameter.ds_status.name == "AVAILABLE":  # small parameters stay gathered, and would hide the shard
@@ -174,6 +174,7 @@ def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[st
         main_only (`bool`): the other ranks keep nothing, which saves their memory.
     """
     weights = {}
+    parameter: Any  # an engine adds to it what nn.Parameter does not have
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -186,6 +187,7 @@ def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[st
 
 def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Put whole weights, by name, into a model that an engine may have sharded; all ranks must call it."""
+    parameter: Any  # an engine adds to it what nn.Parameter does not have
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -209,13 +211,11 @@ def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
         model (`nn.Module`): as the engine wrapped it. Nothing happens where the engine shards no weights.
     """
     parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
-    sharded = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+    sharded: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
     with ExitStack() as stack:
         if parameters:
-            hooks = model.optimizer.parameter_offload if hasattr(model, "optimizer") else None
             stack.enter_context(_gathered(parameters))
-            if hooks is not None:
-                stack.enter_context(_without_zero3_hooks(model, hooks))
+            stack.enter_context(_without_zero3_hooks(model))
         for module in sharded:
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
@@ -228,7 +228,7 @@ def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered(parameters: list[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
+def _gathered(parameters: Sequence[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
     if not any(hasattr(p, "ds_tensor") for p in parameters):
         yield
         return
@@ -239,7 +239,7 @@ def _gathered(parameters: list[Tensor], modifier_rank: int | None = None) -> Ite
 
 
 @contextmanager
-def _without_zero3_hooks(engine: nn.Module, offload: Any) -> Iterator[None]:
+def _without_zero3_hooks(engine: Any) -> Iterator[None]:
     from trl.models.utils import add_hooks, remove_hooks
 
     remove_hooks(engine)

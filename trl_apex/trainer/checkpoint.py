@@ -13,7 +13,7 @@ import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def last_whole(run: str | Path) -> Path | None:
     return None
 
 
-def to_resume_from(wanted: str | Path | bool, run: str | Path) -> Path:
+def to_resume_from(wanted: str | Path | Literal[True], run: str | Path) -> Path:
     """The checkpoint that `resume_from_checkpoint` means.
 
     Args:

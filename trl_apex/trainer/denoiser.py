@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
@@ -12,7 +13,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
 def save_denoiser(
-    denoiser: nn.Module,
+    denoiser: Any,
     directory: str | Path,
     state_dict: dict[str, Tensor] | None = None,
     max_shard_size: int | str = "10GB",
