@@ -35,9 +35,9 @@ OBJECTIVES = ["pickscore", "aesthetic", "ocr", "deqa", "blank"]
 LIVE = OBJECTIVES[:4]
 PROMPTS, GROUP, SIZE = 16, 12, 32
 EXPLORATION, LEARNING_RATE, REFRESH, EVALUATE = 0.5, 0.02, 10, 20
-CONFLICTS = (0.0, -0.5, -0.9)
+Job = tuple[str, str, dict[str, Any], float, int, int]  # name, rule, options, conflict, seed, updates
+CONFLICTS = (0.0, -0.9)
 HARD = -0.9  # where the options of APEX are compared
-CHECKED = (0.0, HARD)  # where its parts are
 
 PARTS: dict[str, dict[str, Any]] = {
     "apex": {},
@@ -194,7 +194,7 @@ def seesaw_rate(track: torch.Tensor) -> float:
     return float(((moves > 0.02).any(1) & (moves < -0.02).any(1)).double().mean())
 
 
-def measure(job: tuple[str, str, dict[str, Any], float, int, int]) -> dict[str, Any]:
+def measure(job: Job) -> dict[str, Any]:
     """One row of the study: a run against its seed's four solo runs (`name` "solo" makes those)."""
     torch.set_num_threads(1)
     name, rule, options, conflict, seed, updates = job
@@ -207,19 +207,30 @@ def measure(job: tuple[str, str, dict[str, Any], float, int, int]) -> dict[str, 
     return row | {"gain": gain, "hijack": run["hijack"], "seesaw": run["seesaw"]}
 
 
-def jobs(seeds: int, updates: int) -> list[tuple[str, str, dict[str, Any], float, int, int]]:
+def jobs(seeds: int, updates: int) -> list[Job]:
     """Everything there is to run."""
-    every: list[tuple[str, str, dict[str, Any], float, int, int]] = []
+    every: list[Job] = []
     for seed in range(seeds):
         for conflict in CONFLICTS:
             every.append(("solo", "normalize_then_sum", {}, conflict, seed, updates))
             every += [(rule, rule, {}, conflict, seed, updates) for rule in RULES]
-            if conflict in CHECKED:
-                every += [
-                    (name, "apex", options, conflict, seed, updates) for name, options in PARTS.items() if options
-                ]
+            every += [(name, "apex", options, conflict, seed, updates) for name, options in PARTS.items() if options]
         every += [(name, "apex", options, HARD, seed, updates) for name, options in OPTIONS.items()]
     return every
+
+
+def run(todo: list[Job], workers: int, path: Path | None) -> list[dict[str, Any]]:
+    """Run the jobs, keeping each result in `path` as it comes; what is there already is not run again."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path and path.is_file() else []
+    done = {(row["name"], row["conflict"], row["seed"]) for row in rows}
+    left = [job for job in todo if (job[0], job[3], job[4]) not in done]
+    with ProcessPoolExecutor(workers) as pool:
+        for row in pool.map(measure, left, chunksize=4):
+            rows.append(row)
+            if path:
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    return rows
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -260,7 +271,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
     text = []
     for title, names, conflicts in (
         ("Rules", list(RULES), CONFLICTS),
-        ("Parts of APEX switched off", list(PARTS), CHECKED),
+        ("Parts of APEX switched off", list(PARTS), CONFLICTS),
         ("Options of APEX changed", ["apex", *OPTIONS], (HARD,)),
     ):
         for conflict in conflicts:
@@ -289,11 +300,11 @@ def figure(table: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels, (left, right) = plt.subplots(1, 2, figsize=(13, 8.5), gridspec_kw={"width_ratios": [1, 1.15]})
-    colours = ["#9ecae1", "#4292c6", "#08306b"]
+    colours = ["#9ecae1", "#08306b"]
     for step, conflict in enumerate(CONFLICTS):
         lines = {line["name"]: line for line in table if line["conflict"] == conflict}
-        height = 0.26
-        places = [number + (1 - step) * height for number in range(len(RULES))]
+        height = 0.38
+        places = [number + (0.5 - step) * height for number in range(len(RULES))]
         left.barh(
             places,
             [lines[rule]["worst"][0] for rule in RULES],
@@ -347,20 +358,18 @@ def main() -> None:
     seeds, updates = (2, 2 * EVALUATE) if arguments.smoke else (arguments.seeds, arguments.updates)
     start = time.perf_counter()
     todo = jobs(seeds, updates)
-    with ProcessPoolExecutor(arguments.workers) as pool:
-        rows = []
-        for row in pool.map(measure, todo, chunksize=8):
-            rows.append(row)
-            if len(rows) % 100 == 0:
-                print(f"{len(rows)} of {len(todo)} jobs, {time.perf_counter() - start:.0f} s", flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kept = None if arguments.smoke else arguments.out / "aggregation_study.rows.jsonl"
+    rows = run(todo, arguments.workers, kept)
     table = summarize(rows)
     print(markdown(table))
     print(f"{len(todo)} jobs in {time.perf_counter() - start:.0f} s")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     settings = {"seeds": seeds, "updates": updates, "prompts": PROMPTS, "group": GROUP, "torch": torch.__version__}
     (arguments.out / "aggregation_study.json").write_text(json.dumps({"settings": settings, "table": table}, indent=1))
     (arguments.out / "aggregation_study.md").write_text(markdown(table))
     figure(table, arguments.out / "aggregation_study.png")
+    if kept:
+        kept.unlink()
 
 
 if __name__ == "__main__":
