@@ -315,3 +315,6 @@ def test_the_command(tmp_path, capsys):
     assert "One iteration on each GPU: 4 images, 4 optimizer step(s)" in printed
     assert main([*run, "--gpu_memory_gb", "0.5"]) == 2
     assert "must fit into 0.5 GB a GPU" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("bf16: false\nguidance_scale: 1.0\n")
+    assert main([*run, "--config", str(tmp_path / "run.yaml")]) == 0
+    assert "LoRA r4, ZeRO-2, float32, 4 GPU(s)" in capsys.readouterr().out

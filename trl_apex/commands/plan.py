@@ -31,12 +31,14 @@ def run(arguments: list[str]) -> None:
 
     import torch
 
-    from .train_arguments import TrainParser
+    from .train_arguments import TrainParser, _keys
 
-    if not torch.cuda.is_available() and not any("use_cpu" in a.replace("-", "_") for a in arguments):
-        # A plan for a GPU is made where there may be none.
-        half = [] if any(a.startswith(("--bf16", "--fp16")) for a in arguments) else ["--bf16", "true"]
-        arguments = [*arguments, "--use_cpu", "true", *half]
+    if not torch.cuda.is_available():  # a plan for a GPU is made where there may be none
+        file = arguments[arguments.index("--config") + 1] if "--config" in arguments[:-1] else None
+        named = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in arguments}
+        named |= set(_keys(file)) if file else set()
+        if "use_cpu" not in named:
+            arguments = [*arguments, "--use_cpu", "true", *([] if named & {"bf16", "fp16"} else ["--bf16", "true"])]
     model, _, _, lora, config = TrainParser().read(arguments)
     if not model.model:
         raise ValueError("`model` must be given. Found nothing. Pass --model, or set it in the YAML file.")
