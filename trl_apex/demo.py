@@ -74,8 +74,8 @@ def held_out_monitors() -> list:
     """The held-out classifiers as reward functions for `monitor_funcs`: they are reported, never trained on."""
 
     def monitor(metric: str):
-        def score(prompts, images, **columns):
-            return heldout_metrics(images, columns)[metric]
+        def score(prompts, images, word, colour, shape, **others):
+            return heldout_metrics(images, {"word": word, "colour": colour, "shape": shape})[metric]
 
         score.__name__ = metric
         return score
