@@ -301,3 +301,5 @@ def test_updates_per_iteration_sets_the_accumulation(pipeline, dataset, lora, ma
     assert args.gradient_accumulation_steps == 4 // updates
     trainer = APEXTrainer(pipeline, [redness], args, dataset, peft_config=lora)
     assert trainer.updates_per_iteration == updates
+    static = make_args(DiffusionGRPOConfig, per_device_train_batch_size=4, updates_per_iteration=updates)
+    assert APEXConfig.from_grpo_config(static).gradient_accumulation_steps == 4 // updates

@@ -60,6 +60,9 @@ class DiffusionGRPOConfig(GRPOConfig):
         ValueError: for a batch that holds no whole groups, a window that does not fit, a language-only field that was set.
     """
 
+    gradient_accumulation_steps: int = field(
+        default=1, metadata=_help("Micro-batches an optimizer step. `updates_per_iteration` may set it for you.")
+    )
     learning_rate: float = field(default=3e-4, metadata=_help("Initial learning rate of AdamW."))
     adam_epsilon: float = field(
         default=1e-15, metadata=_help("AdamW's epsilon; 1e-8 would swallow gradients of this size.")
@@ -177,8 +180,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         if self.bf16 is None and self.use_cpu:
             self.bf16 = False
         self._reject_language_fields()
-        derive = self.updates_per_iteration is not None
-        if derive and (self.generation_batch_size is None or self.gradient_accumulation_steps != 1):
+        updates = self.updates_per_iteration
+        if updates is not None and (self.generation_batch_size is None or self.gradient_accumulation_steps != 1):
             raise ValueError(
                 "`updates_per_iteration` needs `generation_batch_size`, and sets `gradient_accumulation_steps` itself. "
                 f"Found generation_batch_size={self.generation_batch_size} and "
@@ -186,8 +189,8 @@ class DiffusionGRPOConfig(GRPOConfig):
             )
         super().__post_init__()
         self._check_choices()
-        if derive:
-            self.gradient_accumulation_steps = self._accumulation_for(self.updates_per_iteration)
+        if updates is not None:
+            self.gradient_accumulation_steps = self._accumulation_for(updates)
 
     def _accumulation_for(self, updates: int) -> int:
         window = self.sde_window_size or self.num_inference_steps - 1
@@ -283,6 +286,8 @@ class DiffusionGRPOConfig(GRPOConfig):
                 values[f.name] = value
         if "generation_batch_size" in values:  # both are filled in after construction; either one determines the other
             values.pop("steps_per_generation", None)
+        if "updates_per_iteration" in values:
+            values.pop("gradient_accumulation_steps", None)
         known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(config, DiffusionGRPOConfig):
             # Filled in by TRL where the user says nothing, so not the user's wish.

@@ -156,6 +156,7 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
         check_whole(self.policy.pipeline)
         self._plan_rollout(args)
         self._plan_updates(args, len(train_dataset))
+        self._reference: Any = None  # the frozen copy that full fine-tuning measures its KL to
         denoiser = self._prepare_denoiser(model, args, peft_config)
         self.policy.move_frozen(args.device)
         self._negative_embeddings: Embeddings | None = None
@@ -275,7 +276,6 @@ class DiffusionGRPOTrainer(PublishingMixin, GRPOTrainer):
 
     def _prepare_denoiser(self, model: Any, args: DiffusionGRPOConfig, peft_config: Any) -> nn.Module:
         denoiser = self.policy.denoiser
-        self._reference: Any = None
         if args.compile_denoiser:
             compile_blocks(denoiser)
         # Trainer calls these transformers names; diffusers has its own.
