@@ -7,7 +7,7 @@ from diffusers import SD3Transformer2DModel
 from engines import environment
 from faults import constant, train_with_a_bad_gradient
 from processes import RankFailed, attempt, run
-from training import tiny_pipeline, train
+from training import red, tiny_pipeline, train
 
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
 OTHERS = ("zero1", "zero2", *SHARDED)
@@ -72,12 +72,14 @@ def _assert_a_plain_pipeline_loads(folder, weights, lora):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ("ddp", *OTHERS))
+@pytest.mark.parametrize("engine", ("ddp", "zero2", "zero3", "fsdp2"))
 def test_a_toy_reward_rises(engine, tmp_path):
-    options = {"max_steps": 12, "learning_rate": 2e-2, "reward_weights": [1.0, 0.0]}
-    result = run(train, 2, environment(engine), output_dir=str(tmp_path), limit=300, **options)[0]
+    """The trained tiny pipeline learns redder images; three iterations see every prompt once."""
+    options = {"rewards": [red], "trained": True, "max_steps": 9, "learning_rate": 4e-3}
+    options |= {"generation_batch_size": 16, "per_device_train_batch_size": 8, "num_generations": 8}
+    result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
     reward = curve(result, "rewards/red/mean")
-    assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.01
+    assert np.mean(reward[-3:]) > np.mean(reward[:3]) + 0.02
 
 
 PROBE = {

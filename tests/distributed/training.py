@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.distributed import full_trainable_weights
 from trl_apex.tiny.pipeline import build_pipeline
+from trl_apex.tiny.world import load_tiny_pipeline
 
 PROMPTS = [
     f'a {colour} {shape} with " C A T "' for colour in ("red", "blue") for shape in ("circle", "square", "cross")
@@ -39,10 +40,16 @@ def tiny_pipeline():
 
 
 def make_trainer(
-    output_dir: str, *, lora: bool = True, rewards=(red, dark), pipeline=None, eval_prompts=None, **overrides: Any
+    output_dir: str,
+    *,
+    lora: bool = True,
+    rewards=(red, dark),
+    trained: bool = False,
+    eval_prompts=None,
+    **overrides: Any,
 ) -> APEXTrainer:
     """The trainer of these tests: two groups of four images, however many processes share them."""
-    pipeline = pipeline or tiny_pipeline()  # before the arguments: ZeRO-3 would cut it up
+    pipeline = load_tiny_pipeline() if trained else tiny_pipeline()  # before the arguments: ZeRO-3 would cut it up
     on_cpu()
     values: dict[str, Any] = {
         "output_dir": output_dir,
