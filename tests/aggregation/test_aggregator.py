@@ -36,6 +36,8 @@ PINNED = [
     ({"scale_blend": 0.0}, [[0.0], [1.0], [5.0], [5.1]], [1, 1, 2, 2], [-1.0, 1.0, -1.0, 1.0]),
     # nu = inf: both by the pooled spread sqrt((0.25 + 0.0025) / 2) = 0.3553; rms is 1 again.
     ({"scale_blend": math.inf}, [[0.0], [1.0], [5.0], [5.1]], [1, 1, 2, 2], [-1.4072, 1.4072, -0.1407, 0.1407]),
+    # In between, nu = 0.5 * 2: sigma = sqrt((2 * 0.25 + 0.12625) / 3) = 0.4569 and sqrt(0.13125 / 3) = 0.2092.
+    ({"scale_blend": 0.5}, [[0.0], [1.0], [5.0], [5.1]], [1, 1, 2, 2], [-1.3817, 1.3817, -0.3018, 0.3018]),
     # Two objectives that cancel: |A| is 0, and the floor keeps the noise of the last rows small.
     ({"scale_blend": 0.0}, [[0.0, 1.0], [1.0, 0.0]], [0, 0], [0.0, 0.0]),
     # Floor: z = (-1, 1) and (0, 0) dead; A = z / 2, rms 0.5 > 0.5 * ||w|| = 0.3536.
