@@ -31,7 +31,7 @@ def medium():
 
 @pytest.fixture(scope="module")
 def estimate(medium):
-    return estimator(medium)
+    return estimator(medium)[0]
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +303,7 @@ def test_the_text_of_a_plan(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    build("sd1.5").save_pretrained(tmp_path / "pipeline")
+    build("flux").save_pretrained(tmp_path / "pipeline")
     run = [
         "plan", "--model", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path / "run"), "--height", "16", "--width",
         "16", "--num_generations", "4", "--generation_batch_size", "16", "--per_device_train_batch_size", "2",

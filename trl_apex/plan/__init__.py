@@ -1,11 +1,12 @@
 """Memory and compute of a training configuration, from shapes alone: no weights, no GPU."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from .compute import Compute, count_passes
 from .fit import check_fit
-from .memory import Memory, measure_rows, memory
+from .memory import Memory, PerRow, measure_rows, memory
 from .settings import PlanSettings, settings_from_config
 from .shapes import Shapes, load_shapes
 from .text import describe
@@ -13,27 +14,25 @@ from .text import describe
 __all__ = ["Compute", "Memory", "PlanSettings", "count_passes", "estimator", "load_shapes", "plan_text"]
 
 
-def estimator(shapes: Shapes):
-    """A function from [`PlanSettings`] to [`Memory`] that measures each way of training once."""
+def estimator(shapes: Shapes) -> tuple[Callable[[PlanSettings], Memory], Callable[[PlanSettings], PerRow]]:
+    """Functions from [`PlanSettings`] to [`Memory`] and to [`PerRow`] that measure each way of training once."""
 
     @cache
-    def rows(height, width, rank, targets, half, sharded, guided, length):
+    def rows(height, width, rank, targets, half, sharded, length):
         settings = PlanSettings(
-            height, width, lora_rank=rank, lora_targets=targets, half=half, zero_stage=int(sharded), guidance=guided,
+            height, width, lora_rank=rank, lora_targets=targets, half=half, zero_stage=int(sharded),
             max_sequence_length=length, windows=(range(1),),
         )  # fmt: skip
         return measure_rows(shapes, settings)
 
-    def per_row(s: PlanSettings):
-        return rows(
-            s.height, s.width, s.lora_rank, s.lora_targets, s.half, s.zero_stage > 0, s.guidance, s.max_sequence_length
-        )
+    def per_row(s: PlanSettings) -> PerRow:
+        sharded = s.zero_stage > 0
+        return rows(s.height, s.width, s.lora_rank, s.lora_targets, s.half, sharded, s.max_sequence_length)
 
     def estimate(settings: PlanSettings) -> Memory:
         return memory(shapes, settings, per_row(settings), shapes.policy.batched_guidance)
 
-    estimate.per_row = per_row  # type: ignore[attr-defined]
-    return estimate
+    return estimate, per_row
 
 
 def plan_text(
@@ -74,8 +73,8 @@ def plan_text(
         config, shapes.policy.default_size(), lora_rank=lora_rank, lora_targets=lora_targets, gpus=gpus,
         zero_stage=zero_stage, prompts=prompts, rewards_gb=rewards_gb,
     )  # fmt: skip
-    estimate = estimator(shapes)
+    estimate, per_row = estimator(shapes)
     if gpu_memory_gb is not None:
         check_fit(settings, gpu_memory_gb, estimate)
     passes = count_passes(settings, shapes.policy.batched_guidance)
-    return describe(shapes, settings, estimate.per_row(settings), estimate(settings), passes)
+    return describe(shapes, settings, per_row(settings), estimate(settings), passes)

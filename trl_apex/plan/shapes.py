@@ -1,6 +1,7 @@
 """A model without its weights: every part on the meta device, where a tensor is a shape."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,17 @@ class Shapes:
     policy: DiffusionPolicy
     encoders: dict[str, int]
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Of the denoiser."""
         return count(self.policy.denoiser)
 
-    @property
+    @cached_property
     def buffer(self) -> int:
         """Elements that the denoiser holds beside its parameters, such as a table of positions."""
         return sum(buffer.numel() for buffer in self.policy.denoiser.buffers())
 
-    @property
+    @cached_property
     def vae(self) -> int:
         return count(self.policy.pipeline.vae)
 
@@ -61,22 +62,28 @@ class Shapes:
         """
         wanted = tuple(targets or self.policy.lora_targets)
         found, total = set(), 0
-        for name, module in self.policy.denoiser.named_modules():
+        for name, size in self._layers.items():
             hit = [target for target in wanted if name == target or name.endswith(f".{target}")]
-            if not hit or not isinstance(module, nn.Linear | nn.Conv2d):
-                continue
             found.update(hit)
-            if isinstance(module, nn.Conv2d):
-                kernel = module.kernel_size[0] * module.kernel_size[1]
-                total += rank * (module.in_channels * kernel + module.out_channels)
-            else:
-                total += rank * (module.in_features + module.out_features)
+            total += rank * size if hit else 0
         if found != set(wanted):
             raise ValueError(
                 f"Every LoRA target must match a linear layer of {type(self.policy.denoiser).__name__}. Found none for "
                 f"{sorted(set(wanted) - found)}. Correct `lora_target_modules`."
             )
         return total
+
+    @cached_property
+    def _layers(self) -> dict[str, int]:
+        """Inputs and outputs of every layer that an adapter may go on."""
+        layers = {}
+        for name, module in self.policy.denoiser.named_modules():
+            if isinstance(module, nn.Conv2d):
+                kernel = module.kernel_size[0] * module.kernel_size[1]
+                layers[name] = module.in_channels * kernel + module.out_channels
+            elif isinstance(module, nn.Linear):
+                layers[name] = module.in_features + module.out_features
+        return layers
 
     def embeddings(self, rows: int, max_sequence_length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Prompt embeddings of `rows` prompts, as shapes."""
