@@ -140,6 +140,7 @@ def run_demo(
     save_samples(output / "samples", base, tuned, count=24)
     figures = write_figures(output)
     report = write_report([output])
+    console.print()
     console.print(table(summary))
     console.print(
         f"Adapter, pictures and numbers: {output}/ ({len(figures)} figures); the whole run on one page: {report}"
