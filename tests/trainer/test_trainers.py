@@ -303,3 +303,18 @@ def test_updates_per_iteration_sets_the_accumulation(pipeline, dataset, lora, ma
     assert trainer.updates_per_iteration == updates
     static = make_args(DiffusionGRPOConfig, per_device_train_batch_size=4, updates_per_iteration=updates)
     assert APEXConfig.from_grpo_config(static).gradient_accumulation_steps == 4 // updates
+
+
+def test_evaluation_during_training_keeps_the_training_as_it_was(pipeline, dataset, lora, make_args):
+    after = []
+    for strategy in ("no", "steps"):
+        args = make_args(
+            eval_strategy=strategy, eval_steps=2, eval_num_inference_steps=2, per_device_eval_batch_size=3
+        )
+        trainer = APEXTrainer(
+            copy.deepcopy(pipeline), [redness], args, dataset, dataset.select(range(4)), peft_config=lora
+        )
+        trainer.train()
+        after.append(weights(trainer))
+    assert len(history(trainer, "eval_rewards/redness/mean")) == 2
+    assert_equal_weights(*after)

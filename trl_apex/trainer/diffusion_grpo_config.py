@@ -86,6 +86,9 @@ class DiffusionGRPOConfig(GRPOConfig):
         default=False, metadata=_help("Must be False: dataset columns are passed to the reward functions.")
     )
 
+    num_generations_eval: int | None = field(
+        default=1, metadata=_help("Unused: evaluation makes one image per prompt.")
+    )
     height: int | None = field(default=None, metadata=_help("Image height in pixels; None for the model's own."))
     width: int | None = field(default=None, metadata=_help("Image width in pixels; None for the model's own."))
     num_inference_steps: int = field(default=10, metadata=_help("Denoising steps of a rollout."))
