@@ -14,7 +14,9 @@ OTHERS = ("zero1", "zero2", *SHARDED)
 STAGE = {"zero3_offload": "zero3"}
 
 
-@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=pytest.mark.distributed if e == "zero3_offload" else ()) for e in OTHERS]
+)
 def test_an_engine_trains_an_adapter_as_ddp_does(engine, ddp, tmp_path):
     runs = run(train, 2, environment(engine), output_dir=str(tmp_path))
     assert [r["world"] for r in runs] == [2, 2]
