@@ -344,6 +344,17 @@ def test_priorities_start_after_the_warm_up_and_fade_in():
     assert 0.5 < seen[6] < seen[8] < seen[9]
 
 
+def test_the_floor_holds_however_far_an_objective_is_ahead():
+    aggregator = MultiObjectiveRewardAggregator(
+        NAMES[:2], warmup_iterations=2, ramp_iterations=1, priority_ema=0.0, priority_temperature=0.01
+    )
+    for step in range(10):
+        values = rewards(step)[:, :2]
+        values[:, 1] += step
+        aggregator(values, groups())
+    assert aggregator.priorities["pickscore"] == pytest.approx(0.2 * 0.5, abs=1e-6)
+
+
 def test_multiplicative_combination_also_favours_who_lags():
     aggregator = MultiObjectiveRewardAggregator(NAMES[:2], warmup_iterations=2, combination="multiplicative")
     for step in range(25):
