@@ -54,16 +54,6 @@ class APEXConfig(ApexOptions, DiffusionGRPOConfig):
             "gradient_probe and compile_denoiser",
             "Turn off one of the two.",
         )
-        self._check(
-            not (self.gradient_probe and self.beta > 0 and self.activation_checkpointing_is_on()),
-            "The gradient probe with `beta` > 0 needs activations that are kept",
-            "gradient checkpointing",
-            "Turn off one of the three.",
-        )
-
-    def activation_checkpointing_is_on(self) -> bool:
-        """Under the old name of the argument or the new one."""
-        return bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", None))
 
     @classmethod
     def allowed_rules(cls) -> tuple[str, ...]:
