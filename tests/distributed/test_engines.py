@@ -7,6 +7,7 @@ from diffusers import SD3Transformer2DModel
 from engines import environment
 from faults import constant, train_with_a_bad_gradient
 from processes import RankFailed, attempt, run
+from safetensors.numpy import load_file
 from training import red, tiny_pipeline, train
 
 SHARDED = ("zero3", "zero3_offload", "fsdp2")
@@ -163,6 +164,25 @@ def test_options_under_engines(engine, options, tmp_path):
     reference = run(train, 2, environment("ddp"), output_dir=str(tmp_path / "ddp"), **options)[0]
     result = run(train, 2, environment(engine), output_dir=str(tmp_path / engine), **options)[0]
     assert_same_training(result, reference, tolerance=2e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ("zero2", "zero3", "fsdp2"))
+def test_the_moving_average_is_saved_whole_and_resumed(engine, tmp_path):
+    options = {"ema_decay": 0.5, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+    def averages(folder):
+        return load_file(folder / "checkpoint-3" / "ema.safetensors")
+
+    run(train, 2, environment("ddp"), output_dir=str(tmp_path / "ddp"), **options)
+    run(train, 2, environment(engine), output_dir=str(tmp_path / "run"), **options)
+    first = averages(tmp_path / "run")
+    assert largest_difference(first, averages(tmp_path / "ddp")) < 2e-5
+    resume = str(tmp_path / "run" / "checkpoint-1")
+    resumed = run(train, 2, environment(engine), output_dir=str(tmp_path / "run"), resume=resume, **options)[0]
+    assert largest_difference(averages(tmp_path / "run"), first) < 1e-7
+    del first["optimization_step"]
+    assert movement(first, resumed["weights"]) > 1e-4  # an average, not the weights
 
 
 @pytest.mark.distributed
