@@ -42,6 +42,7 @@ class GradientGuardCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.update_is_dead = True  # until a micro-batch of it has an advantage
         self._nonfinite_in_a_row = 0
         self._warned_of_epsilon = False
 
@@ -49,7 +50,7 @@ class GradientGuardCallback(TrainerCallback):
         trainer = self.trainer
         device = trainer.accelerator.device
         if trainer.is_deepspeed_enabled:  # has stepped already, unless a gradient was not finite
-            if trainer.update_is_dead:
+            if self.update_is_dead:
                 trainer._metrics["train"]["skipped_updates/dead"].append(1.0)
                 return
             finite = trainer.model_wrapped.was_step_applied()
@@ -75,8 +76,8 @@ class GradientGuardCallback(TrainerCallback):
         self._nonfinite_in_a_row = 0
         if trainer.is_deepspeed_enabled:
             return
-        nothing = trainer.update_is_dead
-        trainer.update_is_dead = True
+        nothing = self.update_is_dead
+        self.update_is_dead = True
         if args.skip_dead_updates and args.beta == 0 and not any_rank(not nothing, device):
             model.zero_grad(set_to_none=True)
             trainer._metrics["train"]["skipped_updates/dead"].append(1.0)

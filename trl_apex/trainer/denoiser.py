@@ -1,6 +1,7 @@
-"""A fully fine-tuned denoiser, on its way out to diffusers."""
+"""A denoiser of diffusers, on its way into a trainer of transformers and, fully fine-tuned, out again."""
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,20 @@ def save_denoiser(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / INDEX).write_text(json.dumps(index, indent=1))
     denoiser.save_config(directory)
+
+
+def name_checkpointing_as_transformers(denoiser: Any) -> None:
+    """Let Trainer switch gradient checkpointing, by the names that it calls; diffusers has its own.
+
+    Args:
+        denoiser (`diffusers.ModelMixin`): changed in place.
+    """
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        enable = types.MethodType(lambda self, **kwargs: self.enable_gradient_checkpointing(), denoiser)
+        setattr(denoiser, f"{name}_enable", enable)
+        setattr(
+            denoiser, f"{name}_disable", types.MethodType(lambda self: self.disable_gradient_checkpointing(), denoiser)
+        )
 
 
 def compile_blocks(denoiser: nn.Module) -> int:

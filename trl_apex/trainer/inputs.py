@@ -4,8 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
+
+from ..policy.load import dtype_argument
 
 
 def reward_names(reward_funcs: list[Callable]) -> list[str]:
@@ -104,3 +107,33 @@ def check_whole(pipeline: Any) -> None:
                 "transformers model that is loaded once the training arguments exist. Pass the pipeline's name to the "
                 "trainer, or load the pipeline before the arguments, or inside `with trl_apex.distributed.whole_models():`."
             )
+
+
+def loading_arguments(model: Any, args: Any) -> dict[str, Any]:
+    """The keywords of `from_pretrained` for the pipeline: the user's, and half precision where the run is in it.
+
+    Args:
+        model (`str` or `diffusers.DiffusionPipeline`): what the trainer was given.
+        args ([`DiffusionGRPOConfig`]): its configuration.
+
+    Raises:
+        ValueError: if there are keywords for a pipeline that is loaded already.
+    """
+    kwargs = dict(args.model_init_kwargs or {})
+    if kwargs and not isinstance(model, str):
+        raise ValueError(
+            "`model_init_kwargs` needs `model` to be a name. Found a loaded pipeline. Pass them when you load it."
+        )
+    dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+    if dtype is None and isinstance(model, str) and (args.bf16 or args.fp16):
+        dtype = torch.bfloat16 if args.bf16 else torch.float16  # frozen weights need no more
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    return kwargs if dtype is None else {**kwargs, **dtype_argument(dtype)}
+
+
+def as_list(funcs: Any) -> list:
+    """One function, several, or None, as a list."""
+    if funcs is None:
+        return []
+    return list(funcs) if isinstance(funcs, list | tuple) else [funcs]

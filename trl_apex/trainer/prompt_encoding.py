@@ -4,12 +4,59 @@ import gc
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..distributed import failing_together, num_ranks, this_rank, wait_for_all
 from ..policy.base import DiffusionPolicy
 from ..prompts import PromptEmbeddings
 from ..prompts.fingerprint import encoder_fingerprint
+from ..types import Embeddings
+
+
+class PromptConditions:
+    """What the denoiser is told: the embeddings of prompts, and of the negative prompt beside them, on the device.
+
+    Args:
+        policy ([`DiffusionPolicy`]): whose encoders and device.
+        args ([`DiffusionGRPOConfig`]): where embeddings are kept, and which negative prompt.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, args: Any):
+        self._policy, self._args = policy, args
+        self._prompts = open_embeddings(policy, args.max_sequence_length, args.prompt_cache_dir)
+        self._negative: Embeddings | None = None
+
+    def prepare(self, datasets: list[Any], own_pipeline: bool) -> None:
+        """Encode the prompts of `datasets` and let the encoders go, as far as the configuration says so."""
+        args = self._args
+        if args.precompute_prompts:
+            precompute(self._prompts, datasets, shared=args.prompt_cache_dir is not None)
+        unload = own_pipeline and args.precompute_prompts
+        if unload if args.unload_text_encoders is None else args.unload_text_encoders:
+            self.negative(guidance_scale=2.0)  # any that needs it: evaluation may have another than training
+            unload_encoders(self._policy, own_pipeline)
+            self._prompts.close(
+                "The text encoders were unloaded once the prompts of `train_dataset` and `eval_dataset` were encoded."
+            )
+
+    def __call__(self, prompts: list[str]) -> Embeddings:
+        """Embeddings `[B, ...]` of `prompts`, in order."""
+        return self._prompts(prompts, self._args.device)
+
+    def distinct(self, prompts: list[str]) -> tuple[Embeddings, Tensor]:
+        """Embeddings `[P, ...]` of the P distinct `prompts`, and which of them belongs to each prompt, `[B]`."""
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        index = torch.tensor([place[prompt] for prompt in prompts], device=self._args.device)
+        return self(list(place)), index
+
+    def negative(self, guidance_scale: float) -> Embeddings | None:
+        """Embeddings `[1, ...]` of the negative prompt; None where guidance has no second branch."""
+        if guidance_scale == 1.0 or not self._policy.batched_guidance:
+            return None
+        if self._negative is None:
+            encoded = self._policy.encode_negative(self._args.negative_prompt, self._args.max_sequence_length)
+            self._negative = {name: value.to(self._args.device) for name, value in encoded.items()}
+        return self._negative
 
 
 def open_embeddings(policy: DiffusionPolicy, max_sequence_length: int, cache_dir: str | None) -> PromptEmbeddings:

@@ -46,3 +46,38 @@ def update_rows(
         sample, step = order // window + start, order % window
         dealt.append(torch.stack([sample, step], -1).reshape(updates, -1, 2))
     return torch.cat(dealt, 1)
+
+
+def updates_per_pass(
+    samples: int, window: int, batch_size: int, timestep_batch_size: int, accumulation_steps: int
+) -> int:
+    """How many optimizer steps one pass over this rank's rows of an iteration takes.
+
+    Args:
+        samples (`int`): images on this rank.
+        window (`int`): trained steps of each.
+        batch_size (`int`): `per_device_train_batch_size`.
+        timestep_batch_size (`int`): steps of an image that share a forward.
+        accumulation_steps (`int`): micro-batches of `batch_size * timestep_batch_size` rows an optimizer step.
+
+    Raises:
+        ValueError: if the rows do not split into whole updates.
+
+    Example:
+        ```python
+        >>> updates_per_pass(samples=8, window=3, batch_size=4, timestep_batch_size=1, accumulation_steps=2)
+        3
+
+        ```
+    """
+    rows_per_step = batch_size * timestep_batch_size
+    rows_per_update = rows_per_step * accumulation_steps
+    if samples * window % rows_per_update:
+        raise ValueError(
+            "An iteration must split into whole updates: images per device x trained steps must be a multiple of "
+            "per_device_train_batch_size x timestep_batch_size x gradient_accumulation_steps. Found "
+            f"{samples} x {window} rows and {batch_size} x {timestep_batch_size} x {accumulation_steps} = "
+            f"{rows_per_update} rows an update. For one update an iteration set "
+            f"gradient_accumulation_steps={max(samples * window // rows_per_step, 1)}."
+        )
+    return samples * window // rows_per_update

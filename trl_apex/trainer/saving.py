@@ -1,0 +1,122 @@
+"""What a run leaves on disk and takes up again: the model, whole checkpoints, and the stop that waits for one."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import Trainer
+
+from ..distributed import check_equal, failing_together, gather_list, wait_for_all
+from .checkpoint import PARTIAL, check_engine, clear_partial, publish, rotate, to_resume_from
+from .denoiser import save_denoiser
+from .lora import save_diffusers_lora
+from .monitor import MONITOR_FILE
+
+logger = logging.getLogger(__name__)
+
+
+class SavingMixin(Trainer):
+    """Trainer's entry points for saving and resuming, with checkpoints that are whole or not there."""
+
+    resumed_from: str | None = None
+    save_and_stop: str | None = None
+    """Why the run stops at the end of this iteration; None while it does not."""
+    _partial_dir: Path | None = None
+
+    def request_stop(self, cause: str) -> None:
+        """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""
+        logger.error("%s", cause)
+        self.save_and_stop = cause
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        Trainer._load_optimizer_and_scheduler(self, checkpoint)
+        self.resumed_from = checkpoint
+        if checkpoint is not None and (Path(checkpoint) / MONITOR_FILE).is_file():
+            self._watch.load_state_dict(json.loads((Path(checkpoint) / MONITOR_FILE).read_text()))
+
+    def _resume_point(self, wanted) -> str | None:
+        """The whole checkpoint behind `resume_from_checkpoint`, the same on every rank; None to start anew."""
+        if wanted is None or wanted is False:
+            return None
+        found = None
+        with failing_together("the choice of a checkpoint"):
+            if self.accelerator.is_main_process:
+                found = str(to_resume_from(wanted, self.args.output_dir))
+                check_engine(found, self._engine, self.accelerator.num_processes)
+                clear_partial(self.args.output_dir)
+        return gather_list([found])[0]
+
+    @property
+    def _engine(self) -> str:
+        """What saves and loads the state: "ddp" (one process too), "zero1" to "zero3" or "fsdp"."""
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "fsdp" if self.is_fsdp_enabled else "ddp"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what a plain diffusers pipeline loads: an adapter, or all weights under `transformer/`.
+
+        Every rank must call it; the main process writes.
+        """
+        sharded = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if not sharded:
+            super().save_model(output_dir, _internal_call)
+        else:  # Trainer would write nothing
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        wait_for_all()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or str(self.args.output_dir)
+        if self._ema is not None:
+            self._ema.save(output_dir)
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            super()._save(output_dir, state_dict)
+            save_diffusers_lora(model, self.policy, output_dir, state_dict)
+        elif self._partial_dir is not None:
+            super()._save(output_dir, state_dict)  # to resume from
+        else:
+            save_denoiser(model, Path(output_dir, self.policy.denoiser_name), state_dict)
+        for name, state in self._extra_state().items():
+            Path(output_dir, name).write_text(json.dumps(state, indent=1))
+        if self._partial_dir is None and Path(output_dir) == Path(self.args.output_dir):
+            self.create_model_card()  # in place of PEFT's
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside Trainer's own files: file name to JSON content."""
+        return {MONITOR_FILE: self._watch.state_dict()} if self.monitor_funcs else {}
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's own, but into a place that no resume looks at, renamed once it is whole."""
+        for name, state in self._extra_state().items():
+            check_equal(name, state)
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._partial_dir = run / PARTIAL
+        try:
+            Trainer._save_checkpoint(self, model, trial)
+        finally:
+            self._partial_dir = None
+        wait_for_all()
+        with failing_together(f"saving {name}"):
+            if self.args.should_save:
+                best = run / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step and (best.exists() or best.name == name):
+                    self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(run / PARTIAL / name / "trainer_state.json"))
+                publish(
+                    run / PARTIAL / name, run / name, engine=self._engine, world_size=self.accelerator.num_processes
+                )
+                clear_partial(run)
+                rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._partial_dir or super()._get_output_dir(trial))
