@@ -34,10 +34,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-8} / gpus > 
 # A rank that waits for one that is gone gives up after this, and says where; without it the job may stand until its end.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
-# Put the job back into the queue when its time is nearly over. The next start adds `--resume true` and goes on from the
-# last whole checkpoint; a save that was cut off is not mistaken for one.
+# Put the job back into the queue when its time is nearly over. The next start adds `--resume_from_checkpoint true` and goes
+# on from the last whole checkpoint; a save that was cut off is not mistaken for one.
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
-  set -- "$@" --resume true
+  set -- "$@" --resume_from_checkpoint true
 fi
 requeue() {
   echo "time is nearly over: putting job $SLURM_JOB_ID back into the queue" >&2

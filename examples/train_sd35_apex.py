@@ -6,18 +6,20 @@
 
     python examples/train_sd35_apex.py --config examples/configs/sd35_tiny.yaml     # the same code, on a CPU
 
-A flag overrides the file: `--learning_rate 1e-4`. Every option of `APEXConfig` is a flag; unknown ones are errors.
+A flag overrides the file: `--learning_rate 1e-4`. Every option of `APEXConfig` is a flag; unknown ones are errors. The
+files also serve `trl-apex train` and `trl-apex plan`.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from peft import LoraConfig
 from trl import TrlParser
 
-from trl_apex import AestheticReward, APEXConfig, APEXTrainer, DeQAReward, OCRReward, PickScoreReward
+from trl_apex import APEXConfig, APEXTrainer
+from trl_apex.prompts import load_prompts
+from trl_apex.rewards.by_name import load_reward
 
 
 @dataclass
@@ -28,73 +30,76 @@ class ScriptArguments:
         default="stabilityai/stable-diffusion-3.5-medium",
         metadata={"help": "Hub id or folder of a pipeline; 'tiny' for the one that ships with the package."},
     )
-    prompts: str = field(
+    dataset: str = field(
         default="tiny",
         metadata={
             "help": "Hub id, or a .json, .csv, .parquet or .txt file, of a dataset with a `prompt` column (a .txt file "
             "holds one prompt a line); 'tiny' for the tiny world's."
         },
     )
-    split: str = field(default="train", metadata={"help": "Split of the dataset."})
-    deqa: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where DeQA-Score runs: URL of a reward server, or a model id or folder; None leaves it out."
-        },
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Prompts to evaluate on, as `dataset`; None for no evaluation."}
     )
-    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint in `output_dir`."})
-    lora_r: int = field(default=32, metadata={"help": "Rank of the adapter."})
+    eval_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    rewards: list[str] = field(
+        default_factory=lambda: ["ocr", "pickscore", "aesthetic"],
+        metadata={"help": "Objectives: names, or names with arguments; 'tiny' for the four of the tiny world."},
+    )
+    monitors: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards that evaluation reports and training never sees."}
+    )
+    lora_r: int = field(default=32, metadata={"help": "Rank of the adapter; 0 trains every weight instead."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale of the adapter, times its rank."})
 
 
-def load_prompts(name: str, split: str) -> Dataset:
+def prompts(name: str, split: str) -> Dataset:
     """A dataset with a `prompt` column; its other columns reach the rewards by name."""
     if name == "tiny":
         from trl_apex.tiny.prompts import tiny_prompts
 
-        return tiny_prompts("train", 64)
-    kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-    kind = kinds.get(Path(name).suffix)
-    dataset = load_dataset(kind, data_files=name, split="train") if kind else load_dataset(name, split=split)
-    return dataset.rename_column("text", "prompt") if kind == "text" else dataset
+        return tiny_prompts(split, 64)
+    return load_prompts(name, split)
 
 
-def load_rewards(model: str, deqa: str | None) -> list[Any]:
-    """The paper's four objectives; on the tiny world's weights where its pipeline trains."""
-    if model == "tiny":
+def rewards(names: list[str]) -> list[Any]:
+    """Reward functions by name; an objective of your own is any function that takes `prompts` and `completions`."""
+    if names == ["tiny"]:
         from trl_apex.tiny.world import tiny_rewards
 
         return tiny_rewards()
-    rewards: list[Any] = [OCRReward(), PickScoreReward(), AestheticReward()]
-    if deqa is not None and deqa.startswith(("http://", "https://")):
-        from trl_apex.rewards import RemoteReward
-
-        rewards.append(RemoteReward(deqa, "deqa"))
-    elif deqa is not None:
-        rewards.append(DeQAReward(deqa))
-    return rewards
+    return [load_reward(name) for name in names]
 
 
-def main(arguments: list[str] | None = None) -> APEXTrainer:
-    script, args = TrlParser((ScriptArguments, APEXConfig)).parse_args_and_config(arguments)
+def train(script: ScriptArguments, args: APEXConfig) -> APEXTrainer:
+    """Train, save and, with `push_to_hub`, upload."""
     model: Any = script.model
     if model == "tiny":
         from trl_apex.tiny.world import load_tiny_pipeline
 
         model = load_tiny_pipeline()
+    # Without target_modules the adapter goes on the attention layers of both streams, as in Flow-GRPO.
+    adapter = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, init_lora_weights="gaussian")
     trainer = APEXTrainer(
         model=model,
-        reward_funcs=load_rewards(script.model, script.deqa),
+        reward_funcs=rewards(script.rewards),
         args=args,
-        train_dataset=load_prompts(script.prompts, script.split),
-        # Without target_modules the adapter goes on the attention layers of both streams, as in Flow-GRPO.
-        peft_config=LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, init_lora_weights="gaussian"),
+        train_dataset=prompts(script.dataset, script.dataset_split),
+        eval_dataset=prompts(script.eval_dataset, script.eval_split) if script.eval_dataset else None,
+        peft_config=adapter if script.lora_r else None,
+        monitor_funcs=rewards(script.monitors),
     )
-    trainer.train(resume_from_checkpoint=script.resume or None)
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer
+
+
+def main(arguments: list[str] | None = None) -> APEXTrainer:
+    script, args = TrlParser((ScriptArguments, APEXConfig)).parse_args_and_config(arguments)
+    return train(script, args)
 
 
 if __name__ == "__main__":

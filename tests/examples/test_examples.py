@@ -13,10 +13,19 @@ import pytest
 import yaml
 from trl import TrlParser
 
+from trl_apex.cli import main
+from trl_apex.commands.train_arguments import TrainParser
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 CONFIGS = sorted((EXAMPLES / "configs").glob("*.yaml"))
 PROCESSES = {"sd35_lora_8gpu": 8, "sd35_full_zero2": 8}
+
+
+@pytest.fixture(autouse=True)
+def folder_of_the_script(monkeypatch):
+    """`python examples/x.py` puts the script's folder on the path."""
+    monkeypatch.syspath_prepend(EXAMPLES)
 
 
 def load(name: str):
@@ -98,9 +107,28 @@ def test_switching_by_one_import(tmp_path, flags, owner):
 
 
 def test_sd35_lora_at_toy_size(tmp_path):
+    prompts = tmp_path / "held_out.txt"
+    prompts.write_text('a red circle\na blue square with " H U T "\n')
+    flags = [
+        "--eval_dataset",
+        str(prompts),
+        "--monitors",
+        "jpeg_compressibility",
+        "jpeg_incompressibility(quality=50)",
+    ]
+    flags += ["--eval_strategy", "steps", "--eval_steps", "2", "--eval_num_inference_steps", "3"]
     trainer = load("train_sd35_apex").main(
-        ["--config", str(EXAMPLES / "configs/sd35_tiny.yaml"), "--output_dir", str(tmp_path), "--max_steps", "2"]
+        [
+            "--config",
+            str(EXAMPLES / "configs/sd35_tiny.yaml"),
+            "--output_dir",
+            str(tmp_path),
+            "--max_steps",
+            "2",
+            *flags,
+        ]
     )
+    assert column(trainer, "eval_rewards/jpeg_compressibility/mean")
     assert trainer.reward_func_names == ["ocr", "pickscore", "deqa", "aesthetic"]
     assert column(trainer, "ratio/max_deviation")[0] < 1e-6  # rollout and update use batches of different sizes
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
@@ -121,19 +149,9 @@ def test_the_tiny_world(tmp_path):
     assert set(trainer.aggregator.priorities) == {"ocr", "pickscore", "deqa", "aesthetic"}
 
 
-def test_prompts_load_from_files(tmp_path):
-    text, table = tmp_path / "prompts.txt", tmp_path / "prompts.csv"
-    text.write_text('a sign that reads "OPEN"\na bird\n')
-    table.write_text("prompt,target\na sign,OPEN\n")
-    apex, full = load("train_sd35_apex"), load("train_sd35_full")
-    assert apex.load_prompts(str(text), "train")["prompt"] == ['a sign that reads "OPEN"', "a bird"]
-    assert full.load_prompts(str(text))["prompt"] == ['a sign that reads "OPEN"', "a bird"]
-    assert apex.load_prompts(str(table), "train").column_names == ["prompt", "target"]
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_accepted_and_its_arithmetic_adds_up(path, tmp_path):
-    script = load("train_sd35_full" if "full" in path.stem else "train_sd35_apex")
+    script = load("train_sd35_apex")
     parser = TrlParser((script.ScriptArguments, script.APEXConfig))
     changes = ["--use_cpu", "true", "--output_dir", str(tmp_path), "--report_to", "none"]
     _, args = parser.parse_args_and_config(["--config", str(path), *changes])
@@ -148,6 +166,35 @@ def test_every_configuration_is_accepted_and_its_arithmetic_adds_up(path, tmp_pa
     assert not args.rollout_batch_size or per_device % args.rollout_batch_size == 0
     ours = set(vars(args)) | set(script.ScriptArguments.__dataclass_fields__)
     assert set(values) <= ours
+    TrainParser().read(
+        ["--config", str(path), *changes]
+    )  # the file serves `trl-apex train` and `trl-apex plan` as well
+
+
+GPU_RECIPES = [path for path in CONFIGS if "tiny" not in path.stem]
+
+
+@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
+def test_every_value_of_a_recipe_is_explained(path):
+    plain = {"model", "output_dir", "width", "eval_strategy", "seed", "rewards"}  # the name says it
+    for line in path.read_text().splitlines():
+        key = line.partition(":")[0]
+        if line and not line.startswith((" ", "#")) and key not in plain:
+            assert "#" in line, f"{path.name}: {key}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_fits_its_machine_by_the_command_it_gives(path, capsys):
+    (command,) = [line for line in path.read_text().splitlines() if line.startswith("#   trl-apex plan ")]
+    arguments = [str(ROOT / part) if part.startswith("examples/") else part for part in command.split()[2:]]
+    assert main(arguments) == 0
+    planned = capsys.readouterr().out
+    samples = yaml.safe_load(path.read_text())["generation_batch_size"] // PROCESSES.get(path.stem, 1)
+    assert f"One iteration on each GPU: {samples} images, 2 optimizer step(s)" in planned
+    arguments[arguments.index("--gpu_memory_gb") + 1] = "8"
+    assert main(arguments) == 2
+    assert "The plan must fit into 8 GB a GPU." in capsys.readouterr().err
 
 
 def test_the_notebook_runs_and_shows_what_it_says(monkeypatch):

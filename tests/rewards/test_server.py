@@ -16,7 +16,8 @@ from loopback import running
 from PIL import Image
 
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward
-from trl_apex.rewards.server import build_app, load_reward, make_server, read_token
+from trl_apex.rewards.by_name import load_reward
+from trl_apex.rewards.server import build_app, make_server, read_token
 
 TOKEN = "a-token-of-some-length"
 # One client, since making one costs more than a request; a connection each, as the servers come and go.

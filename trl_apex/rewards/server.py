@@ -1,7 +1,6 @@
 """Serve reward functions to trainers over HTTP."""
 
 import asyncio
-import importlib
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -9,67 +8,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from trl_apex.rewards.by_name import load_reward
 from trl_apex.rewards.calling import reward_name
 from trl_apex.rewards.limits import Limits
 
 TOKEN_VARIABLE = "TRL_APEX_REWARD_TOKEN"
 SHORTEST_TOKEN = 16
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
-SHORT_NAMES = {
-    "aesthetic": "AestheticReward",
-    "clip_score": "CLIPScoreReward",
-    "hpsv2": "HPSv2Reward",
-    "image_reward": "ImageReward",
-    "jpeg_compressibility": "JPEGCompressibilityReward",
-    "jpeg_incompressibility": "JPEGIncompressibilityReward",
-    "ocr": "OCRReward",
-    "pickscore": "PickScoreReward",
-}
-
-
-def load_reward(spec: str) -> Callable:
-    """The reward function that a command line names.
-
-    Args:
-        spec (`str`): A short name such as `"ocr"`, or `"module:attribute"` for a class of your own, which is made
-            without arguments, or for a reward function or instance.
-
-    Returns:
-        `Callable`.
-
-    Raises:
-        ValueError: If there is no such reward.
-
-    Example:
-
-    ```python
-    >>> from trl_apex.rewards.server import load_reward
-    >>> load_reward("jpeg_compressibility").__name__
-    'jpeg_compressibility'
-    >>> load_reward("trl_apex.rewards.jpeg:JPEGIncompressibilityReward").__name__
-    'jpeg_incompressibility'
-
-    ```
-    """
-    module_name, colon, attribute = spec.partition(":")
-    if not colon:
-        if spec not in SHORT_NAMES:
-            raise ValueError(
-                f'A reward must be one of {", ".join(sorted(SHORT_NAMES))}, or "module:attribute". Found {spec!r}. '
-                "For one that needs arguments, make it in a module of your own and name that."
-            )
-        module_name, attribute = "trl_apex.rewards", SHORT_NAMES[spec]
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(
-            f'A reward given as "module:attribute" must be importable. Found {spec!r}: {error}. '
-            "Check the spelling and the Python path."
-        ) from error
-    reward = found() if isinstance(found, type) else found
-    if not callable(reward):
-        raise ValueError(f"A reward must be callable. Found {spec!r}, a {type(reward).__name__}. Name a function.")
-    return reward
 
 
 def read_token(token: str | None = None, token_file: str | Path | None = None) -> str | None:
