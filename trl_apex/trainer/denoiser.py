@@ -5,6 +5,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,12 +44,23 @@ def save_denoiser(
     denoiser.save_config(directory)
 
 
-def name_checkpointing_as_transformers(denoiser: Any) -> None:
-    """Let Trainer switch gradient checkpointing, by the names that it calls; diffusers has its own.
+class _Config(FrozenDict):
+    """A configuration of diffusers that trackers (TensorBoard, MLflow ...) can read as one of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+
+def answer_as_transformers(denoiser: Any) -> None:
+    """Let Trainer and its callbacks use the names they know; diffusers has its own.
 
     Args:
         denoiser (`diffusers.ModelMixin`): changed in place.
     """
+    denoiser._internal_dict = _Config(denoiser.config)
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         enable = types.MethodType(lambda self, **kwargs: self.enable_gradient_checkpointing(), denoiser)
         setattr(denoiser, f"{name}_enable", enable)

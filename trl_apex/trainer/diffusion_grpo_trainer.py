@@ -2,12 +2,14 @@
 
 import copy
 import logging
+import sys
 import time
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import ProgressCallback as TqdmCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed
 
@@ -37,7 +39,7 @@ from ..rollout.sample import sample
 from ..types import Embeddings, Rollout
 from .callbacks import GradientGuardCallback, IterationCallback
 from .checkpoint import last_whole
-from .denoiser import compile_blocks, name_checkpointing_as_transformers
+from .denoiser import answer_as_transformers, compile_blocks
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .ema import EMACallback
 from .evaluating import EvaluatingMixin
@@ -45,6 +47,7 @@ from .inputs import as_list, check_dataset, check_weights, check_whole, loading_
 from .logs import LogsMixin
 from .lora import add_adapter
 from .monitor import RewardHackingWatch
+from .progress import ProgressCallback
 from .prompt_encoding import PromptConditions
 from .publishing import PublishingMixin, without_token
 from .rows import update_rows, updates_per_pass
@@ -170,6 +173,9 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         self._scorer: Any = None  # a RewardScorer while training
         self._iteration_rollout: dict[str, Any] | None = None
         self._watch = RewardHackingWatch(len(reward_funcs))
+        if not args.disable_tqdm and sys.stdout.isatty():
+            self.remove_callback(TqdmCallback)
+            self.add_callback(ProgressCallback(names))
         self.add_callback(IterationCallback(self))
         self._guard = GradientGuardCallback(self)
         self.add_callback(self._guard)
@@ -226,7 +232,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         denoiser = self.policy.denoiser
         if args.compile_denoiser:
             compile_blocks(denoiser)
-        name_checkpointing_as_transformers(denoiser)
+        answer_as_transformers(denoiser)
         if peft_config is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(args.seed)  # equal on all ranks, also where an engine does not broadcast

@@ -69,6 +69,8 @@ class EvaluatingMixin(Trainer):
         if self.monitor_funcs:
             self._watch.see(metric_key_prefix, names, records, self.state.global_step)
         Trainer.log(self, dict(metrics))
+        if self.log_completions:
+            self._send_samples(f"images/{metric_key_prefix}", records)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

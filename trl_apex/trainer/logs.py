@@ -1,18 +1,50 @@
 """What an iteration and its updates tell the logs; the numbers are the same on every rank."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Trainer
 
 from ..distributed import all_reduce_sum, gather_list
 from ..loss.surrogate import Surrogate
+from ..report.grid import reward_grid
 from ..rewards.images import to_pil
 from ..rewards.scoring import ScoredBatch
 from ..types import Rollout
+from .pictures import send_picture
+
+COLUMNS, ROWS = 8, 8
+"""Of the pictures that are logged, at most."""
 
 
 class LogsMixin(Trainer):
     """Fills `_metrics` and `_logs`, which `trl.GRPOTrainer.log` writes at the next `logging_steps`."""
+
+    _unsent_images = False
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's own, and with `log_completions` a picture of the newest images with their rewards."""
+        super().log(logs, start_time)
+        if self._unsent_images:
+            self._unsent_images = False
+            members, columns = self.num_generations, min(self.num_generations, COLUMNS)
+            shown = [i for i in range(len(self._logs["images"])) if i % members < columns][: columns * ROWS]
+            samples = [
+                {
+                    "prompt": self._logs["prompt"][i],
+                    "image": self._logs["images"][i][0],
+                    "rewards": {name: self._logs["rewards"][name][i] for name in self.reward_func_names},
+                }
+                for i in shown
+            ]
+            self._send_samples("images/rollout", samples, columns)
+
+    def _send_samples(self, name: str, samples: list[dict[str, Any]], columns: int = COLUMNS) -> None:
+        """Log a grid of samples (prompt, image, rewards) with the trackers of `report_to`."""
+        if self.accelerator.is_main_process:
+            picture = reward_grid(samples[: columns * ROWS], columns)
+            send_picture(self.callback_handler.callbacks, name, picture, self.state.global_step)
 
     def _log_update(self, surrogate: Surrogate, kl: Tensor | None) -> None:
         metrics = self._metrics["train"]
@@ -65,6 +97,7 @@ class LogsMixin(Trainer):
             for name, column in zip(self.reward_func_names, rewards.T.tolist(), strict=True):
                 self._logs["rewards"][name].extend(column)
             self._logs["advantages"].extend(advantages.tolist())
+            self._unsent_images = True
         # A reward may log on some ranks only, so all names travel in one exchange.
         pending = (dict(self._pending_metrics), dict(self._pending_extra_logs))
         self._pending_metrics.clear()
