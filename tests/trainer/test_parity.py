@@ -1,101 +1,141 @@
-"""One whole iteration against a straight-line computation that shares no code with the package.
+"""One whole iteration against a straight-line computation that shares no code with the package but the random numbers.
 
-The formulas are Flow-GRPO's (arXiv 2505.05470): SDE step, mean log-probability, group-normalized advantage, clipped ratio.
+The formulas are Flow-GRPO's (arXiv 2505.05470): SDE step, mean log-probability, group-normalized advantage, clipped ratio, and the
+KL divergence of two Gaussians of equal width. Two updates on one rollout, so that the second has a ratio away from 1, rows that
+are clipped, and a KL term with a gradient.
 """
 
 import copy
 import math
 
+import pytest
 import torch
-from conftest import PROMPTS, redness
+from conftest import PROMPTS, contrast, redness
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
+from transformers import TrainerCallback
 
 from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex.rollout.noise import INITIAL_NOISE, STEP_NOISE, keyed_noise
 
-STEPS, GUIDANCE, NOISE_LEVEL, CLIP, GROUP = 4, 3.0, 0.7, 1e-4, 4
+STEPS, GUIDANCE, NOISE_LEVEL, CLIP, GROUP, BETA, RATE = 4, 3.0, 0.7, 1e-4, 4, 0.3, 0.5
 
 
-def brightness(images, prompts, **kwargs):
-    return images.mean((1, 2, 3)).tolist()
+def assert_close(found, expected):
+    """To 1e-5 in norm, and no entry further off than 3e-5 of the largest."""
+    assert found.shape == expected.shape
+    error = found - expected
+    assert error.norm() <= 1e-5 * expected.norm(), error.norm() / expected.norm()
+    assert error.abs().max() <= 3e-5 * expected.abs().max(), error.abs().max() / expected.abs().max()
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
 
 
 def test_one_iteration_equals_the_formulas(pipeline, lora, make_args):
+    base = copy.deepcopy(pipeline.transformer)
     dataset = Dataset.from_dict({"prompt": PROMPTS[:2]})
     args = make_args(
         DiffusionGRPOConfig, num_inference_steps=STEPS, guidance_scale=GUIDANCE, noise_level=NOISE_LEVEL, epsilon=CLIP,
-        gradient_accumulation_steps=3, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, weight_decay=0.0,
-        reward_weights=[2.0, 1.0], shuffle_dataset=False,
+        gradient_accumulation_steps=3, max_steps=2, num_iterations=2, optim="sgd", learning_rate=RATE, max_grad_norm=0.0,
+        weight_decay=0.0, reward_weights=[2.0, 1.0], shuffle_dataset=False, beta=BETA,
     )  # fmt: skip
-    trainer = DiffusionGRPOTrainer(pipeline, [brightness, redness], args, dataset, peft_config=lora)
+    seen = Gradients()
+    trainer = DiffusionGRPOTrainer(pipeline, [contrast, redness], args, dataset, peft_config=lora, callbacks=[seen])
     model = copy.deepcopy(trainer.model)
-    noises = {}
+    run = {}
     original = trainer._generate_and_score_completions
 
     def keep(inputs):
-        result = original(inputs)
-        noises["latents"], noises["old"] = result["latents"], result["old_log_prob"]
-        noises["advantages"] = result["advantages"]
-        return result
+        run.update(original(inputs))
+        return run
 
     trainer._generate_and_score_completions = keep
     trainer.train()
-    moved = {
-        name: before - after.detach()
-        for (name, before), after in zip(model.named_parameters(), trainer.model.parameters(), strict=True)
-        if before.requires_grad
-    }
 
-    # The reference. Only the noise is taken from the run: the latents' start, and each step's draw by inversion.
+    # The reference. The run gives it nothing but the unit normal numbers.
     prompts = [p for p in PROMPTS[:2] for _ in range(GROUP)]
     embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=True, negative_prompt=[""] * 8, max_sequence_length=12
     )
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(STEPS)
-    sigmas = scheduler.sigmas
+    sigmas = scheduler.sigmas.tolist()
+    start = keyed_noise([(args.seed, INITIAL_NOISE, 0, i) for i in range(8)], (16, 8, 8))
+    draws = keyed_noise([(args.seed, STEP_NOISE, 0, i) for i in range(8)], (STEPS - 1, 16, 8, 8))
 
-    def velocity(x, step):
-        t = torch.full((8,), float(sigmas[step]) * 1000)
-        conditional = model(x, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=t, return_dict=False)[
-            0
-        ]
-        free = model(
-            x, encoder_hidden_states=negative, pooled_projections=negative_pooled, timestep=t, return_dict=False
-        )[0]
+    def velocity(network, x, step):
+        predicted = network(
+            torch.cat([x, x]), encoder_hidden_states=torch.cat([negative, embeds]), return_dict=False,
+            pooled_projections=torch.cat([negative_pooled, pooled]), timestep=torch.full((16,), sigmas[step] * 1000),
+        )[0]  # fmt: skip
+        free, conditional = predicted[:8], predicted[8:]
         return free + GUIDANCE * (conditional - free)
 
-    def gaussian(x, step):
-        sigma, dt = float(sigmas[step]), float(sigmas[step + 1] - sigmas[step])
-        s = NOISE_LEVEL * math.sqrt(sigma / (1 - (float(sigmas[1]) if sigma == 1 else sigma)))
-        v = velocity(x, step)
+    def gaussian(network, x, step):
+        sigma, dt = sigmas[step], sigmas[step + 1] - sigmas[step]
+        s = NOISE_LEVEL * math.sqrt(sigma / (1 - (sigmas[1] if sigma == 1 else sigma)))
+        v = velocity(network, x, step)
         mean = x * (1 + s * s / (2 * sigma) * dt) + v * (1 + s * s * (1 - sigma) / (2 * sigma)) * dt
         return mean, s * math.sqrt(-dt)
 
-    latents = noises["latents"]
-    x, log_probs = latents[:, 0], []
-    for step in range(STEPS - 1):
-        mean, std = gaussian(x, step)
-        x = latents[:, step + 1]
-        log_probs.append(torch.distributions.Normal(mean, std).log_prob(x).mean((1, 2, 3)))
+    def log_density(x, mean, std):
+        return (-((x - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(2 * math.pi) / 2).mean((1, 2, 3))
+
+    # Rollout
     with torch.no_grad():
-        final = x - float(sigmas[STEPS - 1]) * velocity(x, STEPS - 1)
+        path, old = [start], []
+        for step in range(STEPS - 1):
+            mean, std = gaussian(model, path[-1], step)
+            path.append(mean + std * draws[:, step])
+            old.append(log_density(path[-1], mean, std))
+        final = path[-1] - sigmas[STEPS - 1] * velocity(model, path[-1], STEPS - 1)
         decoded = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor)[0]
         images = (decoded / 2 + 0.5).clamp(0, 1)
-    log_prob = torch.stack(log_probs, 1)
-    torch.testing.assert_close(log_prob, noises["old"], rtol=0, atol=1e-5)
+    assert_close(run["latents"], torch.stack(path, 1))
+    assert_close(run["old_log_prob"], torch.stack(old, 1))
 
-    total = 2 * images.mean((1, 2, 3)) + images[:, 0].mean((1, 2))
-    grouped = total.view(2, GROUP)
-    advantages = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
-    torch.testing.assert_close(noises["advantages"], advantages, rtol=1e-4, atol=1e-4)
+    # Rewards and advantages
+    total = 2 * 100 * images.std((1, 2, 3)) + images[:, 0].mean((1, 2))
+    first = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    assert first["reward"] == pytest.approx(total.mean().item(), rel=1e-5)
+    grouped = total.double().view(2, GROUP)
+    advantages = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten().float()
+    assert_close(run["advantages"], advantages)
 
-    ratio = torch.exp(log_prob - log_prob.detach())
-    weighted = noises["advantages"][:, None]
-    loss = -torch.minimum(ratio * weighted, ratio.clamp(1 - CLIP, 1 + CLIP) * weighted).mean()
-    loss.backward()
-    scale = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
-    assert scale > 1e-6
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(moved[name], parameter.grad, rtol=1e-3, atol=1e-5 * max(scale, 1), msg=name)
+    # Loss and gradients of both updates, from what was just found right to 1e-5: an error of rounding there is none here
+    path, old, advantages = run["latents"].unbind(1), run["old_log_prob"].unbind(1), run["advantages"]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for update in range(2):
+        losses, kls, clipped = [], [], []
+        for step in range(STEPS - 1):
+            mean, std = gaussian(model, path[step], step)
+            ratio = torch.exp(log_density(path[step + 1], mean, std) - old[step])
+            bounded = ratio.clamp(1 - CLIP, 1 + CLIP)
+            with torch.no_grad():
+                frozen, _ = gaussian(base, path[step], step)
+            kls.append(((mean - frozen) ** 2 / (2 * std**2)).mean((1, 2, 3)))
+            losses.append(-torch.minimum(ratio * advantages, bounded * advantages) + BETA * kls[-1])
+            clipped.append(bounded * advantages < ratio * advantages)
+        loss = torch.stack(losses).mean()
+        gradients = torch.autograd.grad(loss, parameters)
+        assert logged[update]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert logged[update]["kl"] == pytest.approx(torch.stack(kls).mean().item(), abs=1e-5)
+        assert logged[update]["clip_ratio/region_mean"] == pytest.approx(
+            torch.stack(clipped).float().mean().item(), abs=1e-6
+        )
+        largest = max(g.abs().max().item() for g in gradients)
+        assert largest > 1e-4
+        assert_close(*(torch.cat([g.flatten() for g in one]) for one in (seen.steps[update], gradients)))
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= RATE * gradient
+    assert logged[1]["kl"] > 0 and 0 < logged[1]["clip_ratio/region_mean"] < 1
+    for ours, theirs in zip(parameters, [p for p in trainer.model.parameters() if p.requires_grad], strict=True):
+        torch.testing.assert_close(theirs.detach(), ours.detach(), rtol=0, atol=1e-5)
