@@ -1,9 +1,13 @@
 """Each family's policy draws the image that diffusers' own pipeline draws."""
 
+import inspect
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES, build
 
+from trl_apex.policy.load import FAMILIES as REGISTERED
 from trl_apex.policy.load import load_policy
 from trl_apex.policy.sampler import Sampler
 from trl_apex.policy.velocity import guided_prediction
@@ -50,3 +54,10 @@ def test_default_lora_targets_exist(name):
 def test_size_that_the_model_cannot_draw():
     with pytest.raises(ValueError, match="multiples of 4 pixels.*Found 18 x 16. Use 16 x 16"):
         load_policy(build("sd3")).latent_shape(18, 16)
+
+
+def test_a_family_is_one_short_file():
+    files = {Path(inspect.getsourcefile(policy)) for policy in REGISTERED.values()}
+    assert {file.name for file in files} == {"sd3.py", "flux.py", "stable_diffusion.py"}
+    for file in files:
+        assert len(file.read_text().splitlines()) < 150, file.name

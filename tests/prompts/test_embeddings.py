@@ -66,6 +66,8 @@ def test_rows_stay_on_disk(encoder, tmp_path):
     with safe_open(shard, framework="pt") as file:
         assert file.get_slice("hidden").get_shape() == [64, 3, 2]
     assert cache(["prompt 63"], "cpu")["hidden"].shape == (1, 3, 2)
+    maps = Path("/proc/self/maps")  # of Linux
+    assert not maps.exists() or str(shard) in maps.read_text(), "the file is mapped into memory, not read into it"
 
 
 def test_several_writers_at_once(tmp_path):
