@@ -1,0 +1,187 @@
+"""How the cost of an iteration grows with objectives, group size, resolution and processes.
+
+    python benchmarks/growth.py [--smoke] [--rounds 3] [--out benchmarks/results]
+
+Processor seconds of whole `APEXTrainer` iterations (apex rule), all sizes in turns. The rewards cost next to nothing, so
+that what is seen is the trainer's share: a real reward adds its own time, once per objective and image. With two
+processes the same images are shared out, and the processor time of both is added up. `exponent` is the slope of log
+seconds over log size, with the standard error of the fit; 0 is constant, 1 linear.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from _machine import machine
+from _plain_loop import Work
+from _speed import Model, TrainerRun, prompts, quiet, timed
+from torch import Tensor
+
+SMALL = Work(groups=1, group=8, batch=8, side=32, steps=4, guidance=1.0, rank=16)
+FINE = Work(groups=1, group=2, batch=2, side=32, steps=3, guidance=1.0, rank=32)
+WORKERS = "TRL_APEX_GROWTH_WORKER"  # set in the processes that this script starts
+
+
+def objectives(count: int) -> list[Callable]:
+    """As many different reward functions that cost next to nothing."""
+
+    def brightness_of(part: int) -> Callable:
+        def score(prompts: list[str], completions: Any, images: Tensor, **columns: Any) -> list[float]:
+            return images[:, part % 3].flatten(1)[:, part::16].mean(1).tolist()
+
+        score.__name__ = f"brightness_{part}"
+        return score
+
+    return [brightness_of(part) for part in range(count)]
+
+
+def in_turns(runs: dict[int, TrainerRun], rounds: int) -> dict[int, list[float]]:
+    """Processor seconds of an iteration of each run, `rounds` times, after one to warm up."""
+    for run in runs.values():
+        run.iteration()
+    seconds: dict[int, list[float]] = {size: [] for size in runs}
+    for _ in range(rounds):
+        for size, run in runs.items():
+            seconds[size].append(timed(run.iteration)[0])
+    for run in runs.values():
+        run.close()
+    return seconds
+
+
+def started(model: Model, work: Work, rewards: int = 4) -> TrainerRun:
+    options: dict[str, Any] = {"multi_objective_aggregation": "apex"}
+    return TrainerRun(model.fresh(), objectives(rewards), prompts(16), work, seed=0, **options)
+
+
+def in_processes(count: int, rounds: int) -> list[float]:
+    """Processor seconds of an iteration, of all processes together."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={count}",
+            __file__,
+        ]
+        environment = {**os.environ, WORKERS: folder, "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            [*command, "--rounds", str(rounds)], env=environment, capture_output=True, text=True, timeout=600
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"{count} processes must train. Found exit code {done.returncode}:\n{done.stderr[-2000:]}"
+            )
+        each = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
+    assert len(each) == count, f"{len(each)} of {count} processes reported"
+    return [sum(turn) for turn in zip(*each, strict=True)]
+
+
+def worker(folder: Path, rounds: int) -> None:
+    """One of the processes: its share of the images."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    options: dict[str, Any] = {"multi_objective_aggregation": "apex", "generation_batch_size": SMALL.samples}
+    work = replace(SMALL, batch=SMALL.batch // world)
+    run = TrainerRun(Model("tiny").fresh(), objectives(4), prompts(16), work, seed=0, **options)
+    seconds = in_turns({0: run}, rounds)[0]
+    (folder / f"rank{rank}.json").write_text(json.dumps(seconds))
+
+
+def fit(seconds: dict[int, list[float]]) -> tuple[float, float | None]:
+    """Least-squares slope of log seconds over log size, and its standard error (None without rounds to judge by)."""
+    points = [(math.log(size), math.log(value)) for size, values in seconds.items() for value in values]
+    x, y = (statistics.mean(values) for values in zip(*points, strict=True))
+    spread = sum((a - x) ** 2 for a, _ in points)
+    slope = sum((a - x) * (b - y) for a, b in points) / spread
+    left = sum((b - y - slope * (a - x)) ** 2 for a, b in points)
+    return slope, math.sqrt(left / (len(points) - 2) / spread) if len(points) > len(seconds) else None
+
+
+def row(what: str, unit: str, seconds: dict[int, list[float]]) -> dict[str, Any]:
+    slope, error = fit(seconds)
+    cost = [
+        {"size": size, "cpu_seconds": statistics.median(values), "each": values} for size, values in seconds.items()
+    ]
+    return {"what": what, "unit": unit, "exponent": slope, "exponent_se": error, "cost": cost}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| grows with | exponent | processor seconds of an iteration |", "|---|---|---|"]
+    for found in rows:
+        error = "" if found["exponent_se"] is None else f" ± {found['exponent_se']:.2f}"
+        cost = ", ".join(f"{point['size']}: {point['cpu_seconds']:.3f}" for point in found["cost"])
+        lines.append(f"| {found['what']} ({found['unit']}) | {found['exponent']:.2f}{error} | {cost} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3), constrained_layout=True)
+    for axis, found in zip(axes, rows, strict=True):
+        sizes = [point["size"] for point in found["cost"]]
+        for point in found["cost"]:
+            axis.plot([point["size"]] * len(point["each"]), point["each"], ".", color="#8aa8c8")
+        axis.plot(sizes, [point["cpu_seconds"] for point in found["cost"]], color="#1f4e79")
+        axis.set(xscale="log", yscale="log", xlabel=found["unit"], title=f"{found['what']}: {found['exponent']:.2f}")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+    axes[0].set_ylabel("processor seconds of an iteration")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="two sizes each, one round, one process")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    quiet()
+    if WORKERS in os.environ:
+        worker(Path(os.environ[WORKERS]), arguments.rounds)
+        return
+    rounds = 1 if arguments.smoke else arguments.rounds
+    counts = [1, 4] if arguments.smoke else [1, 2, 4, 8, 16]
+    groups = [2, 4] if arguments.smoke else [2, 4, 8, 16, 32]
+    small = replace(SMALL, group=2, batch=2) if arguments.smoke else SMALL
+    tiny = Model("tiny")
+    seconds = in_turns({count: started(tiny, small, count) for count in counts}, rounds)
+    rows = [row("objectives", "number", seconds)]
+    sizes = {size: started(tiny, replace(small, group=size, batch=size)) for size in groups}
+    rows.append(row("group size", "images of a prompt", in_turns(sizes, rounds)))
+    if not arguments.smoke:
+        mid = Model("mid")
+        sides = {side: started(mid, replace(FINE, side=side)) for side in (32, 64, 128)}
+        seconds = {side * side: values for side, values in in_turns(sides, rounds).items()}
+        rows.append(row("resolution", "pixels", seconds))
+        rows.append(row("processes", "number", {count: in_processes(count, rounds) for count in (1, 2)}))
+    table = markdown(rows)
+    print(table)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    settings = {"machine": machine(), "threads": 1, "seed": 0, "rounds": rounds, "models": {"resolution": "mid"}}
+    settings |= {"work": {"tiny": vars(small), "resolution": vars(FINE)}}
+    (arguments.out / "growth.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+    (arguments.out / "growth.md").write_text(table)
+    picture(rows, arguments.out / "growth.png")
+
+
+if __name__ == "__main__":
+    main()

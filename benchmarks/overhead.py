@@ -1,0 +1,147 @@
+"""What being multi-objective costs: the aggregation, the gradient probe, and all that is not a network.
+
+    python benchmarks/overhead.py [--smoke] [--rounds 3] [--out benchmarks/results]
+
+`iteration` splits the processor time of an `APEXTrainer` iteration with the apex rule: passes through the transformer,
+VAE and rewards against everything else. `aggregation` puts every rule's time for 1,152 images and 4 objectives (that of
+`aggregation_scale.py`) beside that iteration's time for as many images. `probe` is `probe_cost.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from _machine import machine
+from _plain_loop import Work
+from _speed import SMOKE, WORK, Model, TrainerRun, prompts, quiet, timed
+from aggregation_scale import TYPICAL, measure
+from probe_cost import compare
+from probe_cost import markdown as probe_table
+
+from trl_apex.aggregation import RULES
+from trl_apex.tiny.world import tiny_rewards
+
+NETWORKS = ("transformer forward", "backward", "vae decode", "rewards")
+
+
+class Shares:
+    """Processor time inside chosen calls of the trainer's thread; `rewards` is what the process's other threads took."""
+
+    def __init__(self, run: TrainerRun):
+        self.seconds: dict[str, float] = defaultdict(float)
+        trainer = run.trainer
+        denoiser = trainer.policy.denoiser
+        denoiser.register_forward_pre_hook(lambda *_: self._begin())
+        denoiser.register_forward_hook(lambda *_: self._end("transformer forward"))
+        for owner, name, what in (
+            (trainer.accelerator, "backward", "backward"),
+            (trainer.policy, "decode", "vae decode"),
+            (trainer, "_compute_advantages", "aggregation"),
+            (trainer.optimizer, "step", "optimizer"),
+        ):
+            setattr(owner, name, self._around(getattr(owner, name), what))
+        self._started = 0.0
+
+    def _begin(self) -> None:
+        self._started = time.thread_time()
+
+    def _end(self, what: str) -> None:
+        self.seconds[what] += time.thread_time() - self._started
+
+    def _around(self, call: Callable, what: str) -> Callable:
+        def measured(*arguments: Any, **keywords: Any) -> Any:
+            started = time.thread_time()
+            try:
+                return call(*arguments, **keywords)
+            finally:
+                self.seconds[what] += time.thread_time() - started
+
+        return measured
+
+
+def iteration(model: Model, work: Work, rounds: int) -> dict[str, Any]:
+    """Seconds of one iteration by what they were spent on: medians over rounds."""
+    texts = prompts(work.groups * (rounds + 1))
+    options: dict[str, Any] = {"multi_objective_aggregation": "apex"}
+    run = TrainerRun(model.fresh(), tiny_rewards(), texts, work, seed=0, **options)
+    run.iteration()  # builds the optimizer, warms up
+    shares = Shares(run)
+    found = []
+    for _ in range(rounds):
+        shares.seconds.clear()
+        whole = timed(run.iteration)[0]
+        seconds = {**shares.seconds, "rewards": run.phases.seconds["reward"]}
+        found.append({**seconds, "elsewhere": whole - sum(seconds.values()), "whole": whole})
+    run.close()
+    seconds = {name: statistics.median(turn[name] for turn in found) for name in found[0]}
+    networks = [sum(turn[name] for name in NETWORKS) / turn["whole"] for turn in found]
+    return {
+        "model": model.name,
+        "images": work.samples,
+        "seconds": seconds,
+        "aggregation_share": statistics.median(turn["aggregation"] / turn["whole"] for turn in found),
+        "not_a_network_share": 1 - statistics.median(networks),
+        "rounds": rounds,
+    }
+
+
+def markdown(found: list[dict[str, Any]], rules: list[dict[str, Any]], probes: list[dict[str, Any]]) -> str:
+    names = [*NETWORKS, "aggregation", "optimizer", "elsewhere"]
+    lines = ["Shares of an iteration's processor time, %\n", "| model | " + " | ".join(names) + " | not a network |"]
+    lines.append("|---" * (len(names) + 2) + "|")
+    for row in found:
+        cells = [f"{100 * row['seconds'][name] / row['seconds']['whole']:.2f}" for name in names]
+        lines.append(f"| {row['model']} | " + " | ".join(cells) + f" | {100 * row['not_a_network_share']:.2f} |")
+    lines += [f"\nAggregation of {TYPICAL[0]} x {TYPICAL[1]} rewards, % of an iteration of {TYPICAL[0]} images\n"]
+    lines += ["| rule | ms | " + " | ".join(row["model"] for row in found) + " |", "|---" * (len(found) + 2) + "|"]
+    for rule in rules:
+        cells = [f"{100 * rule['share'][row['model']]:.4f}" for row in found]
+        lines.append(f"| {rule['rule']} | {rule['ms']:.1f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" + probe_table(probes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="one round on two images")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    quiet()
+    rounds = 1 if arguments.smoke else arguments.rounds
+    models = {"tiny": SMOKE} if arguments.smoke else WORK
+    found = [iteration(Model(name), work, rounds) for name, work in models.items()]
+    rules = []
+    for rule in ["apex"] if arguments.smoke else RULES:
+        timing = measure(rule, *TYPICAL)
+        per_image = {row["model"]: row["seconds"]["whole"] / row["images"] for row in found}
+        share = {name: timing["ms"] / 1e3 / (seconds * TYPICAL[0]) for name, seconds in per_image.items()}
+        rules.append({**timing, "share": share})
+    plan = {"tiny world": 1} if arguments.smoke else {"tiny world": 20, "100M": 4}
+    probes = [compare(name, count) for name, count in plan.items()]
+    table = markdown(found, rules, probes)
+    print(table)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "machine": machine(),
+        "threads": 1,
+        "seed": 0,
+        "work": {name: vars(work) for name, work in models.items()},
+    }
+    result = {"settings": settings, "iteration": found, "aggregation": rules, "probe": probes}
+    (arguments.out / "overhead.json").write_text(json.dumps(result, indent=1))
+    (arguments.out / "overhead.md").write_text(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""How fast an iteration is, against a plain loop in the field's order of work, and what each speed-up buys alone.
+
+    python benchmarks/throughput.py [--smoke] [--models tiny mid] [--rounds N] [--out benchmarks/results]
+
+`ratio` is the plain loop's processor time over the setting's, medians over rounds in which all settings take turns, on one
+thread; `ratio_se` is its standard error. Wall times are given beside it, for a machine that other work shares.
+`forwards` and `backwards` count rows through the transformer, both branches of the guidance, as they happened.
+
+Settings without "all" are the plain loop with one part exchanged; those with "all" are `APEXTrainer`. Before anything is
+timed, trainer and plain loop compute the same iteration, and their latents and gradients are compared.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _machine import machine, ratio
+from _plain_loop import Parts, PlainLoop, Work
+from _speed import SMOKE, WORK, Model, PassCounter, Phases, TrainerRun, prompts, quiet, serial_rewards, timed
+
+from trl_apex.tiny.world import tiny_rewards
+
+BASE = "plain_loop"
+LAST = range(-3, -1)  # the last two steps that can be stochastic; the very last is noise-free
+PARTS = {
+    BASE: Parts(),
+    "separate_guidance": Parts(separate_guidance=True),
+    "rewards_after_sampling": Parts(rewards_last=True),
+    "prompt_cache": Parts(cache_prompts=True),
+    "group_deduplication": Parts(encode_distinct=True),
+    "timestep_batching": Parts(timesteps_at_once=3),
+    "window": Parts(window=LAST),
+    "window_shared_prefix": Parts(window=LAST, shared_prefix=True),
+    "compile": Parts(compiled=True),
+}
+WINDOW: dict[str, Any] = {"sde_window_size": 2, "share_initial_noise": True}
+TRAINER: dict[str, dict[str, Any]] = {
+    "all_same_mathematics": {"timestep_batch_size": 3},
+    "all_with_early_window": WINDOW,  # somewhere in the first half
+    "all_with_window": {**WINDOW, "sde_window_range": LAST},
+    "all_with_window_unguided": {**WINDOW, "guidance_scale": 1.0},
+}
+# On the mid-size model, where an iteration takes long.
+FEWER = [BASE, "window_shared_prefix", "all_same_mathematics", "all_with_early_window", "all_with_window"]
+MEANING = {
+    BASE: "Flow-GRPO's order of work",
+    "separate_guidance": "the branches of the guidance in two forwards (slower)",
+    "rewards_after_sampling": "rewards only when all is sampled (slower in wall time)",
+    "prompt_cache": "prompts encoded before training",
+    "group_deduplication": "a group's prompt encoded once an iteration",
+    "timestep_batching": "three timesteps a forward of the update",
+    "window": "two stochastic, trained steps, the last possible; the others deterministic",
+    "window_shared_prefix": "the same, one start a group, steps before the window once",
+    "compile": "compiled blocks, warm-up apart",
+    "all_same_mathematics": "APEXTrainer at identical mathematics",
+    "all_with_early_window": "APEXTrainer, two steps in the first half, one start a group",
+    "all_with_window": "APEXTrainer, the last two steps, one start a group",
+    "all_with_window_unguided": "APEXTrainer, two steps in the first half, no guidance",
+}
+
+
+def same_mathematics(loop: PlainLoop, run: TrainerRun) -> dict[str, float]:
+    """Largest differences between the first iteration of the plain loop and that of the trainer, same seed."""
+    rollout = run.trainer._iteration_rollout
+    assert rollout is not None
+    scale = max(float(g.abs().max()) for g in loop.gradients)
+    pairs = zip(run.gradients, loop.gradients, strict=True)
+    found = {
+        "latents": float((rollout["latents"] - loop.latents).abs().max()),
+        "old_log_prob": float((rollout["old_log_prob"] - loop.log_probs).abs().max()),
+        "advantages": float((rollout["advantages"] - loop.advantages).abs().max()),
+        "gradient_of_largest": max(float((a - b).abs().max()) for a, b in pairs) / scale,
+    }
+    wrong = {name: value for name, value in found.items() if not value < 1e-4}
+    if wrong:
+        raise RuntimeError(
+            f"Trainer and plain loop must agree to 1e-4. Found {wrong}. The ratios would compare two things."
+        )
+    return found
+
+
+def placed(window: range, work: Work) -> range:
+    """A window counted from the end, among this many steps."""
+    return range(max(work.steps + window.start, 0), work.steps + window.stop)
+
+
+def parts_for(name: str, work: Work) -> Parts:
+    parts = PARTS[name]
+    return replace(parts, window=parts.window and placed(parts.window, work))
+
+
+def trainer_for(name: str, work: Work) -> dict[str, Any]:
+    options = dict(TRAINER[name])
+    if "sde_window_range" in options:
+        window = placed(options["sde_window_range"], work)
+        options["sde_window_range"] = [window.start, window.stop]
+    if "timestep_batch_size" in options:
+        options["timestep_batch_size"] = at_once(work)
+    return options
+
+
+def at_once(work: Work) -> int:
+    """Timesteps of a forward: three, or as many as divide the trained ones."""
+    return 3 if (work.steps - 1) % 3 == 0 else work.steps - 1
+
+
+class Race:
+    """All settings on one model, in turns.
+
+    Args:
+        model, work: what they run.
+        settings (`list[str]`): names; the plain loop and `all_same_mathematics` among them.
+        rounds (`int`): timed iterations each.
+    """
+
+    def __init__(self, model: Model, work: Work, settings: list[str], rounds: int):
+        self.model, self.work, self.settings = model, work, settings
+        self.runs: dict[str, Any] = {}
+        self.counters: dict[str, PassCounter] = {}
+        self.warm: dict[str, float] = {}
+        self.turns: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
+        texts = prompts(work.groups * (rounds + 1))
+        for name in settings:
+            if name in PARTS:
+                run = PlainLoop(model.fresh(), serial_rewards(), texts, work, parts_for(name, work), seed=0)
+                run.mark = self._marker(run)
+                self.counters[name] = PassCounter(run.pipeline.transformer)
+            else:
+                run = TrainerRun(model.fresh(), tiny_rewards(), texts, work, seed=0, **trainer_for(name, work))
+                self.counters[name] = PassCounter(run.trainer.policy.denoiser)
+            self.runs[name] = run
+            self.warm[name] = self._turn(name, 0)["cpu"]
+            print(f"  {model.name} {name}: first iteration {self.warm[name]:.1f} s", flush=True)
+        self.agreement = same_mathematics(self.runs[BASE], self.runs["all_same_mathematics"])
+        for seed, run in enumerate(self.runs.values(), start=1):
+            # Noise of its own from here on: no image is seen twice, so that no reward answers from memory.
+            if isinstance(run, TrainerRun):
+                run.trainer.args.seed = seed
+            else:
+                run.seed = seed
+
+    def round(self, turn: int) -> None:
+        first = turn % len(self.settings)
+        for name in self.settings[first:] + self.settings[:first]:
+            self.turns[name].append(self._turn(name, turn))
+        print(f"  {self.model.name} round {turn}", flush=True)
+
+    def close(self) -> None:
+        for run in self.runs.values():
+            if isinstance(run, TrainerRun):
+                run.close()
+
+    def _turn(self, name: str, turn: int) -> dict[str, Any]:
+        run = self.runs[name]
+        if isinstance(run, PlainLoop):
+            run.phases.start()
+        cpu, wall = timed(lambda: run.iteration(turn))
+        return {"cpu": cpu, "wall": wall, **self.counters[name].take(), "phases": dict(run.phases.seconds)}
+
+    @staticmethod
+    def _marker(run: Any) -> Any:
+        run.phases = Phases()
+        return lambda phase: run.phases.stop(phase) if phase == "update" else run.phases.mark(phase)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a setting."""
+        found = []
+        for name in self.settings:
+            own, base = self.turns[name], self.turns[BASE]
+            cpu, wall = (
+                ratio([turn[kind] for turn in base], [turn[kind] for turn in own]) for kind in ("cpu", "wall")
+            )
+            seconds = statistics.median(turn["cpu"] for turn in own)
+            found.append({
+                "setting": name,
+                "meaning": MEANING[name],
+                "model": self.model.name,
+                "ratio": cpu[0],
+                "ratio_se": cpu[1],
+                "wall_ratio": wall[0],
+                "wall_ratio_se": wall[1],
+                "cpu_seconds": seconds,
+                "images_per_cpu_second": self.work.samples / seconds,
+                "images_per_second": self.work.samples / statistics.median(turn["wall"] for turn in own),
+                "forwards": statistics.mean(turn["forwards"] for turn in own),
+                "backwards": statistics.mean(turn["backwards"] for turn in own),
+                "warm_up_cpu_seconds": self.warm[name] - seconds,
+                "rounds": len(own),
+            })  # fmt: skip
+        return found
+
+    def phases(self) -> list[dict[str, Any]]:
+        """Images per processor second of prompt encoding, rollout, rewards and update apart."""
+        found = []
+        for name in (BASE, "all_same_mathematics", "all_with_window"):
+            for phase in self.turns[name][0]["phases"]:
+                seconds = statistics.median(turn["phases"][phase] for turn in self.turns[name])
+                found.append({
+                    "setting": name,
+                    "model": self.model.name,
+                    "phase": phase,
+                    "cpu_seconds": seconds,
+                    "images_per_cpu_second": self.work.samples / seconds,
+                })  # fmt: skip
+        return found
+
+
+def half_precision(model: Model, work: Work) -> dict[str, Any]:
+    """One forward and backward of one batch with the frozen base in bfloat16, against float32; not a whole iteration."""
+    seconds, rows = {}, 2
+    for half in (False, True):
+        small = replace(work, groups=1, group=2, batch=rows, steps=2, guidance=1.0)
+        loop = PlainLoop(model.fresh_copy(), [], prompts(1), small, Parts(half_precision=half), seed=0)
+        text = loop._encode(prompts(1) * rows)
+        x, step = torch.randn(rows, *loop.shape), torch.zeros(rows, dtype=torch.long)
+
+        def once(loop=loop, x=x, step=step, text=text) -> None:
+            loop._velocity(x, step, text).square().mean().backward()
+
+        seconds[half] = timed(once)[0]
+    return {
+        "setting": "half_precision_base",
+        "meaning": "frozen base in bfloat16, adapter in float32: forward and backward of one batch",
+        "model": model.name,
+        "ratio": seconds[False] / seconds[True],
+        "ratio_se": None,
+        "forwards": 2 * rows,
+        "backwards": 2 * rows,
+        "rounds": 1,
+    }
+
+
+def markdown(rows: list[dict[str, Any]], parts: list[dict[str, Any]], checks: dict[str, Any]) -> str:
+    """A table per model, and the phases."""
+    lines = []
+    for name, found in checks.items():
+        lines.append(f"\n{name}: trainer and plain loop differ by at most ")
+        lines[-1] += ", ".join(f"{value:.0e} ({what.replace('_', ' ')})" for what, value in found.items()) + "\n"
+        lines += [
+            "| setting | times as fast (processor) | (wall) | rows forward | rows backward | what |",
+            "|---" * 6 + "|",
+        ]
+        for row in rows:
+            if row["model"] != name:
+                continue
+            error = "" if row["ratio_se"] is None else f" ± {row['ratio_se']:.2f}"
+            wall = "" if row.get("wall_ratio_se") is None else f"{row['wall_ratio']:.2f} ± {row['wall_ratio_se']:.2f}"
+            lines.append(
+                f"| {row['setting']} | {row['ratio']:.2f}{error} | {wall} | {row['forwards']:.0f} | "
+                f"{row['backwards']:.0f} | {row['meaning']} |"
+            )
+    lines += [
+        "\nImages per processor second of each part\n",
+        "| setting | model | encode | rollout | reward | update |",
+    ]
+    lines.append("|---" * 6 + "|")
+    for name, model in dict.fromkeys((part["setting"], part["model"]) for part in parts):
+        own = {p["phase"]: p["images_per_cpu_second"] for p in parts if (p["setting"], p["model"]) == (name, model)}
+        cells = [f"{own[phase]:.2f}" if phase in own else "" for phase in ("encode", "rollout", "reward", "update")]
+        lines.append(f"| {name} | {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def kept(path: Path, models: list[str]) -> dict[str, Any]:
+    """What an earlier run wrote about other models."""
+    old = (
+        json.loads(path.read_text())
+        if path.is_file()
+        else {"settings": {}, "same_mathematics": {}, "rows": [], "phases": []}
+    )
+    result: dict[str, Any] = {
+        part: [row for row in old[part] if row["model"] not in models] for part in ("rows", "phases")
+    }
+    for part in ("settings", "same_mathematics"):
+        result[part] = {name: value for name, value in old[part].items() if name not in models}
+    return result
+
+
+def write(out: Path, name: str, settings: dict, race: Race, more: Sequence[dict] = ()) -> str:
+    """Write what is known so far, beside what is there of other models; the table."""
+    result = kept(out / "throughput.json", [name])
+    result["settings"][name], result["same_mathematics"][name] = settings, race.agreement
+    result["rows"] += [*race.rows(), *more]
+    result["phases"] += race.phases()
+    (out / "throughput.json").write_text(json.dumps(result, indent=1))
+    table = markdown(result["rows"], result["phases"], result["same_mathematics"])
+    (out / "throughput.md").write_text(table)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="few settings, one round, two images")
+    parser.add_argument("--models", nargs="+", choices=["tiny", "mid"], default=["tiny", "mid"])
+    parser.add_argument("--rounds", type=int, nargs=2, default=[3, 2], help="on the tiny and the mid-size model")
+    parser.add_argument("--compile", action="store_true", help="compiled blocks too, which take minutes to compile")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    quiet()
+    models = ["tiny"] if arguments.smoke else arguments.models
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in models:
+        model, work = Model(name), SMOKE if arguments.smoke else WORK[name]
+        rounds = 1 if arguments.smoke else dict(zip(("tiny", "mid"), arguments.rounds, strict=True))[name]
+        chosen = [*PARTS, *TRAINER] if name == "tiny" else FEWER
+        chosen = [one for one in chosen if one != "compile" or arguments.compile]
+        if arguments.smoke:
+            chosen = [BASE, "window_shared_prefix", "all_same_mathematics", "all_with_window"]
+        settings = {
+            "machine": machine(),
+            "threads": 1,
+            "dtype": "float32",
+            "seeds": "0 to compare, then one a setting",
+        }
+        settings |= {"work": vars(work), "parameters_M": model.sizes()}
+        race = Race(model, work, chosen, rounds)
+        for turn in range(1, rounds + 1):
+            race.round(turn)
+            table = write(arguments.out, name, {**settings, "rounds": turn}, race)
+        race.close()
+        if name == "tiny" and not arguments.smoke:
+            table = write(arguments.out, name, {**settings, "rounds": rounds}, race, [half_precision(model, work)])
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

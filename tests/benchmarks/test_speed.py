@@ -1,0 +1,76 @@
+"""The speed benchmarks at their smallest: they run, compare like with like, and count what they say."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def smoke(monkeypatch, tmp_path):
+    """Run a benchmark's smoke size in this process, and read what it wrote."""
+
+    def run(name: str) -> dict:
+        monkeypatch.syspath_prepend(str(FOLDER))
+        monkeypatch.setattr(sys, "argv", [name, "--smoke", "--out", str(tmp_path)])
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        assert (tmp_path / f"{name}.md").read_text().count("|") > 10
+        return json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=pytest.fail)
+
+    return run
+
+
+def test_throughput(smoke):
+    found = smoke("throughput")
+    rows = {row["setting"]: row for row in found["rows"]}
+    samples, steps, branches = 2, 4, 2
+    rollout, update = samples * steps * branches, samples * (steps - 1) * branches
+    for same in ("plain_loop", "all_same_mathematics"):
+        assert (rows[same]["forwards"], rows[same]["backwards"]) == (rollout + update, update)
+    # One step before the window, once for the group of two; three steps and a window of two for each image.
+    window = (1 + samples * 3) * branches, samples * 2 * branches
+    for shared in ("window_shared_prefix", "all_with_window"):
+        assert (rows[shared]["forwards"], rows[shared]["backwards"]) == (sum(window), window[1])
+    assert max(found["same_mathematics"]["tiny"].values()) < 1e-4
+    assert {part["phase"] for part in found["phases"]} == {"encode", "rollout", "reward", "update"}
+
+
+def test_throughput_refuses_to_compare_two_things(smoke, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import _plain_loop
+
+    monkeypatch.setattr(
+        _plain_loop.PlainLoop, "_log_prob", staticmethod(lambda x, mean, std: (x - mean).mean((1, 2, 3)))
+    )
+    with pytest.raises(RuntimeError, match="must agree to 1e-4"):
+        smoke("throughput")
+
+
+def test_overhead(smoke):
+    found = smoke("overhead")
+    seconds = found["iteration"][0]["seconds"]
+    parts = sum(value for name, value in seconds.items() if name != "whole")
+    assert parts == pytest.approx(seconds["whole"])
+    assert 0 < seconds["aggregation"] < seconds["whole"]
+    assert found["probe"][0]["steps"][1]["cosine_error"] < 1e-5
+
+
+def test_growth(smoke, tmp_path):
+    found = smoke("growth")
+    assert [row["what"] for row in found["rows"]] == ["objectives", "group size"]
+    assert all(point["cpu_seconds"] > 0 for row in found["rows"] for point in row["cost"])
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+
+
+def test_fit_finds_a_power_law(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from growth import fit
+
+    slope, error = fit({size: [3.0 * size**1.5, 3.3 * size**1.5] for size in (1, 2, 4, 8)})
+    assert slope == pytest.approx(1.5)
+    assert 0 < error < 0.05
+    assert fit({1: [1.0], 2: [4.0]}) == (pytest.approx(2.0), None)
