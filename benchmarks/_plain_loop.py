@@ -197,7 +197,8 @@ class PlainLoop:
         x = keyed_noise(starts, self.shape)
         noise = keyed_noise(draws, (len(self.window), *self.shape))
         kept, log_probs = [], []
-        every = group if shared and self.window.start else 1  # as long as the members of a group are one and the same
+        # How many rows are one and the same before the window: a group, or the part of it in this batch.
+        every = min(group, len(x)) if shared and self.window.start else 1
         x = x[::every]
         for i in range(self.work.steps):
             if i == self.window.start:

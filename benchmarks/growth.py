@@ -162,24 +162,27 @@ def main() -> None:
     counts = [1, 4] if arguments.smoke else [1, 2, 4, 8, 16]
     groups = [2, 4] if arguments.smoke else [2, 4, 8, 16, 32]
     small = replace(SMALL, group=2, batch=2) if arguments.smoke else SMALL
-    tiny = Model("tiny")
-    seconds = in_turns({count: started(tiny, small, count) for count in counts}, rounds)
-    rows = [row("objectives", "number", seconds)]
-    sizes = {size: started(tiny, replace(small, group=size, batch=size)) for size in groups}
-    rows.append(row("group size", "images of a prompt", in_turns(sizes, rounds)))
-    if not arguments.smoke:
-        mid = Model("mid")
-        sides = {side: started(mid, replace(FINE, side=side)) for side in (32, 64, 128)}
-        seconds = {side * side: values for side, values in in_turns(sides, rounds).items()}
-        rows.append(row("resolution", "pixels", seconds))
-        rows.append(row("processes", "number", {count: in_processes(count, rounds) for count in (1, 2)}))
-    table = markdown(rows)
-    print(table)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    settings = {"machine": machine(), "threads": 1, "seed": 0, "rounds": rounds, "models": {"resolution": "mid"}}
+    settings = {"machine": machine(), "threads": 1, "seed": 0, "rounds": rounds}
     settings |= {"work": {"tiny": vars(small), "resolution": vars(FINE)}}
-    (arguments.out / "growth.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-    (arguments.out / "growth.md").write_text(table)
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, unit: str, seconds: dict[int, list[float]]) -> None:
+        rows.append(row(what, unit, seconds))
+        (arguments.out / "growth.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
+        (arguments.out / "growth.md").write_text(markdown(rows))
+        print(markdown(rows[-1:]), flush=True)
+
+    tiny = Model("tiny")
+    runs = {count: started(tiny, small, count) for count in counts}
+    add("objectives", "number", in_turns(runs, rounds))
+    runs = {size: started(tiny, replace(small, group=size, batch=size)) for size in groups}
+    add("group size", "images of a prompt", in_turns(runs, rounds))
+    if not arguments.smoke:
+        add("processes", "number", {count: in_processes(count, rounds) for count in (1, 2)})
+        mid = Model("mid")
+        runs = {side: started(mid, replace(FINE, side=side)) for side in (32, 64, 96)}
+        add("resolution", "pixels", {side * side: values for side, values in in_turns(runs, rounds).items()})
     picture(rows, arguments.out / "growth.png")
 
 

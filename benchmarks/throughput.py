@@ -203,7 +203,7 @@ class Race:
     def phases(self) -> list[dict[str, Any]]:
         """Images per processor second of prompt encoding, rollout, rewards and update apart."""
         found = []
-        for name in (BASE, "all_same_mathematics", "all_with_window"):
+        for name in (one for one in (BASE, "all_same_mathematics", "all_with_window") if one in self.settings):
             for phase in self.turns[name][0]["phases"]:
                 seconds = statistics.median(turn["phases"][phase] for turn in self.turns[name])
                 found.append({
@@ -304,6 +304,8 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few settings, one round, two images")
     parser.add_argument("--models", nargs="+", choices=["tiny", "mid"], default=["tiny", "mid"])
     parser.add_argument("--rounds", type=int, nargs=2, default=[3, 2], help="on the tiny and the mid-size model")
+    parser.add_argument("--groups", type=int, help="prompts an iteration, instead of the model's own number")
+    parser.add_argument("--settings", nargs="+", help="only these, besides the two that are always there")
     parser.add_argument("--compile", action="store_true", help="compiled blocks too, which take minutes to compile")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
@@ -315,6 +317,9 @@ def main() -> None:
         rounds = 1 if arguments.smoke else dict(zip(("tiny", "mid"), arguments.rounds, strict=True))[name]
         chosen = [*PARTS, *TRAINER] if name == "tiny" else FEWER
         chosen = [one for one in chosen if one != "compile" or arguments.compile]
+        work = replace(work, groups=arguments.groups or work.groups)
+        if arguments.settings:
+            chosen = [one for one in chosen if one in (BASE, "all_same_mathematics", *arguments.settings)]
         if arguments.smoke:
             chosen = [BASE, "window_shared_prefix", "all_same_mathematics", "all_with_window"]
         settings = {

@@ -448,9 +448,10 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         update, micro = divmod(step, args.gradient_accumulation_steps)
         key = (args.seed, ROW_ORDER, self._iteration, pass_number)
         first = self.accelerator.process_index * samples
-        dealt = update_rows(samples, len(rollout["window"]), self.updates_per_pass, first, key)[update]
+        if step == 0:  # once a pass: dealing again for every micro-batch would grow with the square of the images
+            rollout["dealt"] = update_rows(samples, len(rollout["window"]), self.updates_per_pass, first, key)
         count = args.per_device_train_batch_size * args.timestep_batch_size
-        rows = dealt[micro * count : (micro + 1) * count]
+        rows = rollout["dealt"][update][micro * count : (micro + 1) * count]
         sample, window_step = rows.to(self.accelerator.device).unbind(1)
         return {
             "latents": rollout["latents"][sample, window_step],
