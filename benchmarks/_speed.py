@@ -234,7 +234,9 @@ class _Pause(transformers.TrainerCallback):
         self.run = run
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.run.gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # None where the update is skipped, since all images of a group scored the same.
+        self.run.gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in trained]
 
     def on_log(self, args, state, control, **kwargs):  # the last event of a step, after its logs
         run = self.run

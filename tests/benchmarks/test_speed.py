@@ -39,6 +39,7 @@ def test_throughput(smoke):
     assert {part["phase"] for part in found["phases"]} == {"encode", "rollout", "reward", "update"}
 
 
+@pytest.mark.slow
 def test_throughput_refuses_to_compare_two_things(smoke, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     import _plain_loop
