@@ -134,7 +134,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3), constrained_layout=True)
+    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3), sharey=True, constrained_layout=True)
     for axis, found in zip(axes, rows, strict=True):
         sizes = [point["size"] for point in found["cost"]]
         for point in found["cost"]:
@@ -142,6 +142,7 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axis.plot(sizes, [point["cpu_seconds"] for point in found["cost"]], color="#1f4e79")
         axis.set(xscale="log", yscale="log", xlabel=found["unit"], title=f"{found['what']}: {found['exponent']:.2f}")
         axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_yticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
         axis.minorticks_off()
     axes[0].set_ylabel("processor seconds of an iteration")
     figure.savefig(path, dpi=110)
