@@ -1,14 +1,16 @@
 """Start a few real processes for one test, and never leave one behind.
 
-Processes are forked from a server that has done the imports, so that a test pays for its training alone. A rank that
-hangs is killed at the time limit, and the test fails with what every rank had printed.
+Processes are forked from a server that has done the imports, so that a test pays for its training alone. Ranks that
+hang say where, are killed, and the test fails with what every rank had printed.
 """
 
 import contextlib
 import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,8 +20,10 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+from patience import IDLE, Patience
+
 PRELOAD = ["preload"]
-TIME_LIMIT = 300.0  # seconds; a test takes 5 to 30, but the machine may be busy
 
 _context: Any = None
 
@@ -48,11 +52,9 @@ class Outcome:
         return self.error is not None or self.exit_code != 0
 
 
-def run(
-    function: Callable, world: int, env: dict[str, str] | None = None, limit: float = TIME_LIMIT, **kwargs: Any
-) -> list[Any]:
+def run(function: Callable, world: int, env: dict[str, str] | None = None, **kwargs: Any) -> list[Any]:
     """Run `function(rank, **kwargs)` on `world` processes and return their results in rank order."""
-    outcomes = attempt(function, world, env, limit, **kwargs)
+    outcomes = attempt(function, world, env, **kwargs)
     if any(outcome.failed for outcome in outcomes):
         report = "\n".join(
             f"--- rank {o.rank}: exit code {o.exit_code}\n{o.error or ''}\n{o.output[-3000:]}" for o in outcomes
@@ -62,9 +64,9 @@ def run(
 
 
 def attempt(
-    function: Callable, world: int, env: dict[str, str] | None = None, limit: float = TIME_LIMIT, **kwargs: Any
+    function: Callable, world: int, env: dict[str, str] | None = None, idle: float = IDLE, **kwargs: Any
 ) -> list[Outcome]:
-    """As `run`, but a failed rank is an outcome, not an error."""
+    """As `run`, but a failed rank is an outcome, not an error. `idle` is how long all ranks may wait, in seconds."""
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(world)}
     rendezvous |= {"LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
     outcomes = [Outcome(rank) for rank in range(world)]
@@ -76,26 +78,31 @@ def attempt(
         for rank in range(world):
             here, there = _forkserver().Pipe(duplex=False)
             own = {**rendezvous, "LOCAL_RANK": str(rank), **(env or {}), "RANK": str(rank)}
-            process = _forkserver().Process(
-                target=_work, args=(there, str(logs[rank]), own, limit, function, rank, kwargs)
-            )
+            process = _forkserver().Process(target=_work, args=(there, str(logs[rank]), own, function, rank, kwargs))
             process.start()
             there.close()
             processes.append(process)
             pipes.append(here)
         open_pipes = dict(zip(pipes, outcomes, strict=True))
+        patience, hung = Patience([process.pid for process in processes], idle), None
         try:
-            while open_pipes and (left := limit - (time.monotonic() - started)) > 0:
-                for pipe in wait(list(open_pipes), timeout=left):
+            while open_pipes and hung is None:
+                for pipe in wait(list(open_pipes), timeout=1.0):
                     outcome = open_pipes.pop(pipe)
                     outcome.seconds = time.monotonic() - started
                     with contextlib.suppress(EOFError):  # killed before it could say anything
                         outcome.result, outcome.error = pipe.recv()
+                hung = patience.verdict()
             for outcome in open_pipes.values():
-                outcome.error = f"hung: killed after {limit:g} s"
+                outcome.error = hung
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(processes[outcome.rank].pid, signal.SIGUSR1)
+            if open_pipes:
+                time.sleep(2.0)  # in which they say where
         finally:
             for process, outcome in zip(processes, outcomes, strict=True):
-                process.join(0.0 if outcome.error and outcome.error.startswith("hung") else 10.0)
+                if outcome.seconds:
+                    process.join(60.0)
                 if process.is_alive():
                     process.kill()
                     process.join()
@@ -105,14 +112,33 @@ def attempt(
     return outcomes
 
 
-def _work(
-    pipe, log: str, env: dict[str, str], limit: float, function: Callable, rank: int, kwargs: dict[str, Any]
-) -> None:
+def launch(command: list[str], env: dict[str, str], cwd: str | None = None) -> subprocess.CompletedProcess:
+    """`subprocess.run` of a command that starts processes of its own, all of which end with it."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, env=env, cwd=cwd, stdout=out, stderr=err)
+        patience, hung = Patience([process.pid]), None
+        try:
+            while process.poll() is None and hung is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1.0)
+                hung = patience.verdict()
+        finally:
+            with contextlib.suppress(psutil.Error):
+                for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                    with contextlib.suppress(psutil.Error):
+                        one.kill()
+            process.wait()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, out.read(), err.read() + (hung or ""))
+
+
+def _work(pipe, log: str, env: dict[str, str], function: Callable, rank: int, kwargs: dict[str, Any]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(env)
-    faulthandler.dump_traceback_later(0.8 * limit, file=os.fdopen(os.dup(2), "w"))  # where a rank hangs
+    faulthandler.register(signal.SIGUSR1, file=os.fdopen(os.dup(2), "w"))  # says where a rank hangs
     import torch
 
     torch.set_num_threads(1)
@@ -134,8 +160,9 @@ def _forkserver():
         _context.set_forkserver_preload(PRELOAD)
         here = str(Path(__file__).parent)
         root = str(Path(__file__).parents[2])
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join([here, root, *([before] if before else [])])
+        before = dict(os.environ)
+        os.environ["PYTHONPATH"] = os.pathsep.join([here, root, *filter(None, [before.get("PYTHONPATH")])])
+        os.environ["OMP_NUM_THREADS"] = "1"  # what is forked should have no threads
         try:
             from multiprocessing.forkserver import ensure_running
 
@@ -144,10 +171,11 @@ def _forkserver():
             first.start()
             first.join()
         finally:
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
+            for name in ("PYTHONPATH", "OMP_NUM_THREADS"):
+                if name in before:
+                    os.environ[name] = before[name]
+                else:
+                    del os.environ[name]
     return _context
 
 

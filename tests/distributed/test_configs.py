@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from compare import assert_same_training, curve
 from engines import CONFIGS, environment, parse
-from processes import run
+from processes import launch, run
 from training import train
 
 from trl_apex.trainer.checkpoint import last_whole
@@ -70,20 +69,19 @@ def test_fsdp_with_a_sharded_state_dict_saves_whole_weights_too(tmp_path):
     assert (tmp_path / "saved" / "pytorch_lora_weights.safetensors").stat().st_size > 10_000
 
 
-def _launch(name: str, folder: Path, how: str) -> subprocess.CompletedProcess:
+def _launch(name: str, script: Path, *arguments: str):
     """`accelerate launch`, as a user types it, with what makes an engine start on a CPU."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ENGINE": name}
     if name == "ddp":
         env["ACCELERATE_USE_CPU"] = "true"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
-    command += ["--num_processes", "2", "--main_process_port", "0", str(HERE / "launched.py"), str(folder), how]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return launch([*command, "--num_processes", "2", "--main_process_port", "0", str(script), *arguments], env)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["ddp", "zero2"])
 def test_accelerate_launch_trains(name, tmp_path):
-    done = _launch(name, tmp_path, "never")
+    done = _launch(name, HERE / "launched.py", str(tmp_path), "never")
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["world"], result["engine"], result["step"]) == (2, name, 2)
@@ -92,7 +90,7 @@ def test_accelerate_launch_trains(name, tmp_path):
 
 @pytest.mark.distributed
 def test_accelerate_launch_ends_when_a_rank_is_killed(tmp_path):
-    done = _launch("ddp", tmp_path, "die")
+    done = _launch("ddp", HERE / "launched.py", str(tmp_path), "die")
     assert done.returncode != 0
     assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr.replace(" ", "").replace(
         "exitcode:", "exitcode: "
