@@ -1,3 +1,7 @@
+import json
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from engines import environment
 from processes import run
@@ -5,6 +9,21 @@ from training import train
 
 
 @pytest.fixture(scope="session")
-def ddp(tmp_path_factory):
-    """Two processes of DDP: what every other engine and number of processes is compared with."""
-    return run(train, 2, environment("ddp"), output_dir=str(tmp_path_factory.mktemp("ddp")))
+def reference(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
+    """Runs under DDP, one entry a rank: what other engines and numbers of processes are compared with. Each is made once."""
+    made: dict[str, list[dict[str, Any]]] = {}
+
+    def run_once(world: int = 2, **options: Any) -> list[dict[str, Any]]:
+        key = json.dumps([world, options], sort_keys=True, default=lambda value: value.__name__)
+        if key not in made:
+            folder = str(tmp_path_factory.mktemp("ddp"))
+            made[key] = run(train, world, environment("ddp", world), output_dir=folder, **options)
+        return made[key]
+
+    return run_once
+
+
+@pytest.fixture(scope="session")
+def ddp(reference):
+    """Two processes of DDP with the defaults of these tests."""
+    return reference()

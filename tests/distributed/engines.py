@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
-ENGINES = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+SHARDED = ("zero3", "zero3_offload", "fsdp2")
+OTHERS = ("zero1", "zero2", *SHARDED)
+ENGINES = ("ddp", *OTHERS)
+STAGE = {"zero3_offload": "zero3"}
 
 
 def parse(name: str, world: int | None = None):
@@ -66,6 +69,7 @@ def on_cpu() -> None:
                 "reduce_bucket_size": 100_000,
                 "stage3_prefetch_bucket_size": 50_000,
                 "stage3_param_persistence_threshold": 1_000,
+                "stage3_max_reuse_distance": 100_000,
             }
 
         DeepSpeedPlugin.__post_init__ = post_init

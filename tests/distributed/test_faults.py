@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from engines import environment
+from engines import ENGINES, environment
 from faults import (
     save_forever,
     train_slowly,
@@ -45,7 +45,7 @@ def test_too_many_failures_on_one_rank_stop_all_ranks_with_a_checkpoint(tmp_path
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("engine", ("ddp", "zero2", "zero3", "fsdp2"))
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_killed_rank_ends_the_others_promptly(engine, tmp_path):
     outcomes = attempt(train_with_a_broken_reward, 2, environment(engine), output_dir=str(tmp_path), how="die")
     assert outcomes[1].exit_code == -signal.SIGKILL

@@ -9,8 +9,8 @@ from training import PROMPTS, train
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    return run(train, 1, environment("ddp", 1), output_dir=str(tmp_path_factory.mktemp("single")))[0]
+def single(reference):
+    return reference(world=1)[0]
 
 
 def test_two_processes_learn_what_one_does(single, ddp):

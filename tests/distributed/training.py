@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from diffusers import SD3Transformer2DModel
 from engines import on_cpu
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,7 @@ PROMPTS = [
     f'a {colour} {shape} with " C A T "' for colour in ("red", "blue") for shape in ("circle", "square", "cross")
 ]
 GLOBAL_BATCH = 8
+BLOCKS = 2
 
 
 def red(images, **kwargs):
@@ -33,7 +35,10 @@ def dark(images, **kwargs):
 
 
 def tiny_pipeline():
+    """The tiny pipeline before training, with half of its blocks."""
     pipeline = build_pipeline(0)
+    config = {**pipeline.transformer.config, "num_layers": BLOCKS}
+    pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config))
     with torch.no_grad():  # a fresh head predicts next to nothing, and would hide errors
         pipeline.transformer.proj_out.weight.mul_(20)
     return pipeline
@@ -130,8 +135,8 @@ def train(
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Train, and return what a test compares between engines and numbers of processes."""
-    torch.manual_seed(1000 + rank)  # ranks agree on nothing that they need not agree on
     trainer = make_trainer(output_dir, **kwargs)
+    torch.manual_seed(1000 + rank)  # ranks agree on nothing that they need not agree on
     seen: list[dict[str, Any]] = []
     compute = trainer._compute_advantages
 
@@ -154,6 +159,7 @@ def train(
         "step": trainer.state.global_step,
         "resumed_from": trainer.resumed_from,
         "gathers": gathers,
+        "output_dir": output_dir,
     }
     if evaluate:
         result["evaluation"] = trainer.evaluate()

@@ -1,0 +1,97 @@
+"""What an engine saves is whole, resumes to the same weights, and is what a plain pipeline loads."""
+
+import pytest
+from compare import assert_same_training, largest_difference, movement
+from diffusers import SD3Transformer2DModel
+from engines import ENGINES, OTHERS, STAGE, environment
+from processes import RankFailed, attempt, run
+from safetensors.numpy import load_file
+from training import tiny_pipeline, train
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_saving_and_resuming(engine, lora, reference, tmp_path):
+    """Four steps at a stretch, and two steps twice: the same weights, in a form that a plain pipeline loads."""
+    folder, saved = str(tmp_path / "run"), str(tmp_path / "saved")
+    options = {"lora": lora, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = run(train, 2, environment(engine), output_dir=folder, save=saved, **options)[0]
+    assert whole["engine"] == STAGE.get(engine, engine)
+    assert_same_training(whole, reference(lora=lora, max_steps=4)[0], tolerance=2e-5)
+    assert not any(file.startswith(".partial") for file in whole["files"])
+    _assert_a_plain_pipeline_loads(saved, whole["weights"], lora)
+
+    resumed = run(train, 2, environment(engine), output_dir=folder, resume=f"{folder}/checkpoint-2", **options)[0]
+    assert resumed["resumed_from"] == f"{folder}/checkpoint-2" and resumed["step"] == 4
+    assert largest_difference(resumed["weights"], whole["weights"]) < 1e-7
+    assert resumed["iterations"] == whole["iterations"][2:]
+    assert resumed["aggregator"] == whole["aggregator"]
+
+
+def _assert_a_plain_pipeline_loads(folder, weights, lora):
+    pipeline = tiny_pipeline()
+    if lora:
+        pipeline.load_lora_weights(folder)
+        (config,) = pipeline.transformer.peft_config.values()
+        assert (config.r, config.lora_alpha) == (4, 8)
+        loaded = {n: p.detach().numpy() for n, p in pipeline.transformer.named_parameters() if "lora_" in n}
+    else:
+        transformer = SD3Transformer2DModel.from_pretrained(f"{folder}/transformer")
+        loaded = {n: p.detach().numpy() for n, p in transformer.named_parameters()}
+    trained = {n.removeprefix("base_model.model.").replace("default_0", "default"): w for n, w in weights.items()}
+    loaded = {n.replace("default_0", "default"): w for n, w in loaded.items()}
+    assert largest_difference(loaded, trained) == 0.0
+    assert len(loaded) > 20
+
+
+def test_fsdp_with_a_sharded_state_dict_saves_whole_weights_too(tmp_path):
+    env = environment("fsdp2") | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    result = run(train, 2, env, output_dir=str(tmp_path), save=str(tmp_path / "saved"))[0]
+    assert result["engine"] == "fsdp2"
+    _assert_a_plain_pipeline_loads(str(tmp_path / "saved"), result["weights"], lora=True)
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_the_moving_average_is_saved_whole_and_resumed(engine, reference, tmp_path):
+    options = {"ema_decay": 0.5, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+
+    def averages(run_folder):
+        return load_file(f"{run_folder}/checkpoint-3/ema.safetensors")
+
+    folder = str(tmp_path)
+    whole = run(train, 2, environment(engine), output_dir=folder, **options)[0]
+    first, ddp = averages(folder), reference(**options)[0]
+    assert_same_training(whole, ddp, tolerance=2e-5)
+    assert largest_difference(first, averages(ddp["output_dir"])) < 2e-5
+    run(train, 2, environment(engine), output_dir=folder, resume=f"{folder}/checkpoint-1", **options)
+    assert largest_difference(averages(folder), first) < 1e-7
+    del first["optimization_step"]
+    assert movement(first, whole["weights"]) > 1e-4  # an average, not the weights
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine.startswith("zero")])
+def test_another_number_of_processes_is_refused_by_zero(engine, tmp_path):
+    options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    run(train, 2, environment(engine), max_steps=1, **options)
+    with pytest.raises(RankFailed, match="resumes on the number of processes that saved it, 2. Found 1"):
+        run(train, 1, environment(engine, 1), max_steps=2, resume=True, **options)
+
+
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [(1, 2), (2, 1), (2, 4)])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_ddp_and_fsdp_resume_on_another_number_of_processes(engine, lora, saved_by, resumed_by, reference, tmp_path):
+    options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "lora": lora}
+    run(train, saved_by, environment(engine, saved_by), max_steps=2, **options)
+    result = run(train, resumed_by, environment(engine, resumed_by), max_steps=4, resume=True, **options)[0]
+    assert result["engine"] == engine and result["step"] == 4 and result["world"] == resumed_by
+    assert largest_difference(result["weights"], reference(lora=lora, max_steps=4)[0]["weights"]) < 1e-5
+
+
+def test_another_engine_is_refused(tmp_path):
+    options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
+    run(train, 2, environment("ddp"), max_steps=1, **options)
+    outcomes = attempt(train, 2, environment("zero2"), max_steps=2, resume=True, **options)
+    assert all("under the engine that saved it, ddp. Found zero2" in outcome.error for outcome in outcomes)
