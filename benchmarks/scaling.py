@@ -1,219 +1,161 @@
 """Memory, traffic and compute of training SD3.5 on 1 to 1,024 GPUs, from the models' configurations alone.
 
-    python benchmarks/scaling.py          # prints the tables of docs/scaling.md
+    python benchmarks/scaling.py          # prints the tables and the sums of docs/scaling.md; a minute or two
 
-Parameters, activations and operations are counted on the meta device; no weights are needed and nothing is timed.
+Parameters, bytes and activations are those of `trl-apex plan`; traffic and operations are worked out here from the same
+shapes, on the meta device. No weights are needed and nothing is timed.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from trl_apex.plan import PlanSettings, load_shapes
+from trl_apex.plan.memory import PerRow, measure_rows, memory
+from trl_apex.plan.shapes import Shapes, count
+
 GPUS = (1, 8, 64, 256, 1024)
-TEXT_TOKENS = 77 + 256
+MODELS = {"SD3.5-M": "sd3.5-medium", "SD3.5-L": "sd3.5-large"}
+ENGINES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3 / FSDP2": 3}  # as stages of ZeRO
 LORA_RANK = 32
-# Configurations of stabilityai/stable-diffusion-3.5-medium and -large.
-MODELS = {
-    "SD3.5-M": {"num_layers": 24, "heads": 24, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13))},
-    "SD3.5-L": {"num_layers": 38, "heads": 38, "pos_embed_max_size": 192, "dual_attention_layers": ()},
-}
-ENGINES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3 / FSDP2")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What one model consists of, in numbers of elements."""
-
-    parameters: int
-    position_buffer: int
-    lora: int
-    largest_block: int
-
-
-def denoiser(name: str, lora: bool = False) -> nn.Module:
-    """The transformer of a model, on the meta device."""
-    from diffusers import SD3Transformer2DModel
-
-    entry = MODELS[name]
-    with torch.device("meta"):
-        model = SD3Transformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=entry["num_layers"],
-            attention_head_dim=64,
-            num_attention_heads=entry["heads"],
-            caption_projection_dim=64 * entry["heads"],
-            joint_attention_dim=4096,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=entry["pos_embed_max_size"],
-            dual_attention_layers=entry["dual_attention_layers"],
-            qk_norm="rms_norm",
-        )
-    if not lora:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    from trl_apex.policy.sd3 import SD3Policy
-
-    with torch.device("meta"):
-        return get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules=list(SD3Policy.lora_targets)))
+PIXELS = (512, 1024)
+SPEED = 300e12  # operations a second of one GPU, assumed
+NETWORK = 50e9  # bytes a second that one GPU sends, assumed
 
 
 @cache
-def counts(name: str) -> Counts:
-    """Elements of a model, counted."""
-    model, adapted = denoiser(name), denoiser(name, lora=True)
-    return Counts(
-        parameters=sum(p.numel() for p in model.parameters()),
-        position_buffer=sum(b.numel() for b in model.buffers()),
-        lora=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        largest_block=max(sum(p.numel() for p in block.parameters()) for block in model.transformer_blocks),
+def shapes(name: str) -> Shapes:
+    return load_shapes(MODELS[name])
+
+
+@dataclass(frozen=True)
+class Elements:
+    """How many elements are trained, how many are not."""
+
+    trained: int
+    frozen: int
+
+
+def elements(name: str, lora: bool) -> Elements:
+    parameters = shapes(name).parameters
+    return Elements(shapes(name).adapter_parameters(LORA_RANK), parameters) if lora else Elements(parameters, 0)
+
+
+def largest_block(name: str) -> int:
+    return max(map(count, shapes(name).policy.denoiser.transformer_blocks))
+
+
+def held_bytes(name: str, lora: bool, engine: str, gpus: int) -> float:
+    """Bytes of the denoiser on each GPU, all but activations, as the planner counts them."""
+    settings = PlanSettings(
+        512, 512, lora_rank=LORA_RANK if lora else 0, zero_stage=ENGINES[engine], gpus=gpus, samples=gpus,
+        rollout_batch=1,
+    )  # fmt: skip
+    always = memory(shapes(name), settings, PerRow(0, 0, 0, 0, 0), batched_guidance=False).always
+    others = ("VAE", "trajectories and images", "CUDA context (allowance)")
+    return 1e9 * sum(size for part, size in always.items() if part not in others)
+
+
+def gathered_bytes(name: str, lora: bool) -> int:
+    """All weights in half precision, which `gather_for_rollout` holds during a rollout."""
+    e = elements(name, lora)
+    return 2 * (e.trained + e.frozen)
+
+
+@cache
+def rows(name: str, pixels: int, lora: bool, zero_stage: int) -> PerRow:
+    """What one image keeps, as the planner measures it."""
+    return measure_rows(
+        shapes(name), PlanSettings(pixels, pixels, lora_rank=LORA_RANK if lora else 0, zero_stage=zero_stage)
     )
 
 
-def _inputs(name: str, pixels: int) -> dict[str, torch.Tensor]:
-    side = pixels // 8
-    shapes = {
-        "hidden_states": (1, 16, side, side),
-        "encoder_hidden_states": (1, TEXT_TOKENS, 4096),
-        "pooled_projections": (1, 2048),
-        "timestep": (1,),
-    }
-    return {key: torch.empty(shape, device="meta", dtype=torch.bfloat16) for key, shape in shapes.items()}
-
-
-def _bf16(model: nn.Module) -> nn.Module:
-    return nn.Module.to(model, torch.bfloat16)  # diffusers' own warns of weights that would lose precision
-
-
-def activation_bytes(name: str, pixels: int, lora: bool, checkpointing: bool) -> int:
-    """Bytes that one sample keeps for the backward in bf16, with fused attention, which keeps no attention matrices.
-
-    With checkpointing, one block's share of the other number comes on top while that block is recomputed.
-    """
-    model = _bf16(denoiser(name, lora)).train()
-    if checkpointing:
-        (model.base_model.model if lora else model).enable_gradient_checkpointing()
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, int] = {}
-    alive = []  # a storage's address is its identity only as long as it lives
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        attention_matrix = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] > TEXT_TOKENS
-        if not attention_matrix and storage._cdata not in weights and storage._cdata not in kept:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**_inputs(name, pixels), return_dict=False)
-    return sum(kept.values())
-
-
+@cache
 def forward_flops(name: str, pixels: int) -> int:
-    """Operations of one forward over one sample (a multiplication and an addition count as two)."""
-    model = _bf16(denoiser(name))
+    """Operations of one forward over one image (a multiplication and an addition count as two)."""
+    policy = shapes(name).policy
+    latents = torch.empty(1, *policy.latent_shape(pixels, pixels), device="meta", dtype=torch.bfloat16)
+    embeddings = shapes(name).embeddings(1, 256, torch.bfloat16)
+    denoiser = torch.nn.Module.to(policy.denoiser, torch.bfloat16)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**_inputs(name, pixels), return_dict=False)
+        policy.predict(denoiser, latents, torch.empty(1, device="meta"), embeddings, 1.0)
     return counter.get_total_flops()
 
 
-def state_bytes(c: Counts, lora: bool, engine: str, gpus: int) -> float:
-    """Bytes of weights, gradients and optimizer state on each GPU, in bf16 with float32 masters.
-
-    An element that trains takes 2 (bf16 weight) + 2 (bf16 gradient) + 12 (float32 master and Adam's two moments) = 16;
-    under DDP the weight is float32 itself: 4 + 4 + 8, also 16. A frozen one takes 2. The position buffer (bf16) is on
-    every GPU.
-    """
-    trained = c.lora if lora else c.parameters
-    frozen = c.parameters if lora else 0
-    share = 1 / gpus
-    per_trained = {
-        "DDP": 16,
-        "ZeRO-1": 4 + 12 * share,
-        "ZeRO-2": 2 + 14 * share,
-        "ZeRO-3 / FSDP2": 16 * share,
-    }[engine]
-    per_frozen = 2 * share if engine == "ZeRO-3 / FSDP2" else 2
-    return trained * per_trained + frozen * per_frozen + 2 * c.position_buffer
+def ring(gpus: int) -> float:
+    """The share of what is exchanged that each GPU of a ring sends."""
+    return (gpus - 1) / gpus
 
 
-def update_traffic(c: Counts, lora: bool, engine: str, gpus: int, accumulation: int) -> float:
-    """Bytes that each GPU sends for one optimizer step; a ring sends (N - 1) / N of what is exchanged."""
-    trained = c.lora if lora else c.parameters
-    ring = (gpus - 1) / gpus
+def update_traffic(name: str, lora: bool, engine: str, gpus: int, accumulation: int = 4) -> float:
+    """Bytes that each GPU sends for one optimizer step."""
+    e = elements(name, lora)
     if engine == "DDP":
-        return 2 * 4 * trained * ring  # all-reduce of float32 gradients: reduce-scatter and all-gather
+        return 2 * 4 * e.trained * ring(gpus)  # all-reduce of float32 gradients: reduce-scatter and all-gather
     if engine in ("ZeRO-1", "ZeRO-2"):
         reductions = accumulation if engine == "ZeRO-2" else 1  # ZeRO-2 keeps no whole gradient between micro-batches
-        return (2 * trained * reductions + 2 * trained) * ring
-    everything = c.parameters + (c.lora if lora else 0)
-    return accumulation * (2 * 2 * everything + 2 * trained) * ring  # gathered in forward and backward
+        return (2 * e.trained * reductions + 2 * e.trained) * ring(gpus)
+    return accumulation * (2 * 2 * (e.trained + e.frozen) + 2 * e.trained) * ring(gpus)  # gathered twice
 
 
-def rollout_traffic(c: Counts, lora: bool, gpus: int, forwards: int) -> float:
-    """Bytes that each GPU sends for the weights of one rollout under ZeRO-3 or FSDP2, by `forwards` layerwise gathers."""
-    return forwards * 2 * (c.parameters + (c.lora if lora else 0)) * (gpus - 1) / gpus
+def rollout_traffic(name: str, gpus: int, forwards: int) -> float:
+    """Bytes that each GPU sends for the weights of one rollout under ZeRO-3 or FSDP2, gathered `forwards` times."""
+    return forwards * gathered_bytes(name, lora=False) * ring(gpus)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
-def _gb(value: float) -> str:
+def gb(value: float) -> str:
     return f"{value / 1e9:.2f}" if value < 1e10 else f"{value / 1e9:.1f}"
 
 
+def millions(number: int) -> str:
+    return f"{number / 1e6:,.1f} M"
+
+
 def counts_table() -> str:
-    rows = []
+    lines = []
     for name in MODELS:
-        c = counts(name)
-        rows.append([name, *(f"{n / 1e6:,.1f} M" for n in (c.parameters, c.position_buffer, c.lora, c.largest_block))])
-    return table(["", "parameters", "position buffer", f"LoRA, rank {LORA_RANK}", "largest block"], rows)
+        s = shapes(name)
+        numbers = (s.parameters, s.buffer, s.adapter_parameters(LORA_RANK), largest_block(name))
+        lines.append([name, *map(millions, numbers)])
+    return table(["", "parameters", "position buffer", f"LoRA, rank {LORA_RANK}", "largest block"], lines)
+
+
+def _by_gpus(of) -> str:
+    lines = [[name, engine, *(gb(of(name, engine, n)) for n in GPUS)] for name in MODELS for engine in ENGINES]
+    return table(["", "engine", *(f"{n:,}" for n in GPUS)], lines)
 
 
 def memory_table(lora: bool) -> str:
-    rows = []
-    for name in MODELS:
-        c = counts(name)
-        for engine in ENGINES:
-            rows.append([name, engine, *(_gb(state_bytes(c, lora, engine, n)) for n in GPUS)])
-    return table(["", "engine", *(f"{n:,}" for n in GPUS)], rows)
+    return _by_gpus(lambda name, engine, gpus: held_bytes(name, lora, engine, gpus))
 
 
-def traffic_table(lora: bool, accumulation: int = 4) -> str:
-    rows = []
-    for name in MODELS:
-        c = counts(name)
-        for engine in ENGINES:
-            rows.append([name, engine, *(_gb(update_traffic(c, lora, engine, n, accumulation)) for n in GPUS)])
-    return table(["", "engine", *(f"{n:,}" for n in GPUS)], rows)
+def traffic_table(lora: bool) -> str:
+    return _by_gpus(lambda name, engine, gpus: update_traffic(name, lora, engine, gpus))
 
 
 def rollout_table(forwards: int = 10) -> str:
-    rows = []
+    lines = []
     for name in MODELS:
-        c = counts(name)
         for label, times in (("gathered once", 1), (f"per layer, {forwards} forwards", forwards)):
-            rows.append([name, label, *(_gb(rollout_traffic(c, False, n, times)) for n in GPUS)])
-    return table(["", "`gather_for_rollout`", *(f"{n:,}" for n in GPUS)], rows)
+            lines.append([name, label, *(gb(rollout_traffic(name, n, times)) for n in GPUS)])
+    return table(["", "`gather_for_rollout`", *(f"{n:,}" for n in GPUS)], lines)
 
 
 def sample_table() -> str:
-    rows = []
+    lines = []
     for name in MODELS:
-        for pixels in (512, 1024):
-            kept = [activation_bytes(name, pixels, lora, check) for lora in (False, True) for check in (False, True)]
-            rows.append([name, str(pixels), f"{forward_flops(name, pixels) / 1e12:.2f}", *map(_gb, kept)])
-    header = ["", "pixels", "TFLOP a forward", "full", "full, checkpointed", "LoRA", "LoRA, checkpointed"]
-    return table(header, rows)
+        for pixels in PIXELS:
+            autocast, half, adapter = (rows(name, pixels, *way) for way in ((False, 0), (False, 1), (True, 0)))
+            kept = (autocast.saved, half.saved, half.saved_checkpointed, adapter.saved, adapter.saved_checkpointed)
+            lines.append([name, str(pixels), f"{forward_flops(name, pixels) / 1e12:.2f}", *map(gb, kept)])
+    header = ["", "pixels", "TFLOP a forward", "full, DDP", "full, ZeRO", "full, checkpointed", "LoRA"]
+    return table([*header, "LoRA, checkpointed"], lines)
 
 
 TABLES = {
@@ -226,6 +168,47 @@ TABLES = {
     "a sample": sample_table,
 }
 
+
+def sums() -> list[str]:
+    """The sums in the page's text, as it states them."""
+    medium, large = elements("SD3.5-M", False).trained, elements("SD3.5-L", False).trained
+    buffer, sharded = shapes("SD3.5-M").buffer, medium * (2 + 14 / 8)
+    flops = round(forward_flops("SD3.5-M", 512) / 1e12, 2)  # as the table says
+    images, steps = 48 * 24, 10
+    whole, window = (images * (steps + 3 * trained) for trained in (9, 3))
+    at_speed = whole * flops * 1e12 / SPEED
+    rollout = 16 * steps * flops * 1e12 / SPEED
+    asked = {n: n * 16 / rollout for n in (8, 1024)}
+    lora = elements("SD3.5-M", True)
+    sent = {engine: update_traffic("SD3.5-M", False, engine, 1024) for engine in ENGINES}
+    by_layer = update_traffic("SD3.5-M", True, "ZeRO-3 / FSDP2", 1024) / update_traffic("SD3.5-M", True, "DDP", 1024)
+    return [
+        f"{millions(medium)} x (2 + 14 / 8) = {gb(sharded)} GB, and {millions(buffer)} x 2 = {gb(2 * buffer)} GB for the "
+        f"position buffer: {gb(held_bytes('SD3.5-M', False, 'ZeRO-2', 8))} GB",
+        f"{millions(medium)} x (4 + 4 + 8) = {gb(16 * medium)} GB, {millions(medium)} x 2 = {gb(2 * medium)} GB for the "
+        f"copies, {millions(medium)} x 4 = {gb(4 * medium)} GB for the buckets and {millions(buffer)} x 4 = "
+        f"{gb(4 * buffer)} GB for the position buffer: {gb(held_bytes('SD3.5-M', False, 'DDP', 8))} GB",
+        f"2 bytes each, {gb(gathered_bytes('SD3.5-M', False))} GB for M and {gb(2 * large)} GB for L. With `False` it is "
+        f"one block at a time: {gb(2 * largest_block('SD3.5-M'))} and {gb(2 * largest_block('SD3.5-L'))} GB.",
+        f"{images:,} x {steps + 27} x {flops:.2f} = {round(whole * flops, -2):,.0f} TFLOP",
+        f"On 8 GPUs at an assumed {SPEED / 1e12:.0f} TFLOP/s each that is {at_speed / 8:.0f} s; on 64 it is "
+        f"{at_speed / 64:.1f} s for the same batch. With a window of W = 3 it is {images:,} x {steps + 9} x {flops:.2f} = "
+        f"{round(window * flops, -2):,.0f} TFLOP",
+        f"{gb(update_traffic('SD3.5-M', True, 'DDP', 1024))} GB an update. ZeRO-3 with LoRA sends the frozen weights "
+        f"around as well, {by_layer:.0f} times as much",
+        f"16 x {steps} x {flops:.2f} / {SPEED / 1e12:.0f} = {rollout:.1f} s",
+        f"8 GPUs ask for {asked[8]:.0f} scores/s and 1,024 for {round(asked[1024], -2):,.0f}/s",
+        f"needs {-(-asked[8] // 25):.0f} GPUs beside 8, and {asked[1024] / 25:.0f} beside 1,024",
+        f"an update of M takes {sent['DDP'] / NETWORK:.2f} s of sending under DDP and {sent['ZeRO-1'] / NETWORK:.2f} s "
+        f"under ZeRO-1, against 16 x 3 x {flops:.2f} / {SPEED / 1e12:.0f} = {48 * flops * 1e12 / SPEED:.2f} s of compute",
+        f"FSDP2 and ZeRO-3 over 1,024 GPUs send {gb(sent['ZeRO-3 / FSDP2'])} GB for it, "
+        f"{sent['ZeRO-3 / FSDP2'] / NETWORK:.1f} s",
+        f"({shapes('SD3.5-M').blocks} blocks for M, {shapes('SD3.5-L').blocks} for L)",
+        f"{lora.trained * 4 / 1e6:.0f} MB of gradients under DDP",
+    ]
+
+
 if __name__ == "__main__":
     for title, make in TABLES.items():
         print(f"{title}\n\n{make()}\n")
+    print("\n".join(sums()))
