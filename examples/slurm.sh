@@ -46,6 +46,7 @@ requeue() {
 trap requeue USR1
 
 # $SLURM_NODEID is expanded on each node, hence the inner shell. --kill-on-bad-exit ends all nodes with the first that fails.
+# shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash -c '
   config=$1 head=$2 port=$3 gpus=$4
   shift 4

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 from compare import assert_same_training, curve
-from engines import CONFIGS, STAGE, environment, parse
+from diffusers import SD3Transformer2DModel
+from engines import CONFIGS, ENGINES, STAGE, environment, parse
 from processes import launch, run
 from training import train
 
 from trl_apex.trainer.checkpoint import last_whole
 
 HERE = Path(__file__).parent
+EXAMPLES = CONFIGS.parent
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
@@ -70,6 +72,8 @@ def _launch(name: str, script: Path, *arguments: str):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "ENGINE": name}
     if name == "ddp":
         env["ACCELERATE_USE_CPU"] = "true"
+    if name == "fsdp2":
+        env["ACCELERATE_TORCH_DEVICE"] = "cpu"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
     return launch([*command, "--num_processes", "2", "--main_process_port", "0", str(script), *arguments], env)
 
@@ -92,3 +96,29 @@ def test_accelerate_launch_ends_when_a_rank_is_killed(tmp_path):
         "exitcode:", "exitcode: "
     )
     assert last_whole(tmp_path).name == "checkpoint-1"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_documented_command_trains_all_weights(name, tmp_path):
+    """`accelerate launch --config_file {name}.yaml examples/train_sd35_full.py`, at toy size, through each shipped file."""
+    config = ["--config", str(EXAMPLES / "configs" / "sd35_full_tiny.yaml"), "--per_device_train_batch_size", "4"]
+    cpu = [
+        "--use_cpu",
+        str(name == "ddp").lower(),
+        "--ddp_backend",
+        "gloo",
+        "--bf16",
+        "false",
+        "--disable_tqdm",
+        "true",
+    ]
+    script = [HERE / "launched_example.py", str(EXAMPLES / "train_sd35_full.py")]
+    done = _launch(name, *script, *config, *cpu, "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["world"] == second["world"] == 2 and first["step"] == second["step"] == 2
+    assert first["engine"] == second["engine"] == STAGE.get(name, name)
+    assert curve(first, "ratio/max_deviation")[0] < 1e-6  # rollout and update use batches of different sizes
+    weights = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer").state_dict()
+    assert all(bool(value.isfinite().all()) for value in weights.values())

@@ -54,9 +54,11 @@ def load_tiny_pipeline(dtype: torch.dtype = torch.float32) -> Any:
     """
     from diffusers import StableDiffusion3Pipeline
 
+    from trl_apex.distributed import whole_models
     from trl_apex.policy.load import dtype_argument
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(weights_path("pipeline"), **dtype_argument(dtype))
+    with whole_models():  # a script has made its arguments by now
+        pipeline = StableDiffusion3Pipeline.from_pretrained(weights_path("pipeline"), **dtype_argument(dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
