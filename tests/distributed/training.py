@@ -71,6 +71,7 @@ def make_trainer(
         "disable_tqdm": True,
         "bf16": False,
         "learning_rate": 1e-3 if lora else 1e-4,
+        "adam_epsilon": 1e-5,  # Adam moves an element whose gradient is rounding alone by the whole learning rate
         "warmup_iterations": 1,
         "ramp_iterations": 1,
         "ddp_backend": "gloo",
