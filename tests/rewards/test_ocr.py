@@ -121,6 +121,18 @@ def test_pickle_and_unload(reward):
     copy.unload()
 
 
+def test_engine_settings_reach_the_engine(reward):
+    narrow = OCRReward(workers=1, confidence=True, engine_params={"Rec.rec_img_shape": [3, 48, 96]})
+    wide = OCRReward(workers=1, confidence=True)
+    images, prompts = [picture("CAT"), picture("TEN")], ['"cat"', '"ten"']
+    read, usual = (one(prompts=prompts, completions=images) for one in (narrow, wide))
+    assert read == pytest.approx(usual, abs=0.05) and read != usual  # padding changes the confidence a little
+    unreadable = OCRReward(workers=1, engine_params={"Global.text_score": 1.0})  # keeps nothing below full confidence
+    assert unreadable(prompts=prompts, completions=images) == [0.0, 0.0]
+    for one in (narrow, wide, unreadable):
+        one.unload()
+
+
 @pytest.mark.slow
 def test_processes_read_as_threads_do(reward):
     images = [picture(word) for word in ("CAT", "TEN", "HAT", "OAK")]

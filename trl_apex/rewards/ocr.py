@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -132,6 +133,9 @@ class OCRReward(Reward):
         workers (`int`, *optional*, defaults to `2`): Images read at the same time.
         pool (`"thread"` or `"process"`, *optional*, defaults to `"thread"`): Kind of workers. Threads are enough, as
             the OCR engine works outside the interpreter lock.
+        engine_params (`dict`, *optional*): Settings of RapidOCR by their dotted names, over the ones used here. For
+            instance `{"Rec.rec_img_shape": [3, 48, 96]}` lets short words go unpadded to the recognizer, whose input is
+            otherwise at least 320 pixels wide: twice as fast on them, with slightly other confidences.
         name (`str`, *optional*, defaults to `"ocr"`): Name of the objective.
 
     Raises:
@@ -164,6 +168,7 @@ class OCRReward(Reward):
         confidence: bool = False,
         workers: int = 2,
         pool: str = "thread",
+        engine_params: dict[str, Any] | None = None,
         name: str | None = None,
         batch_size: int = 64,
     ) -> None:
@@ -175,6 +180,7 @@ class OCRReward(Reward):
         super().__init__(name=name, device="cpu", batch_size=batch_size)
         self.target_column, self.several, self.min_side = target_column, several, min_side
         self.confidence, self.workers, self.pool = confidence, workers, pool
+        self._reader = partial(_read_text, min_side=min_side, engine_params=engine_params or {})
 
     def targets(self, prompts: Sequence[str], columns: dict[str, Any]) -> list[list[str]]:
         """The target texts of each sample; an empty list where there is none."""
@@ -193,7 +199,7 @@ class OCRReward(Reward):
         arrays = to_arrays(images)
         with self._lock:
             executor: Executor = self.load()
-            return [text for text, _ in executor.map(_read_text, arrays, [self.min_side] * len(arrays))]
+            return [text for text, _ in executor.map(self._reader, arrays)]
 
     def _load(self) -> Executor:
         try:
@@ -208,7 +214,7 @@ class OCRReward(Reward):
         targets = self.targets(prompts, columns)
         asked = [i for i, texts in enumerate(targets) if texts]
         arrays = to_arrays(images)
-        futures = {i: loaded.submit(_read_text, arrays[i], self.min_side) for i in asked}
+        futures = {i: loaded.submit(self._reader, arrays[i]) for i in asked}
         rewards: list[float | None] = [None] * len(prompts)
         for i, future in futures.items():
             text, confidence = future.result()
@@ -228,10 +234,10 @@ class OCRReward(Reward):
 _engines = threading.local()
 
 
-def _read_text(image: np.ndarray, min_side: int) -> tuple[str, float]:
+def _read_text(image: np.ndarray, min_side: int, engine_params: dict[str, Any]) -> tuple[str, float]:
     """Read one RGB image with this thread's own engine: the text, and the mean confidence of its characters."""
     if not hasattr(_engines, "engine"):
-        _engines.engine = _make_engine()
+        _engines.engine = _make_engine(engine_params)
     height, width = image.shape[:2]
     if min(height, width) < min_side:
         scale = min_side / min(height, width)
@@ -245,7 +251,7 @@ def _read_text(image: np.ndarray, min_side: int) -> tuple[str, float]:
     return "".join(texts), sum(len(text) * score for text, score in zip(texts, scores, strict=True)) / characters
 
 
-def _make_engine() -> Callable:
+def _make_engine(engine_params: dict[str, Any]) -> Callable:
     """One RapidOCR engine on one CPU thread, with the detector at the image's own size."""
     from rapidocr import RapidOCR
 
@@ -256,5 +262,6 @@ def _make_engine() -> Callable:
             "Det.limit_type": "min",
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            **engine_params,
         }
     )

@@ -1,0 +1,256 @@
+"""The rules against each other on the tiny world: same base, same budget, same seeds.
+
+    python benchmarks/tradeoffs.py [--part tradeoffs|ablation] [--workers 2]
+    python benchmarks/tradeoffs.py --smoke --out /tmp/smoke     # three short runs, to see that it works
+    python benchmarks/tradeoffs.py --redraw                     # tables and figures again, from the results
+
+Every finished run is kept under `runs/`, so that the command can be stopped and started again. No
+setting was chosen on the seeds 1 to 5; seeds 0 and 100 were used for that.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from _machine import machine
+from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, OBJECTIVES, run
+
+from trl_apex.aggregation.options import RULES
+
+ONLY = [f"only_{name}" for name in OBJECTIVES]
+# What a user tries by hand: more and more weight on the two objectives that lag, in the order of OBJECTIVES.
+GRID = ["2_1_1_1", "4_1_1_1", "1_2_1_1", "1_4_1_1", "2_2_1_1", "4_4_1_1", "4_8_1_1", "8_4_1_1"]
+TUNED = [f"tuned_{weights}" for weights in GRID]
+SENSITIVE = ["apex", "sum_then_normalize", "dvao", "normalize_then_sum"]
+SEEDS = range(1, 6)
+PROMPTS = 64
+
+Job = tuple[str, str, int]
+Row = dict[str, Any]
+
+
+def plan(part: str, seeds: Iterable[int]) -> list[Job]:
+    """All runs of a part, seed by seed, so that a run that is stopped early holds whole seeds."""
+    if part == "ablation":
+        return [("natural", f"apex:{name}" if name != "apex" else name, s) for s in seeds for name in ABLATIONS]
+    methods: dict[str, list[str]] = {
+        "natural": [*RULES, *ONLY, *TUNED],
+        "field_units": SENSITIVE,
+        "scaled": SENSITIVE,
+        "conflict": list(RULES),
+        "kl": ["apex", "sum_then_normalize", "normalize_then_sum", "mgda"],
+    }
+    return [(condition, method, seed) for seed in seeds for condition in methods for method in methods[condition]]
+
+
+def execute(jobs: list[Job], workers: int, folder: Path, prompts: int, **changes: Any) -> None:
+    """Run what is not there yet; every row goes to a file of its own as soon as it is there."""
+    files = {job: folder / job[0] / job[1].replace(":", "-") / f"{job[2]}.json" for job in jobs}
+    todo = [job for job in jobs if not files[job].exists()]
+    context = get_context("forkserver")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(run, *job, prompts, folder, **changes): job for job in todo}
+        for done, future in enumerate(as_completed(futures), start=1):
+            job, row = futures[future], future.result()
+            files[job].parent.mkdir(parents=True, exist_ok=True)
+            files[job].write_text(json.dumps(row))
+            gains = ", ".join(f"{name} {value:+.2f}" for name, value in row["gains"].items())
+            print(f"[{done}/{len(todo)}] {' '.join(map(str, job))}: {gains} ({row['cpu_seconds']} s)", flush=True)
+
+
+def collect(part: str, folder: Path) -> list[Row]:
+    """The rows of a part that are there, in the plan's order, whatever command ran them."""
+    order = {method: place for place, (_, method, _) in enumerate(plan(part, [1]))}
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*.json"))]
+    return sorted((row for row in rows if row["method"] in order), key=lambda row: (order[row["method"]], row["seed"]))
+
+
+def with_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean over seeds and its standard error."""
+    found = list(values)
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return statistics.mean(found), error
+
+
+def summarize(rows: list[Row], reference: str = "apex") -> list[Row]:
+    """A line a condition and method: every measure as (mean, standard error), and paired differences to `reference`."""
+    table = []
+    for condition in CONDITIONS:
+        here = [row for row in rows if row["condition"] == condition]
+        reference_rows = {row["seed"]: row for row in here if row["method"] == reference}
+        for method in dict.fromkeys(row["method"] for row in here):
+            mine = [row for row in here if row["method"] == method]
+            line: Row = {"condition": condition, "method": method, "seeds": len(mine)}
+            for name in mine[0]["gains"]:
+                line[f"gain/{name}"] = with_error(row["gains"][name] for row in mine)
+            for name in mine[0]["held_out"]:
+                line[f"held_out/{name}"] = with_error(
+                    row["held_out"][name]["tuned"] - row["held_out"][name]["base"] for row in mine
+                )
+            for key in (
+                "worst_gain",
+                "mean_gain",
+                "hypervolume",
+                "hypervolume_below_base",
+                "jdr",
+                "jcr",
+                "seesaw_rate",
+            ):
+                line[key] = with_error(row[key] for row in mine)
+            for key in ("conflict_rate", "hijack_index"):
+                values = [row[key] for row in mine if row[key] is not None]
+                line[key] = with_error(values) if values else None
+            line["hijack_share"] = {
+                name: statistics.mean(row["hijack_share"][name] for row in mine)
+                for name, share in mine[0]["hijack_share"].items()
+                if share is not None
+            }
+            pairs = [(reference_rows[row["seed"]], row) for row in mine if row["seed"] in reference_rows]
+            for key in ("worst_gain", "hypervolume_below_base"):
+                if pairs and method != reference:
+                    line[f"{reference}_minus/{key}"] = with_error(ours[key] - theirs[key] for ours, theirs in pairs)
+            table.append(line)
+    return table
+
+
+def cell(value: tuple[float, float] | None, digits: int = 2, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value[0]:{sign}.{digits}f}" + ("" if math.isnan(value[1]) else f" ± {value[1]:.{digits}f}")
+
+
+def markdown(table: list[Row]) -> str:
+    """The summary as Markdown, a table a condition."""
+    text = ""
+    for condition in dict.fromkeys(line["condition"] for line in table):
+        lines = [line for line in table if line["condition"] == condition]
+        objectives = [key.removeprefix("gain/") for key in lines[0] if key.startswith("gain/")]
+        heads = [
+            "method", "seeds", "worst", "mean", "apex − it, worst", *objectives, "HV", "HV from −1", "apex − it, HV from −1",
+            "JDR", "JCR", "seesaw", "conflict rate", "hijack index", "exact word", "attributes",
+        ]  # fmt: skip
+        text += f"\n### {condition}\n\n| " + " | ".join(heads) + " |\n|---|" + "---:|" * (len(heads) - 1) + "\n"
+        for line in lines:
+            cells = [
+                line["method"],
+                str(line["seeds"]),
+                cell(line["worst_gain"], sign="+"),
+                cell(line["mean_gain"], sign="+"),
+                cell(line.get("apex_minus/worst_gain"), sign="+"),
+                *(cell(line[f"gain/{name}"], sign="+") for name in objectives),
+                cell(line["hypervolume"], 3),
+                cell(line["hypervolume_below_base"]),
+                cell(line.get("apex_minus/hypervolume_below_base"), sign="+"),
+                *(cell(line[key]) for key in ("jdr", "jcr", "seesaw_rate", "conflict_rate", "hijack_index")),
+                cell(line["held_out/exact_word"], sign="+"),
+                cell(line["held_out/attributes"], sign="+"),
+            ]
+            text += "| " + " | ".join(cells) + " |\n"
+    return text
+
+
+def figure(rows: list[Row], table: list[Row], path: Path) -> None:
+    """Worst against mean gain of every method and condition; under it the curves and priorities of three rules."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    conditions = list(dict.fromkeys(line["condition"] for line in table))
+    shown = [
+        rule for rule in ("sum_then_normalize", "normalize_then_sum", "apex") if any(r["method"] == rule for r in rows)
+    ]
+    columns = max(len(conditions), len(shown) + 1)
+    panels, axes = plt.subplots(2, columns, figsize=(4.4 * columns, 8), squeeze=False)
+    for axis, condition in zip(axes[0], conditions, strict=False):
+        for line in (line for line in table if line["condition"] == condition):
+            kind = (
+                "tuned"
+                if line["method"].startswith("tuned")
+                else "only"
+                if line["method"].startswith("only")
+                else "rule"
+            )
+            colour = (
+                "#d62728"
+                if line["method"] == "apex"
+                else {"tuned": "#bbbbbb", "only": "#2ca02c", "rule": "#1f77b4"}[kind]
+            )
+            (x, x_error), (y, y_error) = line["mean_gain"], line["worst_gain"]
+            axis.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", color=colour, markersize=4, linewidth=0.8)
+            if kind != "tuned":
+                axis.annotate(line["method"], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set(title=condition, xlabel="mean gain (base stds)", ylabel="worst objective's gain")
+    for axis, method in zip(axes[1], shown, strict=False):
+        mine = [row for row in rows if row["method"] == method and row["condition"] == conditions[0]]
+        curves = torch.tensor([row["curve"] for row in mine]).mean(0)
+        for k, name in enumerate(mine[0]["gains"]):
+            axis.plot([step * BUDGET["eval_steps"] for step in range(len(curves))], curves[:, k], label=name)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set(title=f"{method}, {conditions[0]}", xlabel="iteration", ylabel="gain (base stds)")
+    if "apex" in shown:
+        mine = [row for row in rows if row["method"] == "apex" and row["condition"] == conditions[0]]
+        axis = axes[1][len(shown)]
+        for name in mine[0]["priorities"]:
+            axis.plot(torch.tensor([row["priorities"][name] for row in mine]).mean(0), label=name)
+        axis.set(title="priorities of apex", xlabel="iteration")
+        axis.legend(fontsize=7)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        if not axis.has_data():
+            axis.set_axis_off()
+    panels.tight_layout()
+    panels.savefig(path, dpi=100)
+    plt.close(panels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="three short runs, to see that it works")
+    parser.add_argument("--part", choices=("tradeoffs", "ablation"), default="tradeoffs")
+    parser.add_argument("--conditions", nargs="*", choices=tuple(CONDITIONS), help="only these")
+    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--redraw", action="store_true", help="only write tables and figures again, from the results")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/tradeoffs"), help="where finished runs are kept")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = given.out / f"{given.part}.json"
+    if given.redraw:
+        found: dict[str, Any] = json.loads(results.read_text())
+    elif given.smoke:
+        jobs = [("natural", method, 0) for method in ("apex", "mgda", "only_deqa")]
+        small = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 8, "generation_batch_size": 8}
+        given.runs = given.out / "runs"
+        execute(jobs, 1, given.runs, 4, num_generations=4, **small)
+    else:
+        jobs = plan(given.part, given.seeds)
+        jobs = [job for job in jobs if given.conditions is None or job[0] in given.conditions]
+        jobs = [job for job in jobs if given.methods is None or job[1] in given.methods]
+        started = time.perf_counter()
+        execute(jobs, given.workers, given.runs, PROMPTS)
+        print(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")
+    if not given.redraw:
+        settings = {"budget": BUDGET, "apex": APEX, "test_prompts": PROMPTS}
+        found = {"settings": settings, "machine": machine(), "rows": collect(given.part, given.runs)}
+    rows = found["rows"]
+    found["table"] = table = summarize(rows)
+    results.write_text(json.dumps(found, indent=1))
+    results.with_suffix(".md").write_text(markdown(table))
+    print(markdown(table))
+    figure(rows, table, results.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
