@@ -4,7 +4,7 @@
     python benchmarks/tradeoffs.py --smoke --out /tmp/smoke     # three short runs, to see that it works
     python benchmarks/tradeoffs.py --redraw                     # tables and figures again, from the results
 
-Every finished run is kept under `runs/`, so that the command can be stopped and started again. No
+Every finished run is kept under `runs/` and then in the results, so that the command can be stopped and started again. No
 setting was chosen on the seeds 1 to 5; seeds 0 and 100 were used for that.
 """
 
@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -33,6 +32,8 @@ SENSITIVE = ["apex", "sum_then_normalize", "dvao", "normalize_then_sum"]
 SEEDS = range(1, 6)
 PROMPTS = 64
 
+SETTINGS: dict[str, Any] = {"budget": BUDGET, "apex": APEX, "test_prompts": PROMPTS}
+
 Job = tuple[str, str, int]
 Row = dict[str, Any]
 
@@ -51,26 +52,35 @@ def plan(part: str, seeds: Iterable[int]) -> list[Job]:
     return [(condition, method, seed) for seed in seeds for condition in methods for method in methods[condition]]
 
 
+def key(row: Row) -> Job:
+    return row["condition"], row["method"], row["seed"]
+
+
+def finished(part: str, results: Path, folder: Path) -> list[Row]:
+    """The rows of a part that are there, in the plan's order: in the results, if of the same settings, and in files."""
+    order = {method: place for place, method in enumerate(dict.fromkeys(method for _, method, _ in plan(part, [1])))}
+    kept = json.loads(results.read_text()) if results.exists() else {"rows": [], "settings": SETTINGS}
+    rows = {key(row): row for row in kept["rows"] if kept["settings"] == SETTINGS}
+    for path in sorted(folder.glob("*/*/*.json")):
+        row = json.loads(path.read_text())
+        rows[key(row)] = row
+    mine = [row for row in rows.values() if row["method"] in order]
+    return sorted(mine, key=lambda row: (order[row["method"]], row["seed"]))
+
+
 def execute(jobs: list[Job], workers: int, folder: Path, prompts: int, **changes: Any) -> None:
-    """Run what is not there yet; every row goes to a file of its own as soon as it is there."""
-    files = {job: folder / job[0] / job[1].replace(":", "-") / f"{job[2]}.json" for job in jobs}
-    todo = [job for job in jobs if not files[job].exists()]
+    """Every row goes to a file of its own as soon as it is there."""
     context = get_context("forkserver")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(run, *job, prompts, folder, **changes): job for job in todo}
+        futures = {pool.submit(run, *job, prompts, folder, **changes): job for job in jobs}
         for done, future in enumerate(as_completed(futures), start=1):
-            job, row = futures[future], future.result()
-            files[job].parent.mkdir(parents=True, exist_ok=True)
-            files[job].write_text(json.dumps(row))
+            condition, method, seed = futures[future]
+            row = future.result()
+            path = folder / condition / method.replace(":", "-") / f"{seed}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row))
             gains = ", ".join(f"{name} {value:+.2f}" for name, value in row["gains"].items())
-            print(f"[{done}/{len(todo)}] {' '.join(map(str, job))}: {gains} ({row['cpu_seconds']} s)", flush=True)
-
-
-def collect(part: str, folder: Path) -> list[Row]:
-    """The rows of a part that are there, in the plan's order, whatever command ran them."""
-    order = {method: place for place, (_, method, _) in enumerate(plan(part, [1]))}
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/*.json"))]
-    return sorted((row for row in rows if row["method"] in order), key=lambda row: (order[row["method"]], row["seed"]))
+            print(f"[{done}/{len(jobs)}] {condition} {method} {seed}: {gains} ({row['cpu_seconds']} s)", flush=True)
 
 
 def with_error(values: Iterable[float]) -> tuple[float, float]:
@@ -230,26 +240,23 @@ def main() -> None:
     if given.redraw:
         found: dict[str, Any] = json.loads(results.read_text())
     elif given.smoke:
-        jobs = [("natural", method, 0) for method in ("apex", "mgda", "only_deqa")]
-        small = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 8, "generation_batch_size": 8}
         given.runs = given.out / "runs"
-        execute(jobs, 1, given.runs, 4, num_generations=4, **small)
+        small = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 8, "generation_batch_size": 8}
+        execute([("natural", method, 0) for method in ("apex", "mgda", "only_deqa")], 1, given.runs, 4, **small)
+        found = {"settings": {**SETTINGS, "smoke": small}}
     else:
-        jobs = plan(given.part, given.seeds)
-        jobs = [job for job in jobs if given.conditions is None or job[0] in given.conditions]
+        jobs = [job for job in plan(given.part, given.seeds) if given.conditions is None or job[0] in given.conditions]
         jobs = [job for job in jobs if given.methods is None or job[1] in given.methods]
-        started = time.perf_counter()
-        execute(jobs, given.workers, given.runs, PROMPTS)
-        print(f"{len(jobs)} runs in {time.perf_counter() - started:.0f} s")
+        there = {key(row) for row in finished(given.part, results, given.runs)}
+        execute([job for job in jobs if job not in there], given.workers, given.runs, PROMPTS)
+        found = {"settings": SETTINGS}
     if not given.redraw:
-        settings = {"budget": BUDGET, "apex": APEX, "test_prompts": PROMPTS}
-        found = {"settings": settings, "machine": machine(), "rows": collect(given.part, given.runs)}
-    rows = found["rows"]
-    found["table"] = table = summarize(rows)
+        found |= {"machine": machine(), "rows": finished(given.part, results, given.runs)}
+    found["table"] = table = summarize(found["rows"])
     results.write_text(json.dumps(found, indent=1))
     results.with_suffix(".md").write_text(markdown(table))
     print(markdown(table))
-    figure(rows, table, results.with_suffix(".png"))
+    figure(found["rows"], table, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":
