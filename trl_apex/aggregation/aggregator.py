@@ -34,6 +34,7 @@ from .normalize import (
     share_weights,
 )
 from .options import GRADIENT_RULES, RULES
+from .outliers import implausible
 from .schedule import observe_batch, presence, reprioritize
 from .state import AggregatorState
 from .surgery import gramian_weights
@@ -163,11 +164,15 @@ class MultiObjectiveRewardAggregator:
             ValueError: if the shapes do not fit.
         """
         values, valid = checked_batch(self.objectives, rewards, group_ids, mask)
+        apex, absurd = self.rule == "apex", torch.zeros_like(valid)
+        if apex:
+            absurd = implausible(values.double(), valid, self._state, self.options.outlier_limit)
+            valid = valid & ~absurd
+            values = torch.where(valid, values, torch.nan)
         groups = group_rows(group_ids.cpu())
         moments = group_moments(values.double(), valid, groups, self.options.dead_tolerance)
         present = presence(moments, groups.sizes.double(), self.options.max_missing)
         state = observe_batch(self._state, moments, present.held, self.options)
-        apex = self.rule == "apex"
         batch = self._apex(state, moments, groups, valid, state.priorities) if apex else self._baseline(values, groups)
         state = self._observe_correlation(state, batch.scores, valid & ~moments.dead[groups.index], present.held)
         shares = hijack_shares(batch.contributions)
@@ -177,7 +182,7 @@ class MultiObjectiveRewardAggregator:
         if update:
             self._state, self._effective = state, effective
             self._scores = batch.scores.to(rewards.device, torch.float32)
-            for text in complaints(self.objectives, self.options, state, present.sparse):
+            for text in complaints(self.objectives, self.options, state, present.sparse, absurd.any(0)):
                 if text not in self._warned:
                     self._warned.add(text)
                     warnings.warn(text, UserWarning, stacklevel=2)

@@ -180,7 +180,11 @@ def pair_metrics(key: str, objectives: list[str], matrix: Float[Tensor, "K K"]) 
 
 
 def complaints(
-    objectives: list[str], options: ApexOptions, state: AggregatorState, sparse: Bool[Tensor, " K"]
+    objectives: list[str],
+    options: ApexOptions,
+    state: AggregatorState,
+    sparse: Bool[Tensor, " K"],
+    absurd: Bool[Tensor, " K"],
 ) -> list[str]:
     """What the user should know about the run so far, in plain words.
 
@@ -189,12 +193,14 @@ def complaints(
         options ([`ApexOptions`]): the thresholds.
         state ([`AggregatorState`]): after the batch.
         sparse (`Tensor` of shape `[K]`): objectives with too many missing rewards in this batch.
+        absurd (`Tensor` of shape `[K]`): objectives with a reward beyond `outlier_limit` in this batch.
 
     Returns:
         `list[str]`: one sentence or two per finding.
     """
     after, share, missing = options.warn_after, options.warn_share, options.max_missing
     owned, silent, few = (state.owned >= after).tolist(), (state.silent >= after).tolist(), sparse.tolist()
+    wild = absurd.tolist()
     found = []
     for number, name in enumerate(objectives):
         if owned[number]:
@@ -211,5 +217,11 @@ def complaints(
             found.append(
                 f"More than {missing:.0%} of the rewards of the objective '{name}' are missing in the groups that it "
                 "applies to: its statistics are held. Check its reward function."
+            )
+        if wild[number]:
+            found.append(
+                f"The objective '{name}' returned a reward more than {options.outlier_limit:g} standard deviations away "
+                "from its mean: such rewards count as missing. Check its reward function; if they are right, set "
+                "`outlier_limit` to inf."
             )
     return found

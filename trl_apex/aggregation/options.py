@@ -110,6 +110,9 @@ class ApexOptions:
         0.5,
         "Above this share of missing rewards (in groups that have the objective at all) its statistics are held.",
     )
+    outlier_limit: float = _option(
+        1e9, "A reward further from its objective's mean than this many of its spreads counts as missing; inf keeps all."
+    )
     # Baselines
     scale_rewards: str = _option(
         "group", "sum_then_normalize and weighted_advantages: divide by the std of the 'group', the 'batch' or 'none'."
@@ -177,6 +180,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "warmup_iterations": (0, 10**9),
     "ramp_iterations": (0, 10**9),
     "max_missing": (0.0, 1.0),
+    "outlier_limit": (1e3, math.inf),
     "std_epsilon": (0.0, math.inf),
     "gradient_ema": (0.0, 1.0),
     "cagrad_c": (0.0, math.inf),

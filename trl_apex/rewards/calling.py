@@ -5,6 +5,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+LARGEST = torch.finfo(torch.float32).max  # rewards travel as float32
+
 
 def reward_name(func: Callable) -> str:
     """The objective name of a reward function: its `__name__`, else its class's name.
@@ -79,7 +83,13 @@ def as_numbers(returned: Any, name: str, size: int) -> tuple[list[float], list[s
 
     ```
     """
-    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    try:
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+    except (RuntimeError, TypeError) as error:  # a tensor whose numbers cannot be had
+        raise ValueError(
+            f"The reward `{name}` must return numbers or None. Found a {type(returned).__name__} that cannot be read: "
+            f"{describe(error)}. Return a list of floats."
+        ) from error
     if not isinstance(values, (list, tuple)) or len(values) != size:
         found = f"{len(values)}" if isinstance(values, (list, tuple)) else f"a {type(returned).__name__}"
         raise ValueError(
@@ -96,10 +106,12 @@ def as_numbers(returned: Any, name: str, size: int) -> tuple[list[float], list[s
         else:
             try:
                 number = float(value)
-            except (TypeError, ValueError):
+            except OverflowError:
+                number = math.inf
+            except (TypeError, ValueError, RuntimeError):
                 number = _refuse(value, name)
-        if math.isinf(number):
-            number, causes[i] = math.nan, causes[i] or f"the reward is {value}"
+        if abs(number) > LARGEST:
+            number, causes[i] = math.nan, causes[i] or f"the reward is {number:g}"
         numbers.append(number)
     return numbers, causes
 

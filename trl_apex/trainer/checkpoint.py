@@ -211,8 +211,12 @@ def rotate(run: str | Path, limit: int | None, keep: str | Path | None = None) -
 
 
 def clear_partial(run: str | Path) -> None:
-    """Delete what a killed save left behind."""
-    shutil.rmtree(Path(run, PARTIAL), ignore_errors=True)
+    """Delete what a killed save left behind, and say so."""
+    partial = Path(run, PARTIAL)
+    left = sorted(p.name for p in partial.iterdir()) if partial.is_dir() else []
+    if left:
+        logger.warning("A save was cut off before it was whole; what it left is deleted: %s.", ", ".join(left))
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from .field_types import check_types
+
 STATIC_RULES = ("sum_then_normalize", "normalize_then_sum")
 
 # What of GRPOConfig has no meaning for a denoiser. Found at another value than GRPOConfig's default: an error.
@@ -35,6 +37,22 @@ LANGUAGE_FIELDS = (
     "router_aux_loss_coef",
     "log_completions_hub_repo",
 )
+
+
+# Of GRPOConfig's fields, those whose types are checked here as well.
+TYPED_FIELDS = {
+    "per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "steps_per_generation",
+    "num_generations", "num_iterations", "max_steps", "seed", "beta", "delta", "epsilon_high", "max_grad_norm",
+    "reward_weights", "save_total_limit", "logging_steps", "save_steps",
+}  # fmt: skip
+MAY_BE_INFINITE = {"delta", "max_grad_norm", "reward_weights"}
+LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "generation_batch_size": 1,
+    "steps_per_generation": 1, "num_iterations": 1, "eval_num_inference_steps": 1,
+    "max_sequence_length": 1, "height": 1, "width": 1, "sde_window_size": 1, "timestep_batch_size": 1,
+    "rollout_batch_size": 1, "ema_update_steps": 1, "max_nonfinite_updates": 1, "learning_rate": 0, "weight_decay": 0,
+    "adam_epsilon": 0, "epsilon": 0, "beta": 0, "eval_guidance_scale": 0, "gradient_accumulation_steps": 1,
+}  # fmt: skip
 
 
 def _help(text: str) -> dict[str, str]:
@@ -175,6 +193,13 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        inherited = {f.name for f in dataclasses.fields(GRPOConfig)}
+        own = {f.name for f in dataclasses.fields(self)} - inherited
+        ours = set(DiffusionGRPOConfig.__annotations__) - {"args"}
+        check_types(self, own | ours | TYPED_FIELDS, (ours | TYPED_FIELDS) - MAY_BE_INFINITE)
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            self._check(value is None or value >= least, f"`{name}` must be at least {least}", value, "Correct it.")
         if self.num_generations is not None and self.num_generations < 2:
             raise ValueError(
                 "`num_generations` must be at least 2: an advantage compares the images of one prompt. "
@@ -223,12 +248,6 @@ class DiffusionGRPOConfig(GRPOConfig):
             "Pick one of these; `APEXConfig` has more.",
         )
         self._check(
-            self.timestep_batch_size >= 1,
-            "`timestep_batch_size` must be at least 1",
-            self.timestep_batch_size,
-            "Use 1 for one step of an image at a time.",
-        )
-        self._check(
             self.guidance_scale >= 0, "`guidance_scale` must not be negative", self.guidance_scale, "Use 1 for none."
         )
         self._check(self.noise_level > 0, "`noise_level` must be positive", self.noise_level, "Use e.g. 0.7.")
@@ -243,6 +262,18 @@ class DiffusionGRPOConfig(GRPOConfig):
             "`ema_decay` must lie between 0 and 1",
             self.ema_decay,
             "Use e.g. 0.9, or None for no average.",
+        )
+        self._check(
+            self.reward_timeout is None or self.reward_timeout > 0,
+            "`reward_timeout` must be positive",
+            self.reward_timeout,
+            "None sets no limit.",
+        )
+        self._check(
+            0 <= self.max_reward_failure_rate <= 1,
+            "`max_reward_failure_rate` must lie between 0 and 1",
+            self.max_reward_failure_rate,
+            "Use e.g. 0.5; 1 never stops.",
         )
         self._check(
             self.remove_unused_columns is False,

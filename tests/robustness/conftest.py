@@ -1,0 +1,38 @@
+"""Figures that the tests measure: printed at the end, and kept where RELIABILITY_JSON says."""
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+_FIGURES: dict = {}
+
+
+@pytest.fixture
+def figure():
+    """A function that notes a measured figure under a name."""
+
+    def note(name: str, value) -> None:
+        _FIGURES[name] = value
+
+    return note
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not _FIGURES:
+        return
+    terminalreporter.section("figures")
+    for name, value in sorted(_FIGURES.items()):
+        terminalreporter.write_line(f"{name}: {json.dumps(value)}")
+    if os.environ.get("RELIABILITY_JSON"):
+        settings = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+        content = {"settings": settings, "figures": dict(sorted(_FIGURES.items()))}
+        Path(os.environ["RELIABILITY_JSON"]).write_text(json.dumps(content, indent=1) + "\n")
