@@ -96,7 +96,9 @@ def test_many_fields(tmp_path, pipeline, figure):
 LINES = st.lists(
     st.tuples(
         st.sampled_from([*OURS, "model", "dataset", "rewards", "lora_r", "nothing", "env", "max_steps", "1", "é"]),
-        st.one_of(st.text(max_size=8), st.integers().map(str), st.floats().map(str), st.just("[1, x]"), st.just("{a: b}")),
+        st.one_of(
+            st.text(max_size=8), st.integers().map(str), st.floats().map(str), st.just("[1, x]"), st.just("{a: b}")
+        ),
     ),
     max_size=4,
 )

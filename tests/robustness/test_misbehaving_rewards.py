@@ -205,7 +205,9 @@ def test_a_reward_that_always_fails_stops_the_run_with_a_checkpoint(tmp_path, fi
     trainer = tiny_trainer(tmp_path, (redness, Fails(1)), max_steps=25)
     with (
         pytest.warns(UserWarning, match="failed on 4 of 4 samples: the picture is broken"),
-        pytest.raises(RuntimeError, match="'contrast' failed for 4 of 4 images, more than max_reward_failure_rate=0.5"),
+        pytest.raises(
+            RuntimeError, match="'contrast' failed for 4 of 4 images, more than max_reward_failure_rate=0.5"
+        ),
     ):
         trainer.train()
     assert last_whole(tmp_path).name == "checkpoint-1"

@@ -111,7 +111,8 @@ class ApexOptions:
         "Above this share of missing rewards (in groups that have the objective at all) its statistics are held.",
     )
     outlier_limit: float = _option(
-        1e9, "A reward further from its objective's mean than this many of its spreads counts as missing; inf keeps all."
+        1e9,
+        "A reward further from its objective's mean than this many of its spreads counts as missing; inf keeps all.",
     )
     # Baselines
     scale_rewards: str = _option(

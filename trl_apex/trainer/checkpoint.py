@@ -52,7 +52,8 @@ def publish(partial: str | Path, final: str | Path, **facts: Any) -> None:
     with ThreadPoolExecutor(8) as pool:
         hashes = list(pool.map(lambda name: _sha256(partial / name), names))
     files = {n: {"size": (partial / n).stat().st_size, "sha256": h} for n, h in zip(names, hashes, strict=True)}
-    (partial / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1))
+    content = {**facts, "files": files}
+    (partial / MANIFEST).write_text(json.dumps({**content, "sha256": _own_hash(content)}, indent=1))
     _sync(partial / MANIFEST)
     for directory in {partial, *((partial / name).parent for name in names)}:
         _sync(directory)
@@ -84,6 +85,8 @@ def defects(checkpoint: str | Path) -> list[str]:
     checkpoint, content = Path(checkpoint), manifest(checkpoint)
     if content is None:
         return [f"{MANIFEST} is missing or unreadable"]
+    if "sha256" in content and _own_hash(content) != content["sha256"]:
+        return [f"{MANIFEST} has another hash"]
     found = []
     for name, entry in content["files"].items():
         path = checkpoint / name
@@ -217,6 +220,12 @@ def clear_partial(run: str | Path) -> None:
     if left:
         logger.warning("A save was cut off before it was whole; what it left is deleted: %s.", ", ".join(left))
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _own_hash(content: dict[str, Any]) -> str:
+    """Of a manifest, leaving out the entry that holds it."""
+    plain = json.dumps({key: value for key, value in content.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

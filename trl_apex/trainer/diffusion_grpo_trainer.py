@@ -41,6 +41,7 @@ from .callbacks import GradientGuardCallback, IterationCallback
 from .checkpoint import last_whole
 from .denoiser import answer_as_transformers, compile_blocks
 from .diffusion_grpo_config import DiffusionGRPOConfig
+from .disk import check_writable
 from .ema import EMACallback
 from .evaluating import EvaluatingMixin
 from .inputs import as_list, check_dataset, check_weights, check_whole, loading_arguments, reward_names
@@ -133,6 +134,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
                 "`quantization_config` must be None: quantized denoisers are not supported. Found "
                 f"{type(quantization_config).__name__}. Use bf16 with a LoRA adapter to save memory."
             )
+        if args.should_save:
+            check_writable(args.output_dir)
         check_dataset(train_dataset, "train_dataset")
         for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
             if dataset is not None:
@@ -351,10 +354,14 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
                 if self.args.reward_overlap:
                     pending.append(self._submit(self._scorer, rows, rollout.images))
         sampled = time.perf_counter()
-        with failing_together("the rewards"):
-            if not self.args.reward_overlap:
-                pending = [self._submit(self._scorer, inputs, torch.cat([r.images for r in rollouts]))]
-            scored = [future.result() for future in pending]
+        try:
+            with failing_together("the rewards"):
+                if not self.args.reward_overlap:
+                    pending = [self._submit(self._scorer, inputs, torch.cat([r.images for r in rollouts]))]
+                scored = [future.result() for future in pending]
+        except Exception:
+            self._save_before_failing()
+            raise
         metrics["time/rollout"].append(sampled - started)
         metrics["time/rewards_wait"].append(time.perf_counter() - sampled)
         self._log_scoring(scored)

@@ -9,8 +9,10 @@ from peft import PeftModel
 from transformers import Trainer
 
 from ..distributed import check_equal, failing_together, gather_list, wait_for_all
-from .checkpoint import PARTIAL, check_engine, clear_partial, publish, rotate, to_resume_from
+from .checkpoint import PARTIAL, check_engine, clear_partial, defects, publish, rotate, to_resume_from
 from .denoiser import save_denoiser
+from .disk import SaveError, saving
+from .fit import check_fit, nothing_but_tensors
 from .lora import save_diffusers_lora
 from .monitor import MONITOR_FILE
 
@@ -31,10 +33,15 @@ class SavingMixin(Trainer):
         self.save_and_stop = cause
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        Trainer._load_optimizer_and_scheduler(self, checkpoint)
+        with nothing_but_tensors(checkpoint):
+            Trainer._load_optimizer_and_scheduler(self, checkpoint)
         self.resumed_from = checkpoint
         if checkpoint is not None and (Path(checkpoint) / MONITOR_FILE).is_file():
             self._watch.load_state_dict(json.loads((Path(checkpoint) / MONITOR_FILE).read_text()))
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with nothing_but_tensors(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _resume_point(self, wanted) -> str | None:
         """The whole checkpoint behind `resume_from_checkpoint`, the same on every rank; None to start anew."""
@@ -45,6 +52,8 @@ class SavingMixin(Trainer):
             if self.accelerator.is_main_process:
                 found = str(to_resume_from(wanted, self.args.output_dir))
                 check_engine(found, self._engine, self.accelerator.num_processes)
+                if self._engine == "ddp":
+                    check_fit(found, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
                 clear_partial(self.args.output_dir)
         return gather_list([found])[0]
 
@@ -98,13 +107,17 @@ class SavingMixin(Trainer):
             check_equal(name, state)
         run = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_partial(run)
+        wait_for_all()
         self._partial_dir = run / PARTIAL
         try:
-            Trainer._save_checkpoint(self, model, trial)
+            with saving(name, run):
+                Trainer._save_checkpoint(self, model, trial)
         finally:
             self._partial_dir = None
         wait_for_all()
-        with failing_together(f"saving {name}"):
+        with failing_together(f"saving {name}"), saving(name, run):
             if self.args.should_save:
                 best = run / f"checkpoint-{self.state.best_global_step}"
                 if self.state.best_global_step and (best.exists() or best.name == name):
@@ -117,6 +130,19 @@ class SavingMixin(Trainer):
                 rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(run / name))
+
+    def _save_before_failing(self) -> None:
+        """Save the step that the run has come to, where it is about to end with an error between two iterations."""
+        step = self.state.global_step
+        if self._scorer is None or step == 0 or step % self.updates_per_iteration:
+            return
+        saved = not defects(Path(self.args.output_dir, f"checkpoint-{step}"))
+        if gather_list([saved])[0]:
+            return
+        try:
+            self._save_checkpoint(self.model, None)
+        except SaveError as error:
+            logger.error("%s", error)
 
     def _get_output_dir(self, trial) -> str:
         return str(self._partial_dir or super()._get_output_dir(trial))
