@@ -5,7 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-dev
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-distributed test-robustness check format wheel docs clean
+LOWEST := .venv-lowest
+LOWEST_EXTRAS := demo server gradient
+LOWEST_SAMPLE := tests/aggregation tests/loss tests/rollout tests/rewards/test_scoring.py tests/trainer/test_trainers.py \
+	tests/trainer/test_trl_seam.py tests/robustness/test_hostile_checkpoints.py
+empty :=
+space := $(empty) $(empty)
+comma := ,
+
+.PHONY: demo test test-all test-distributed test-robustness test-lowest audit check format wheel docs clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("trl_apex needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -26,7 +34,21 @@ test-distributed: $(STAMP)  ## every engine with two processes
 	$(BIN)/python -m pytest -m 'distributed or not distributed' tests/distributed
 
 test-robustness: $(STAMP)  ## faults, hostile input, long runs
-	$(BIN)/python -m pytest -m '' tests/robustness
+	RELIABILITY_JSON=benchmarks/results/reliability.json $(BIN)/python -m pytest -m '' tests/robustness
+
+test-lowest:  ## a sample of the tests with the lower bounds of setup.cfg, in an environment of its own
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
+		$(addprefix --extra ,$(LOWEST_EXTRAS)) setup.cfg --output-file $(LOWEST)/lowest.txt > /dev/null
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt \
+		--editable '.[$(subst $(space),$(comma),$(LOWEST_EXTRAS))]' pytest hypothesis beartype sentencepiece protobuf
+	$(LOWEST)/bin/python -m pytest $(LOWEST_SAMPLE)
+
+audit: $(STAMP)  ## known vulnerabilities of the installed dependencies
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+.*//' > $(VENV)/frozen.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/frozen.txt
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

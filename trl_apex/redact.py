@@ -10,6 +10,10 @@ _SECRET_KEY = re.compile(
 _SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,})\b"
 )
+_SECRET_FLAG = re.compile(
+    r"(--[\w-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]key|private[_-]key|credentials?)[= ])('[^']*'|\S+)",
+    re.I,
+)
 _URL_USER = re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@")
 HIDDEN = "(hidden)"
 
@@ -23,6 +27,8 @@ def redacted(value: Any) -> Any:
     Example:
         >>> redacted({"hub_token": "abc", "note": "logged in with hf_abcdefghijkl", "max_steps": 5})
         {'hub_token': '(hidden)', 'note': 'logged in with (hidden)', 'max_steps': 5}
+        >>> redacted("trl-apex train --hub_token abc --max_steps 5")
+        'trl-apex train --hub_token (hidden) --max_steps 5'
         >>> redacted("http://user:password@example.org/")
         'http://(hidden)@example.org/'
     """
@@ -34,5 +40,5 @@ def redacted(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redacted(item) for item in value]
     if isinstance(value, str):
-        return _URL_USER.sub(rf"\1{HIDDEN}@", _SECRET_VALUE.sub(HIDDEN, value))
+        return _URL_USER.sub(rf"\1{HIDDEN}@", _SECRET_FLAG.sub(rf"\1{HIDDEN}", _SECRET_VALUE.sub(HIDDEN, value)))
     return value

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from killing import PHASES, Marks, train_marked
 
 from trl_apex.trainer.checkpoint import PARTIAL, checkpoints, defects
 
-PATIENCE = 120.0
+PATIENCE = 240.0  # seconds to reach a moment
+AT_ONCE = 4
 TIMED = ("rollout", "reward", "update", "evaluation", "saving")
 
 
@@ -91,7 +93,9 @@ def test_a_kill_in_a_save(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_thirty_kills(undisturbed, tmp_path, figure):
     chosen = moments(undisturbed["stays"], 30, seed=9)
-    outcomes = [kill_and_resume(m, tmp_path / str(i), undisturbed) for i, m in enumerate(chosen)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        folders = [tmp_path / str(number) for number in range(len(chosen))]
+        outcomes = list(pool.map(lambda moment, folder: kill_and_resume(moment, folder, undisturbed), chosen, folders))
     figure("kill_and_resume", summary(outcomes))
     fell = Counter(outcome["fell"] for outcome in outcomes)
     assert all(fell[phase] >= 2 for phase in TIMED), fell

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_runs import contrast, history, redness, tiny_pipeline, tiny_trainer, weights_of
+from tiny_runs import PROMPTS, contrast, history, redness, tiny_pipeline, tiny_trainer, weights_of
 
 from trl_apex import DiffusionGRPOTrainer
 from trl_apex.trainer.checkpoint import last_whole
@@ -50,7 +50,7 @@ SIXTEEN = [scaled(10.0 ** (k - 8), f"objective_{k}") for k in range(16)]
 CASES = [
     at("1e30", {"rewards": (scaled(1e30), contrast)}, True),
     at("1e-30", {"rewards": (scaled(1e-30), contrast)}, False),
-    at("opposed_at_1e30", {"rewards": (scaled(1e30), scaled(-1e30, "opposed"))}, False),
+    at("opposed_at_1e30", {"rewards": (scaled(1e30), scaled(-1e30, "opposed"), contrast)}, False),
     at("constant", {"rewards": (constant, contrast)}, False),
     at("sixteen_objectives", {"rewards": SIXTEEN}, False),
     at("one_pair", {"generation_batch_size": 2, "per_device_train_batch_size": 2}, False),
@@ -103,21 +103,18 @@ def test_constant_rewards_alone_leave_the_weights_alone(tmp_path):
     assert history(trainer, "skipped_updates/dead") == [1.0] * 3
 
 
-def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(tmp_path, caplog):
-    trainer = tiny_trainer(tmp_path, max_steps=8, max_nonfinite_updates=2)
-    broken = 5
-
-    def break_sample(images, **others):
-        if trainer.state.global_step >= 3:  # what a broken kernel would do, in the rollout's own latents
+def test_what_is_not_a_number_stops_the_run_with_the_step_and_the_images(tmp_path, caplog):
+    def poison(images, **others):  # as a broken kernel would, from the fourth rollout on
+        if trainer.state.global_step >= 3:
             with torch.no_grad():
                 next(p for p in trainer.model.parameters() if p.requires_grad).fill_(math.nan)
         return redness(images)
 
-    break_sample.__name__ = "redness"
-    trainer.reward_funcs[0] = break_sample
-    assert broken
-    with pytest.raises(RuntimeError, match="2 updates in a row had non-finite gradients"):
+    trainer = tiny_trainer(tmp_path, [poison, contrast], max_steps=8, max_nonfinite_updates=2)
+    with pytest.raises(
+        RuntimeError, match=r"2 updates in a row had non-finite gradients, the last of them update 5 \(image \d"
+    ):
         trainer.train()
-    assert "Update 4 has non-finite gradients and is skipped" in caplog.text
-    assert "prompt" in caplog.text
-    assert last_whole(tmp_path).name == "checkpoint-5"
+    assert "Update 4 has non-finite gradients and is skipped (1 in a row): image " in caplog.text
+    assert any(f"({prompt!r})" in caplog.text for prompt in PROMPTS)
+    assert "at denoising step 0" in caplog.text and last_whole(tmp_path).name == "checkpoint-5"

@@ -137,6 +137,12 @@ class MultiObjectiveRewardAggregator:
                 f"The saved state must be for the rule {self.rule!r}. Found {state['rule']!r}. "
                 "Resume with the saved rule, or start without the state."
             )
+        missing = sorted(self._state.to_dict().keys() - state.keys())
+        if missing:
+            raise ValueError(
+                f"The saved state must hold every field of {type(self._state).__name__}. Found none of "
+                f"{', '.join(missing)}. It was cut, or saved by another version: start without the state."
+            )
         self._state = self._state.loaded(state)
 
     # What happens
@@ -282,6 +288,7 @@ class MultiObjectiveRewardAggregator:
         return Aggregated(scores, contributions, advantages, weights)
 
     def _baseline(self, values: Float[Tensor, "B K"], groups: Groups) -> Aggregated:
+        values = rules.wide_enough(values)
         options, raw = self.options, self._raw_weights.to(values.dtype)
         if self.rule == "sum_then_normalize":
             scores, advantages = rules.sum_then_normalize(

@@ -13,6 +13,25 @@ from torch import Tensor
 from .normalize import Groups
 
 
+LARGEST_SQUARED = 1e15  # in float32, the squares of much larger rewards overflow
+
+
+def wide_enough(rewards: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+    """The rewards, in float64 where their squares would overflow float32 and every advantage come out as 0.
+
+    Args:
+        rewards (`Tensor` of shape `[B, K]`): NaN = missing.
+
+    Returns:
+        `Tensor` of shape `[B, K]`: of the same dtype otherwise, so that the rounding is TRL's.
+
+    Example:
+        >>> wide_enough(torch.tensor([[1.0]])).dtype, wide_enough(torch.tensor([[1e30]])).dtype
+        (torch.float32, torch.float64)
+    """
+    return rewards.double() if bool((rewards.abs() > LARGEST_SQUARED).any()) else rewards
+
+
 def group_mean_std(values: Float[Tensor, "B K"], groups: Groups) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
     """Mean and sample standard deviation (Bessel's) of each row's group, over its valid values.
 

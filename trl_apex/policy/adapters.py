@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .base import DiffusionPolicy
@@ -61,7 +62,7 @@ def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> I
         base.to("cpu")
         setattr(policy.pipeline, policy.denoiser_name, tuned.to(device))
     else:
-        policy.pipeline.load_lora_weights(str(path) if path.exists() else str(source), weight_name=LORA_FILE)
+        _load_adapter(policy, source, path)
         if not getattr(base, "peft_config", None):
             raise ValueError(
                 f"An adapter must have weights of the {policy.denoiser_name}. Found none in {source}. It may belong to "
@@ -77,6 +78,28 @@ def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> I
             setattr(policy.pipeline, policy.denoiser_name, base.to(device))
         else:
             policy.pipeline.unload_lora_weights()
+
+
+def _load_adapter(policy: DiffusionPolicy, source: str | Path, path: Path) -> None:
+    """Onto the pipeline, from safetensors only: diffusers would try to unpickle what it cannot read as such."""
+    file = path / LORA_FILE
+    try:
+        if file.is_file():
+            with safe_open(file, "pt"):
+                pass
+        where = str(path) if path.exists() else str(source)
+        policy.pipeline.load_lora_weights(where, weight_name=LORA_FILE, use_safetensors=True)
+    except SafetensorError as error:
+        raise ValueError(
+            f"An adapter must be a safetensors file. Found {file}, which is none: {error}. Save or download it again."
+        ) from error
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"An adapter must have weights of this {policy.denoiser_name}'s shapes. Found others in {source}: "
+            f"{' '.join(str(error).split())[:300]}. It belongs to another model."
+        ) from error
 
 
 def _full_weights(policy: DiffusionPolicy, path: Path) -> Path | None:

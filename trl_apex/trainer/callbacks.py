@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -45,6 +46,16 @@ class GradientGuardCallback(TrainerCallback):
         self.update_is_dead = True  # until a micro-batch of it has an advantage
         self._nonfinite_in_a_row = 0
         self._warned_of_epsilon = False
+        self._culprits: list[str] = []
+
+    def name_samples(self, ratio: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Remember which rows of a micro-batch have a ratio that is not a number."""
+        trainer = self.trainer
+        prompts = trainer._iteration_rollout["prompts"]
+        first = trainer.accelerator.process_index * len(prompts)
+        for row in (~ratio.isfinite()).nonzero().flatten().tolist():
+            sample, step = int(inputs["samples"][row]), int(inputs["steps"][row])
+            self._culprits.append(f"image {sample} ({prompts[sample - first]!r:.60}) at denoising step {step}")
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
@@ -62,18 +73,24 @@ class GradientGuardCallback(TrainerCallback):
             if not trainer.is_deepspeed_enabled:
                 model.zero_grad(set_to_none=True)
             trainer._metrics["train"]["skipped_updates/nonfinite"].append(1.0)
+            where = "; ".join(self._culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
+            more = f" and {len(self._culprits) - 3} more" if len(self._culprits) > 3 else ""
+            self._culprits, self.update_is_dead = [], True
             logger.warning(
-                "Update %d has non-finite gradients and is skipped (%d in a row).",
+                "Update %d has non-finite gradients and is skipped (%d in a row): %s%s.",
                 state.global_step + 1,
                 self._nonfinite_in_a_row,
+                where,
+                more,
             )
             if self._nonfinite_in_a_row >= args.max_nonfinite_updates:
                 trainer.request_stop(
-                    f"{self._nonfinite_in_a_row} updates in a row had non-finite gradients. Lower `learning_rate`, "
-                    "use bf16 instead of fp16, or look for a reward that returns huge values."
+                    f"{self._nonfinite_in_a_row} updates in a row had non-finite gradients, the last of them update "
+                    f"{state.global_step + 1} ({where}{more}). Lower `learning_rate`, use bf16 instead of fp16, or "
+                    "look for a reward that returns huge values."
                 )
             return
-        self._nonfinite_in_a_row = 0
+        self._nonfinite_in_a_row, self._culprits = 0, []
         if trainer.is_deepspeed_enabled:
             return
         nothing = self.update_is_dead

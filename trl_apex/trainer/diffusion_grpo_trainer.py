@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed
 
 from ..aggregation.normalize import group_rows
-from ..aggregation.rules import normalize_then_sum, sum_then_normalize
+from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
 from ..distributed import (
     OtherRankError,
     failing_together,
@@ -379,6 +379,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             "normalized": normalized[here].float(),
             "embeddings": embeddings,
             "prompt_of": prompt_of,
+            "prompts": prompts,
             "dead": bool((advantages == 0).all()),
         }
 
@@ -439,6 +440,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
 
         The one method that `APEXTrainer` overrides.
         """
+        rewards = wide_enough(rewards)
         weights, groups = self.reward_weights.to(rewards), group_rows(group_ids)
         if self.args.multi_objective_aggregation == "normalize_then_sum":
             scores, advantages = normalize_then_sum(rewards, weights, groups)
@@ -489,7 +491,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             kl = self._kl(model, inputs, transition)
             loss = loss + self.beta * kl
         self._guard.update_is_dead &= inputs["dead"]
-        self._log_update(surrogate, kl)
+        if not self._log_update(surrogate, kl):
+            self._guard.name_samples(surrogate.ratio, inputs)
         return loss / self.current_gradient_accumulation_steps
 
     def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:

@@ -27,6 +27,7 @@ def check_fit(checkpoint: str | Path, model: nn.Module) -> None:
         ValueError: names the file and the first weight that differs.
     """
     adapter = isinstance(model, PeftModel)
+    config: Any = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
     file = Path(checkpoint, ADAPTER if adapter else FULL)
     kind = "an adapter" if adapter else "all weights"
     if not file.is_file():
@@ -45,7 +46,7 @@ def check_fit(checkpoint: str | Path, model: nn.Module) -> None:
             f"{expected.get(names[0], 'none')} in the model. Use the settings that it was saved with, or start anew."
         )
     if adapter:
-        _check_scale(file.with_name("adapter_config.json"), model.peft_config[model.active_adapter])
+        _check_scale(file.with_name("adapter_config.json"), config)
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

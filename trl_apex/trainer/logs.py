@@ -1,5 +1,6 @@
 """What an iteration and its updates tell the logs; the numbers are the same on every rank."""
 
+import math
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class LogsMixin(Trainer):
             picture = reward_grid(samples[: columns * ROWS], columns)
             send_picture(self.callback_handler.callbacks, name, picture, self.state.global_step)
 
-    def _log_update(self, surrogate: Surrogate, kl: Tensor | None) -> None:
+    def _log_update(self, surrogate: Surrogate, kl: Tensor | None) -> bool:
+        """Log one micro-batch; returns whether the ratios of all ranks are numbers."""
         metrics = self._metrics["train"]
         values = {
             "clip_ratio/low_mean": surrogate.low.float().mean(),
@@ -60,6 +62,7 @@ class LogsMixin(Trainer):
         mean = all_reduce_sum(torch.stack(list(values.values()))) / self.accelerator.num_processes
         for name, value in zip(values, mean.tolist(), strict=True):
             metrics[name].append(value)
+        return math.isfinite(metrics["ratio/mean"][-1])
 
     def _log_scoring(self, scored: list[ScoredBatch]) -> None:
         names = self.reward_func_names

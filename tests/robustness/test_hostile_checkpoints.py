@@ -1,0 +1,247 @@
+"""Checkpoints and adapters that are cut, altered, foreign or malicious: refused with a reason, never executed."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tiny_runs import contrast, redness, tiny_pipeline, tiny_trainer
+
+from trl_apex.policy.adapters import LORA_FILE, adapted
+from trl_apex.policy.sd3 import SD3Policy
+from trl_apex.trainer.checkpoint import MANIFEST, PARTIAL, defects, last_whole, publish, to_resume_from
+
+SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A run with two whole checkpoints."""
+    run = tmp_path_factory.mktemp("original") / "run"
+    tiny_trainer(run, **SAVING).train()
+    return run
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+def forge(checkpoint: Path) -> None:
+    """Give a spoilt checkpoint a manifest that fits it, as whoever spoilt it on purpose would."""
+    staged = checkpoint.parent / PARTIAL / checkpoint.name
+    staged.parent.mkdir(exist_ok=True)
+    checkpoint.rename(staged)
+    publish(staged, checkpoint, engine="ddp", world_size=1)
+    assert defects(checkpoint) == []
+
+
+class Malicious:
+    """Unpickled, it leaves a sign."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.sign),)
+
+
+def test_the_malicious_pickle_would_run(tmp_path):
+    sign = tmp_path / "sign"
+    pickle.loads(pickle.dumps(Malicious(sign)))
+    assert sign.exists(), "or the tests below show nothing"
+
+
+def spoil(checkpoint: Path, source: random.Random) -> tuple[str, str]:
+    """Flip a bit or cut the end, in a file and at a place drawn at random; the file and the harm."""
+    path = source.choice(sorted(p for p in checkpoint.iterdir() if p.is_file()))
+    content = bytearray(path.read_bytes())
+    harm = source.choice(["flipped", "cut"])
+    if harm == "cut":
+        del content[source.randrange(len(content)) :]
+    else:
+        content[source.randrange(len(content))] ^= 1 << source.randrange(8)
+    path.write_bytes(content)
+    return path.name, harm
+
+
+def facts(checkpoint: Path) -> object:
+    """What a manifest says, whatever its spaces."""
+    return json.loads((checkpoint / MANIFEST).read_text())
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_damage_is_found_and_passed_over(count, original, run, figure):
+    source, second, before = random.Random(1), run / "checkpoint-2", facts(original / "checkpoint-2")
+    found, harmless = 0, 0
+    for _ in range(count):
+        name, harm = spoil(second, source)
+        defect = defects(second)
+        if not defect:  # a space of the manifest for another
+            assert name == MANIFEST and facts(second) == before, (name, harm)
+            harmless += 1
+        else:
+            assert name in defect[0], (name, harm, defect)
+            assert to_resume_from(True, run).name == "checkpoint-1"
+            with pytest.raises(ValueError, match="must be whole.*Resume from .*checkpoint-1"):
+                to_resume_from(second, run)
+            found += 1
+        shutil.copy2(original / "checkpoint-2" / name, second / name)
+    assert not defects(second) and found > 0.9 * count
+    figure("random_damage", {"harms": count, "found": found, "without_effect": harmless, "missed": 0})
+
+
+def refused(run: Path, match: str, **options) -> None:
+    """Resuming the spoilt second checkpoint raises `match`, and nothing was trained."""
+    trainer = tiny_trainer(run, **{**SAVING, "max_steps": 3, **options})
+    with pytest.raises(ValueError, match=match) as error:
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert "Found" in str(error.value)
+    assert last_whole(run).name in ("checkpoint-1", "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_pickle_in_place_of_a_state_is_not_run(name, forged, run, tmp_path):
+    checkpoint, sign = run / "checkpoint-2", tmp_path / "sign"
+    torch.save(Malicious(sign), checkpoint / name)
+    if not forged:
+        refused(run, f"must be whole. Found .*{name} has")
+    else:
+        forge(checkpoint)
+        if name == "training_args.bin":  # which nothing reads
+            tiny_trainer(run, **{**SAVING, "max_steps": 3}).train(resume_from_checkpoint=str(checkpoint))
+        else:
+            refused(
+                run, "must hold tensors and numbers only. Found something else in .*checkpoint-2, which was not run"
+            )
+    assert not sign.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "adapter_model.safetensors"])
+def test_a_pickle_in_place_of_the_weights_is_not_run(name, run, tmp_path):
+    checkpoint, sign = run / "checkpoint-2", tmp_path / "sign"
+    (checkpoint / "adapter_model.safetensors").unlink()
+    (checkpoint / name).write_bytes(pickle.dumps(Malicious(sign)))
+    forge(checkpoint)
+    refused(run, "Weights must be a safetensors file" if name.endswith("safetensors") else "Found no such file")
+    assert not sign.exists()
+
+
+def test_a_pickle_beside_the_weights_is_not_run(run, tmp_path):
+    sign = tmp_path / "sign"
+    for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.bin"):
+        (run / "checkpoint-2" / name).write_bytes(pickle.dumps(Malicious(sign)))
+    tiny_trainer(run, **{**SAVING, "max_steps": 3}).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert not sign.exists()
+
+
+def another_rank(run):
+    return {"lora": LoraConfig(r=3, lora_alpha=4)}, r"weights in .*adapter_model.safetensors that differ"
+
+
+def another_scale(run):
+    return {"lora": LoraConfig(r=2, lora_alpha=64)}, "`lora_alpha` that it was saved with, 4. Found 64"
+
+
+def other_layers(run):
+    return {"lora": LoraConfig(r=2, lora_alpha=4, target_modules=["attn.to_q"])}, "that differ from this model's"
+
+
+def no_adapter(run):
+    return {"lora": None}, "all weights in model.safetensors. Found no such file"
+
+
+def other_objectives(run):
+    return {"rewards": (contrast, redness)}, "saved state must be for the objectives"
+
+
+def more_objectives(run):
+    return {"rewards": (redness,)}, "saved state must be for the objectives"
+
+
+def another_rule(run):
+    return {"multi_objective_aggregation": "dvao"}, "saved state must be for the rule 'dvao'"
+
+
+def weights_renamed(run):
+    file = run / "checkpoint-2" / "adapter_model.safetensors"
+    save_file({f"x.{name}": value for name, value in load_file(file).items()}, file)
+    forge(run / "checkpoint-2")
+    return {}, "that differ from this model's"
+
+
+def no_state(run):
+    (run / "checkpoint-2" / "aggregator_state.json").unlink()
+    forge(run / "checkpoint-2")
+    return {}, "must hold aggregator_state.json"
+
+
+def half_a_state(run):
+    file = run / "checkpoint-2" / "aggregator_state.json"
+    file.write_text(json.dumps({"objectives": ["redness", "contrast"], "rule": "apex", "iteration": 2}))
+    forge(run / "checkpoint-2")
+    return {}, "saved state must hold .*Found none of .*priorities"
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        another_rank, another_scale, other_layers, no_adapter, other_objectives, more_objectives, another_rule,
+        weights_renamed, no_state, half_a_state,
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_something_else_is_refused(foreign, run):
+    options, message = foreign(run)
+    refused(run, message, **options)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_model_is_refused_in_full_fine_tuning(tmp_path):
+    run = tmp_path / "run"
+    tiny_trainer(run, lora=None, **SAVING).train()
+    pipeline = tiny_pipeline()
+    pipeline.transformer.transformer_blocks = pipeline.transformer.transformer_blocks[:3]
+    refused(run, "weights in .*model.safetensors that differ", lora=None, pipeline=pipeline)
+
+
+def saved_adapter(run: Path) -> Path:
+    return run / "checkpoint-2" / LORA_FILE
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped_header", "pickle", "empty", "text"])
+def test_a_broken_adapter_is_refused(harm, run, tmp_path):
+    file, sign = saved_adapter(run), tmp_path / "sign"
+    content = file.read_bytes()
+    spoilt = {
+        "cut": content[: len(content) // 2],
+        "flipped_header": bytes([content[0] ^ 255]) + content[1:],
+        "pickle": pickle.dumps(Malicious(sign)),
+        "empty": b"",
+        "text": b"version https://git-lfs.github.com/spec/v1\n",
+    }[harm]
+    file.write_bytes(spoilt)
+    with (
+        pytest.raises(ValueError, match=f"must be a safetensors file. Found .*{LORA_FILE}"),
+        adapted(SD3Policy(tiny_pipeline()), run / "checkpoint-2"),
+    ):
+        pass
+    assert not sign.exists()
+
+
+def test_an_adapter_of_another_model_is_refused(run):
+    pipeline = tiny_pipeline()
+    weights = load_file(saved_adapter(run))
+    save_file({name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in weights.items()}, saved_adapter(run))
+    with (
+        pytest.raises(ValueError, match="adapter must have weights of this .*Found .*another model"),
+        adapted(SD3Policy(pipeline), run / "checkpoint-2"),
+    ):
+        pass
