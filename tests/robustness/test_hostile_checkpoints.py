@@ -135,11 +135,11 @@ def test_a_pickle_in_place_of_the_weights_is_not_run(name, run, tmp_path):
     assert not sign.exists()
 
 
-def test_a_pickle_beside_the_weights_is_not_run(run, tmp_path):
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", "optimizer.bin", "model.safetensors"])
+def test_a_file_beside_the_weights_is_refused(name, run, tmp_path):
     sign = tmp_path / "sign"
-    for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.bin"):
-        (run / "checkpoint-2" / name).write_bytes(pickle.dumps(Malicious(sign)))
-    tiny_trainer(run, **{**SAVING, "max_steps": 3}).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    (run / "checkpoint-2" / name).write_bytes(pickle.dumps(Malicious(sign)))
+    refused(run, f"Found {name} beside them")
     assert not sign.exists()
 
 

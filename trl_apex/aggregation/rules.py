@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .normalize import Groups
 
-
 LARGEST_SQUARED = 1e15  # in float32, the squares of much larger rewards overflow
 
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "optimizer.bin")
 
 
 def check_fit(checkpoint: str | Path, model: nn.Module) -> None:
@@ -34,6 +35,12 @@ def check_fit(checkpoint: str | Path, model: nn.Module) -> None:
         raise ValueError(
             f"A checkpoint must hold what is trained here, {kind} in {file.name}. Found no such file in {checkpoint}. It "
             "was saved by a run with other settings of `peft_config`, or by another program."
+        )
+    strange = [name for name in (*PICKLED, *([FULL] if adapter else [])) if Path(checkpoint, name).exists()]
+    if strange:  # Trainer would read them first
+        raise ValueError(
+            f"A checkpoint must hold the files that this trainer wrote. Found {', '.join(strange)} beside them in "
+            f"{checkpoint}. Something else put them there: remove them, or do not use the checkpoint."
         )
     wanted = get_peft_model_state_dict(model) if adapter else model.state_dict()
     expected = {name: list(value.shape) for name, value in wanted.items()}
