@@ -33,6 +33,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     for name, value in sorted(_FIGURES.items()):
         terminalreporter.write_line(f"{name}: {json.dumps(value)}")
     if os.environ.get("RELIABILITY_JSON"):
+        file = Path(os.environ["RELIABILITY_JSON"])
+        before = json.loads(file.read_text())["figures"] if file.exists() else {}  # of tests that were not run now
         settings = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
-        content = {"settings": settings, "figures": dict(sorted(_FIGURES.items()))}
-        Path(os.environ["RELIABILITY_JSON"]).write_text(json.dumps(content, indent=1) + "\n")
+        content = {"settings": settings, "figures": dict(sorted({**before, **_FIGURES}.items()))}
+        file.write_text(json.dumps(content, indent=1) + "\n")

@@ -83,7 +83,7 @@ def test_one_field(field, value, tmp_path, pipeline):
 def test_many_fields(tmp_path, pipeline, figure):
     counts = {"tried": 0, "refused_by_name": 0}
 
-    @settings(QUIET, max_examples=1500)
+    @settings(QUIET, max_examples=400)
     @given(field=st.sampled_from(OURS), value=NONSENSE)
     def each(field, value):
         counts["tried"] += 1

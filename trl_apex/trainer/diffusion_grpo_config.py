@@ -200,7 +200,7 @@ class DiffusionGRPOConfig(GRPOConfig):
         for name, least in LEAST.items():
             value = getattr(self, name)
             self._check(value is None or value >= least, f"`{name}` must be at least {least}", value, "Correct it.")
-        if self.num_generations is not None and self.num_generations < 2:
+        if self.num_generations is None or self.num_generations < 2:
             raise ValueError(
                 "`num_generations` must be at least 2: an advantage compares the images of one prompt. "
                 f"Found {self.num_generations}. Use e.g. 8."
