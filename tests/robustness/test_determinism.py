@@ -21,7 +21,6 @@ def test_the_same_bits_in_two_processes_and_with_workers(tmp_path, figure):
         "again": {},
         "two_workers": {"dataloader_num_workers": 2},
         "persistent_workers": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
-        "rewards_not_overlapped": {"reward_overlap": False},
     }
     runs = {
         name: call(train, tmp_path / f"{name}.log", str(tmp_path / name), options).checked()

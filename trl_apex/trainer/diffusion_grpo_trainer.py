@@ -157,7 +157,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         super(GRPOTrainer, self).__init__(
             model=denoiser,
             args=args,
-            data_collator=lambda rows: rows,
+            data_collator=as_list,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
