@@ -48,7 +48,7 @@ TYPED_FIELDS = {
 MAY_BE_INFINITE = {"delta", "max_grad_norm", "reward_weights"}
 LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "generation_batch_size": 1,
-    "steps_per_generation": 1, "num_iterations": 1, "eval_num_inference_steps": 1,
+    "steps_per_generation": 1, "num_iterations": 1, "num_inference_steps": 1, "eval_num_inference_steps": 1,
     "max_sequence_length": 1, "height": 1, "width": 1, "sde_window_size": 1, "timestep_batch_size": 1,
     "rollout_batch_size": 1, "ema_update_steps": 1, "max_nonfinite_updates": 1, "learning_rate": 0, "weight_decay": 0,
     "adam_epsilon": 0, "epsilon": 0, "beta": 0, "eval_guidance_scale": 0, "gradient_accumulation_steps": 1,
