@@ -26,9 +26,11 @@ def test_the_same_bits_in_two_processes_and_with_workers(tmp_path, figure):
         name: call(train, tmp_path / f"{name}.log", str(tmp_path / name), options).checked()
         for name, options in variants.items()
     }
-    for name, state in runs.items():
-        assert state == runs["first"], name
-    figure("determinism", {"runs_bit_identical": sorted(runs), "parts": sorted(runs["first"])})
+    # A loader draws a seed for its workers from PyTorch's generator in every pass, a persistent one in its first only.
+    allowed = {"persistent_workers": {"torch_random"}}
+    other = {name: {p for p in state if state[p] != runs["first"][p]} for name, state in runs.items()}
+    assert all(parts <= allowed.get(name, set()) for name, parts in other.items()), other
+    figure("determinism", {"parts": sorted(runs["first"]), "other": {name: sorted(p) for name, p in other.items()}})
 
 
 @pytest.mark.slow

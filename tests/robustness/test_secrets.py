@@ -53,7 +53,7 @@ def test_no_secret_is_written_logged_printed_or_uploaded(hub, tmp_path, monkeypa
                 "--per_device_train_batch_size", "4", "--num_inference_steps", "2", "--guidance_scale", "1",
                 "--max_sequence_length", "12", "--max_steps", "3", "--save_steps", "1", "--logging_steps", "1",
                 "--push_to_hub", "true", "--hub_token", WRITER, "--hub_model_id", "me/apex",
-                "--hub_strategy", "all_checkpoints",
+                "--hub_strategy", "all_checkpoints", "--report_to", "tensorboard",
             ]
         )  # fmt: skip
     printed = "".join(capfd.readouterr())
@@ -67,6 +67,7 @@ def test_no_secret_is_written_logged_printed_or_uploaded(hub, tmp_path, monkeypa
         "checkpoint-3",
         "training_args.bin",
     } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
     assert leaks(run, secrets) == []
     uploaded = hub.repos["me/apex"].files
     assert "README.md" in uploaded

@@ -115,7 +115,8 @@ def fingerprints(trainer: Any) -> dict[str, str]:
         "schedule": trainer.lr_scheduler.state_dict(),
         "aggregator": trainer.aggregator.state_dict(),
         "average": trainer._ema._ema.shadow_params if trainer._ema else [],
-        "random": [random.getstate(), np.random.get_state()[1], torch.random.get_rng_state()],
+        "random": [random.getstate(), np.random.get_state()[1]],
+        "torch_random": torch.random.get_rng_state(),
         "logged": logged,
     }
     return {name: _hash(part) for name, part in parts.items()}
