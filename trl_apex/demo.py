@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .evaluation import compare
+from .policy.adapters import LORA_FILE
 from .report import save_samples, write_figures, write_report
 from .rollout.noise import evaluation_noise
 from .tiny.heldout import heldout_metrics
@@ -171,7 +172,7 @@ def evaluation_records(trainer: APEXTrainer) -> list[dict[str, Any]]:
 def check_adapter(trainer: APEXTrainer, tuned: list[dict[str, Any]], count: int = 8) -> None:
     """Load the saved adapter into a fresh pipeline, as a user would, and compare its images with the trained model's."""
     pipeline = load_tiny_pipeline()
-    pipeline.load_lora_weights(trainer.args.output_dir)
+    pipeline.load_lora_weights(trainer.args.output_dir, weight_name=LORA_FILE)
     args = trainer.args
     records = tuned[:count]
     images = pipeline(

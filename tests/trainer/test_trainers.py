@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex.policy.adapters import LORA_FILE
 from trl_apex.rollout.noise import evaluation_noise
 
 
@@ -120,7 +121,7 @@ def test_adapter_loads_in_a_plain_pipeline_and_changes_its_images(pipeline, data
 
     plain = image(original)
     trainer.model.eval()
-    original.load_lora_weights(trainer.args.output_dir)
+    original.load_lora_weights(trainer.args.output_dir, weight_name=LORA_FILE)
     loaded = image(original)
     assert (loaded - plain).abs().max() > 1e-3
     pipeline.transformer = trainer.model
