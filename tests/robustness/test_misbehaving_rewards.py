@@ -79,7 +79,7 @@ MASKED = {
     "all_1e30": (lambda scores: [1e30] * len(scores), lambda scores: [None] * len(scores)),
     "all_none": (lambda scores: [None] * len(scores), lambda scores: [math.nan] * len(scores)),
 }
-SAMPLE = ("1e30", "raises", "inf")
+SAMPLE = ("1e30", "raises")
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    "kind", [k if k in ("too_short", "unreadable_tensor") else pytest.param(k, marks=pytest.mark.slow) for k in WRONG]
+    "kind", [k if k == "unreadable_tensor" else pytest.param(k, marks=pytest.mark.slow) for k in WRONG]
 )
 def test_a_bug_in_mid_run_stops_with_a_checkpoint_of_the_step(kind, tmp_path):
     harm, told = WRONG[kind]
