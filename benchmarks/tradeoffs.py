@@ -200,13 +200,15 @@ def figure(rows: list[Row], table: list[Row], path: Path) -> None:
                 axis.annotate(line["method"], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set(title=condition, xlabel="mean gain (base stds)", ylabel="worst objective's gain")
+    reach = [value for row in rows if row["condition"] == conditions[0] for point in row["curve"] for value in point]
     for axis, method in zip(axes[1], shown, strict=False):
         mine = [row for row in rows if row["method"] == method and row["condition"] == conditions[0]]
         curves = torch.tensor([row["curve"] for row in mine]).mean(0)
         for k, name in enumerate(mine[0]["gains"]):
             axis.plot([step * BUDGET["eval_steps"] for step in range(len(curves))], curves[:, k], label=name)
         axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(title=f"{method}, {conditions[0]}", xlabel="iteration", ylabel="gain (base stds)")
+        title = f"{method}, {conditions[0]}"
+        axis.set(title=title, xlabel="iteration", ylabel="gain (base stds)", ylim=(min(reach), max(reach)))
     if "apex" in shown:
         mine = [row for row in rows if row["method"] == "apex" and row["condition"] == conditions[0]]
         axis = axes[1][len(shown)]

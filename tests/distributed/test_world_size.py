@@ -52,7 +52,7 @@ def test_first_iteration_is_equal_to_the_bit_where_the_forwards_have_the_same_si
             "num_inference_steps": 5,
             "gradient_accumulation_steps": 2,
         },
-        {"num_iterations": 2, "beta": 0.01},
+        {"num_iterations": 2, "beta": 0.01, "epsilon": 1e-3},  # no ratio near the clip, where rounding would decide
         {"gradient_accumulation_steps": 1, "max_steps": 6},
     ],
     ids=["plain", "shared-noise-window", "two-passes-and-kl", "three-updates"],
@@ -67,6 +67,11 @@ def test_one_two_and_four_processes_agree(tmp_path, options):
     assert [r["world"] for r in runs] == [1, 2, 4]
     for other in runs[1:]:
         assert_same_training(other, runs[0], tolerance=1e-4)
+        if (
+            options.get("gradient_accumulation_steps") == 1
+        ):  # else the mean over micro-batches, which are dealt otherwise
+            largest = [curve(each, "ratio/max_deviation") for each in (other, runs[0])]
+            np.testing.assert_allclose(*largest, atol=2e-6)
         assert largest_difference(other["weights"], runs[0]["weights"]) < 1e-5
 
 

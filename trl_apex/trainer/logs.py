@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from ..distributed import all_reduce_sum, gather_list
+from ..distributed import all_reduce_sum, gather_list, gather_rows
 from ..loss.surrogate import Surrogate
 from ..report.grid import reward_grid
 from ..rewards.images import to_pil
@@ -59,9 +59,9 @@ class LogsMixin(Trainer):
         }
         if kl is not None:
             values["kl"] = kl.detach()
-        mean = all_reduce_sum(torch.stack(list(values.values()))) / self.accelerator.num_processes
-        for name, value in zip(values, mean.tolist(), strict=True):
-            metrics[name].append(value)
+        ranks = gather_rows(torch.stack(list(values.values()))[None])
+        for name, column in zip(values, ranks.T, strict=True):
+            metrics[name].append((column.max() if name == "ratio/max_deviation" else column.mean()).item())
         return math.isfinite(metrics["ratio/mean"][-1])
 
     def _log_scoring(self, scored: list[ScoredBatch]) -> None:
