@@ -67,6 +67,8 @@ def test_one_two_and_four_processes_agree(tmp_path, options):
     assert [r["world"] for r in runs] == [1, 2, 4]
     for other in runs[1:]:
         assert_same_training(other, runs[0], tolerance=1e-4)
+        for mine, theirs in zip(other["iterations"], runs[0]["iterations"], strict=True):
+            assert mine["priorities"] == pytest.approx(theirs["priorities"], abs=1e-4)
         if (
             options.get("gradient_accumulation_steps") == 1
         ):  # else the mean over micro-batches, which are dealt otherwise
