@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 LOWEST := .venv-lowest
 LOWEST_EXTRAS := demo server gradient
 LOWEST_SAMPLE := tests/aggregation tests/loss tests/rollout tests/rewards/test_scoring.py tests/trainer/test_trainers.py \
-	tests/trainer/test_trl_seam.py tests/robustness/test_hostile_checkpoints.py
+	tests/trainer/test_trl_seam.py
 empty :=
 space := $(empty) $(empty)
 comma := ,
@@ -44,6 +44,7 @@ test-lowest:  ## a sample of the tests with the lower bounds of setup.cfg, in an
 	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt \
 		--editable '.[$(subst $(space),$(comma),$(LOWEST_EXTRAS))]' pytest hypothesis beartype sentencepiece protobuf
 	$(LOWEST)/bin/python -m pytest $(LOWEST_SAMPLE)
+	$(LOWEST)/bin/python -m pytest tests/robustness/test_hostile_checkpoints.py
 
 audit: $(STAMP)  ## known vulnerabilities of the installed dependencies
 	$(BIN)/python -m pip install --quiet pip-audit
