@@ -1,7 +1,7 @@
 """The rules against each other on the tiny world: same base, same budget, same seeds.
 
     python benchmarks/tradeoffs.py [--part tradeoffs|ablation] [--workers 2]
-    python benchmarks/tradeoffs.py --smoke --out /tmp/smoke     # three short runs, to see that it works
+    python benchmarks/tradeoffs.py --smoke --out runs/smoke     # three short runs, to see that it works
     python benchmarks/tradeoffs.py --redraw                     # tables and figures again, from the results
 
 Every finished run is kept under `runs/` and then in the results, so that the command can be stopped and started again. No

@@ -96,8 +96,10 @@ def test_a_pushed_adapter_draws_the_same_on_another_machine(endpoint: Hub, tmp_p
         "output_type": "latent",
         "latents": torch.ones(1, 16, 8, 8),
     }
-    assert torch.equal(elsewhere, local("a blue square", **arguments).images)
-    assert not torch.equal(elsewhere, untrained("a blue square", **arguments).images)
+    here, without = (each("a blue square", **arguments).images for each in (local, untrained))
+    # Weights that lie elsewhere in memory may be added in another order; the adapter changes the image a thousand times as much.
+    torch.testing.assert_close(elsewhere, here, rtol=0, atol=1e-5)
+    assert (elsewhere - without).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
