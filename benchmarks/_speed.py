@@ -24,8 +24,8 @@ from trl_apex.tiny.prompts import tiny_prompts
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
 
 WORK = {
-    "tiny": Work(groups=2, group=4, batch=4, side=32, rank=16),
-    "mid": Work(groups=1, group=2, batch=2, side=32, steps=6),
+    "tiny": Work(groups=1, group=8, batch=8, side=32, rank=16),
+    "mid": Work(groups=1, group=8, batch=8, side=32),
 }
 SMOKE = Work(groups=1, group=2, batch=2, side=32, steps=4, rank=4)
 

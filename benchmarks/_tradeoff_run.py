@@ -28,6 +28,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
     "scaled": {"factors": {"aesthetic": 100.0}},
     "conflict": {"objectives": (*OBJECTIVES, JPEG)},
     "kl": {"beta": 0.04},
+    "long": {"max_steps": 90, "eval_steps": 30},  # three times the budget
 }
 
 # The budget of every run: 30 iterations of 8 prompts x 4 images, one update each, all weights trained. The images of a

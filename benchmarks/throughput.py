@@ -44,7 +44,7 @@ PARTS = {
     "window_shared_prefix": Parts(window=LAST, shared_prefix=True),
     "compile": Parts(compiled=True),
 }
-WINDOW: dict[str, Any] = {"sde_window_size": 2, "share_initial_noise": True}
+WINDOW: dict[str, Any] = {"sde_window_size": 2, "share_initial_noise": True, "timestep_batch_size": 2}
 TRAINER: dict[str, dict[str, Any]] = {
     "all_same_mathematics": {"timestep_batch_size": 3},
     "all_with_early_window": WINDOW,  # somewhere in the first half
@@ -52,7 +52,7 @@ TRAINER: dict[str, dict[str, Any]] = {
     "all_with_window_unguided": {**WINDOW, "guidance_scale": 1.0},
 }
 # On the mid-size model, where an iteration takes long.
-FEWER = [BASE, "window_shared_prefix", "all_same_mathematics", "all_with_early_window", "all_with_window"]
+FEWER = [BASE, "window_shared_prefix", *TRAINER]
 MEANING = {
     BASE: "Flow-GRPO's order of work",
     "separate_guidance": "the branches of the guidance in two forwards (slower)",
@@ -66,7 +66,7 @@ MEANING = {
     "all_same_mathematics": "APEXTrainer at identical mathematics",
     "all_with_early_window": "APEXTrainer, two steps in the first half, one start a group",
     "all_with_window": "APEXTrainer, the last two steps, one start a group",
-    "all_with_window_unguided": "APEXTrainer, two steps in the first half, no guidance",
+    "all_with_window_unguided": "APEXTrainer, two steps in the first half, one start a group, no guidance",
 }
 
 

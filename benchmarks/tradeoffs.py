@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from _machine import machine
+from _tradeoff_figure import draw
 from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, OBJECTIVES, run
 
 from trl_apex.aggregation.options import RULES
@@ -41,13 +42,14 @@ Row = dict[str, Any]
 def plan(part: str, seeds: Iterable[int]) -> list[Job]:
     """All runs of a part, seed by seed, so that a run that is stopped early holds whole seeds."""
     if part == "ablation":
-        return [("natural", f"apex:{name}" if name != "apex" else name, s) for s in seeds for name in ABLATIONS]
+        return [("long", f"apex:{name}" if name != "apex" else name, s) for s in seeds for name in ABLATIONS]
     methods: dict[str, list[str]] = {
         "natural": [*RULES, *ONLY, *TUNED],
         "field_units": SENSITIVE,
         "scaled": SENSITIVE,
         "conflict": list(RULES),
         "kl": ["apex", "sum_then_normalize", "normalize_then_sum", "mgda"],
+        "long": ["apex", "sum_then_normalize", "normalize_then_sum", "tuned_4_8_1_1"],
     }
     return [(condition, method, seed) for seed in seeds for condition in methods for method in methods[condition]]
 
@@ -58,14 +60,14 @@ def key(row: Row) -> Job:
 
 def finished(part: str, results: Path, folder: Path) -> list[Row]:
     """The rows of a part that are there, in the plan's order: in the results, if of the same settings, and in files."""
-    order = {method: place for place, method in enumerate(dict.fromkeys(method for _, method, _ in plan(part, [1])))}
+    order = {(condition, method): place for place, (condition, method, _) in enumerate(plan(part, [1]))}
     kept = json.loads(results.read_text()) if results.exists() else {"rows": [], "settings": SETTINGS}
     rows = {key(row): row for row in kept["rows"] if kept["settings"] == SETTINGS}
     for path in sorted(folder.glob("*/*/*.json")):
         row = json.loads(path.read_text())
         rows[key(row)] = row
-    mine = [row for row in rows.values() if row["method"] in order]
-    return sorted(mine, key=lambda row: (order[row["method"]], row["seed"]))
+    mine = [row for row in rows.values() if key(row)[:2] in order]
+    return sorted(mine, key=lambda row: (order[key(row)[:2]], row["seed"]))
 
 
 def execute(jobs: list[Job], workers: int, folder: Path, prompts: int, **changes: Any) -> None:
@@ -167,64 +169,6 @@ def markdown(table: list[Row]) -> str:
     return text
 
 
-def figure(rows: list[Row], table: list[Row], path: Path) -> None:
-    """Worst against mean gain of every method and condition; under it the curves and priorities of three rules."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    conditions = list(dict.fromkeys(line["condition"] for line in table))
-    shown = [
-        rule for rule in ("sum_then_normalize", "normalize_then_sum", "apex") if any(r["method"] == rule for r in rows)
-    ]
-    columns = max(len(conditions), len(shown) + 1)
-    panels, axes = plt.subplots(2, columns, figsize=(4.4 * columns, 8), squeeze=False)
-    for axis, condition in zip(axes[0], conditions, strict=False):
-        for line in (line for line in table if line["condition"] == condition):
-            kind = (
-                "tuned"
-                if line["method"].startswith("tuned")
-                else "only"
-                if line["method"].startswith("only")
-                else "rule"
-            )
-            colour = (
-                "#d62728"
-                if line["method"] == "apex"
-                else {"tuned": "#bbbbbb", "only": "#2ca02c", "rule": "#1f77b4"}[kind]
-            )
-            (x, x_error), (y, y_error) = line["mean_gain"], line["worst_gain"]
-            axis.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", color=colour, markersize=4, linewidth=0.8)
-            if kind != "tuned":
-                axis.annotate(line["method"], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(title=condition, xlabel="mean gain (base stds)", ylabel="worst objective's gain")
-    reach = [value for row in rows if row["condition"] == conditions[0] for point in row["curve"] for value in point]
-    for axis, method in zip(axes[1], shown, strict=False):
-        mine = [row for row in rows if row["method"] == method and row["condition"] == conditions[0]]
-        curves = torch.tensor([row["curve"] for row in mine]).mean(0)
-        for k, name in enumerate(mine[0]["gains"]):
-            axis.plot([step * BUDGET["eval_steps"] for step in range(len(curves))], curves[:, k], label=name)
-        axis.axhline(0, color="black", linewidth=0.6)
-        title = f"{method}, {conditions[0]}"
-        axis.set(title=title, xlabel="iteration", ylabel="gain (base stds)", ylim=(min(reach), max(reach)))
-    if "apex" in shown:
-        mine = [row for row in rows if row["method"] == "apex" and row["condition"] == conditions[0]]
-        axis = axes[1][len(shown)]
-        for name in mine[0]["priorities"]:
-            axis.plot(torch.tensor([row["priorities"][name] for row in mine]).mean(0), label=name)
-        axis.set(title="priorities of apex", xlabel="iteration")
-        axis.legend(fontsize=7)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        if not axis.has_data():
-            axis.set_axis_off()
-    panels.tight_layout()
-    panels.savefig(path, dpi=100)
-    plt.close(panels)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="three short runs, to see that it works")
@@ -258,7 +202,7 @@ def main() -> None:
     results.write_text(json.dumps(found, indent=1))
     results.with_suffix(".md").write_text(markdown(table))
     print(markdown(table))
-    figure(found["rows"], table, results.with_suffix(".png"))
+    draw(found["rows"], table, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

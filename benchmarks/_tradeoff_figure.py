@@ -1,0 +1,70 @@
+"""The picture of the trade-off benchmark: where every method ends in every condition, and the way there."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from _tradeoff_run import BUDGET, CONDITIONS
+
+COLOURS = {"apex": "#d62728", "tuned": "#bbbbbb", "only": "#2ca02c"}
+OTHER = "#1f77b4"
+SHOWN = ("sum_then_normalize", "normalize_then_sum", "apex")
+
+
+def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) -> None:
+    """Worst against mean gain of every method, a panel a condition; under it the curves and priorities of the longest runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    conditions = list(dict.fromkeys(line["condition"] for line in table))
+    across = min(len(conditions), 3)
+    down = math.ceil(len(conditions) / across)
+    condition = "long" if "long" in conditions else conditions[0]  # whose course is drawn
+    runs = {method: [r for r in rows if (r["condition"], r["method"]) == (condition, method)] for method in SHOWN}
+    runs = {method: mine for method, mine in runs.items() if mine}
+
+    panels = plt.figure(figsize=(5 * max(across, 2), 4 * down + 3.2), layout="constrained")
+    ends, courses = panels.subfigures(2, 1, height_ratios=(4 * down, 3.2))
+    for axis, name in zip(ends.subplots(down, across, squeeze=False).flat, conditions, strict=False):
+        _ends(axis, name, [line for line in table if line["condition"] == name])
+    if runs:
+        axes = courses.subplots(1, len(runs) + ("apex" in runs), squeeze=False)[0]
+        _courses(axes, condition, runs)
+    for axis in panels.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        if not axis.has_data():
+            axis.set_axis_off()
+    panels.savefig(path, dpi=80)
+    plt.close(panels)
+
+
+def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        kind = line["method"].partition("_")[0]
+        (x, x_error), (y, y_error) = line["mean_gain"], line["worst_gain"]
+        look = {"fmt": "o", "color": COLOURS.get(kind, OTHER), "markersize": 4, "linewidth": 0.8}
+        axis.errorbar(x, y, xerr=x_error, yerr=y_error, **look)
+        if kind != "tuned":
+            axis.annotate(line["method"], (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set(title=condition, xlabel="mean gain (base stds)", ylabel="worst objective's gain")
+
+
+def _courses(axes: Any, condition: str, runs: dict[str, list[dict[str, Any]]]) -> None:
+    every = CONDITIONS[condition].get("eval_steps", BUDGET["eval_steps"])
+    means = {method: torch.tensor([row["curve"] for row in mine]).mean(0) for method, mine in runs.items()}
+    reach = [bound for curves in means.values() for bound in (float(curves.min()) - 0.1, float(curves.max()) + 0.1)]
+    for axis, (method, curves) in zip(axes, means.items(), strict=False):
+        for values, name in zip(curves.T, runs[method][0]["gains"], strict=True):
+            axis.plot([step * every for step in range(len(values))], values, label=name)
+        axis.axhline(0, color="black", linewidth=0.6)
+        title = f"{method}, {condition}"
+        axis.set(title=title, xlabel="iteration", ylabel="gain (base stds)", ylim=(min(reach), max(reach)))
+    axes[0].legend(fontsize=7)
+    if "apex" in runs:
+        for name in runs["apex"][0]["priorities"]:
+            axes[-1].plot(torch.tensor([row["priorities"][name] for row in runs["apex"]]).mean(0))
+        axes[-1].set(title=f"priorities of apex, {condition}", xlabel="iteration")
