@@ -47,10 +47,19 @@ def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
         (x, x_error), (y, y_error) = line["mean_gain"], line["worst_gain"]
         look = {"fmt": "o", "color": COLOURS.get(kind, OTHER), "markersize": 4, "linewidth": 0.8}
         axis.errorbar(x, y, xerr=x_error, yerr=y_error, **look)
-        if kind != "tuned":
-            axis.annotate(line["method"], (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(title=condition, xlabel="mean gain (base stds)", ylabel="worst objective's gain")
+    shown = [line for line in lines if len(lines) < 12 or not line["method"].startswith("tuned")]
+    named = sorted((line["worst_gain"][0], line["mean_gain"][0], line["method"]) for line in shown)
+    low, high = axis.get_ylim()
+    line_height, place = 0.06, -math.inf
+    highest = iter(1 - line_height * i for i in reversed(range(len(named))))
+    for y, x, method in named:  # names in a column beside the panel, each as near to its point as the others allow
+        place = min(max((y - low) / (high - low), place + line_height), next(highest))
+        colour = COLOURS.get(method.partition("_")[0], OTHER)
+        link = {"arrowstyle": "-", "linewidth": 0.4, "color": colour}
+        beside: Any = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "fontsize": 7}
+        axis.annotate(method, (x, y), arrowprops=link, annotation_clip=False, color="black", **beside)
 
 
 def _courses(axes: Any, condition: str, runs: dict[str, list[dict[str, Any]]]) -> None:
