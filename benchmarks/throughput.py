@@ -44,15 +44,19 @@ PARTS = {
     "window_shared_prefix": Parts(window=LAST, shared_prefix=True),
     "compile": Parts(compiled=True),
 }
-WINDOW: dict[str, Any] = {"sde_window_size": 2, "share_initial_noise": True, "timestep_batch_size": 2}
+WINDOW: dict[str, Any] = {"sde_window_size": 2, "share_initial_noise": True}
+COMPILED = {"compile_denoiser": True}
+# One timestep a forward: more of them are for GPUs that one batch leaves idle.
 TRAINER: dict[str, dict[str, Any]] = {
-    "all_same_mathematics": {"timestep_batch_size": 3},
+    "all_same_mathematics": {},
+    "all_same_mathematics_compiled": COMPILED,
     "all_with_early_window": WINDOW,  # somewhere in the first half
     "all_with_window": {**WINDOW, "sde_window_range": LAST},
-    "all_with_window_unguided": {**WINDOW, "guidance_scale": 1.0},
+    "all_with_window_compiled": {**WINDOW, **COMPILED, "sde_window_range": LAST},
+    "all_with_window_unguided": {**WINDOW, "sde_window_range": LAST, "guidance_scale": 1.0},
 }
 # On the mid-size model, where an iteration takes long.
-FEWER = [BASE, "window_shared_prefix", *TRAINER]
+FEWER = [BASE, "timestep_batching", "window_shared_prefix", *TRAINER]
 MEANING = {
     BASE: "Flow-GRPO's order of work",
     "separate_guidance": "the branches of the guidance in two forwards (slower)",
@@ -64,9 +68,11 @@ MEANING = {
     "window_shared_prefix": "the same, one start a group, steps before the window once",
     "compile": "compiled blocks, warm-up apart",
     "all_same_mathematics": "APEXTrainer at identical mathematics",
+    "all_same_mathematics_compiled": "the same, compiled blocks, warm-up apart",
     "all_with_early_window": "APEXTrainer, two steps in the first half, one start a group",
     "all_with_window": "APEXTrainer, the last two steps, one start a group",
-    "all_with_window_unguided": "APEXTrainer, two steps in the first half, one start a group, no guidance",
+    "all_with_window_compiled": "the same, compiled blocks, warm-up apart",
+    "all_with_window_unguided": "APEXTrainer, the last two steps, one start a group, no guidance",
 }
 
 
@@ -105,14 +111,7 @@ def trainer_for(name: str, work: Work) -> dict[str, Any]:
     if "sde_window_range" in options:
         window = placed(options["sde_window_range"], work)
         options["sde_window_range"] = [window.start, window.stop]
-    if "timestep_batch_size" in options:
-        options["timestep_batch_size"] = at_once(work)
     return options
-
-
-def at_once(work: Work) -> int:
-    """Timesteps of a forward: three, or as many as divide the trained ones."""
-    return 3 if (work.steps - 1) % 3 == 0 else work.steps - 1
 
 
 class Race:
@@ -316,7 +315,7 @@ def main() -> None:
         model, work = Model(name), SMOKE if arguments.smoke else WORK[name]
         rounds = 1 if arguments.smoke else dict(zip(("tiny", "mid"), arguments.rounds, strict=True))[name]
         chosen = [*PARTS, *TRAINER] if name == "tiny" else FEWER
-        chosen = [one for one in chosen if one != "compile" or arguments.compile]
+        chosen = [one for one in chosen if "compile" not in one or arguments.compile]
         work = replace(work, groups=arguments.groups or work.groups)
         if arguments.settings:
             chosen = [one for one in chosen if one in (BASE, "all_same_mathematics", *arguments.settings)]
