@@ -26,7 +26,8 @@ config=$1
 shift
 
 gpus=${SLURM_GPUS_ON_NODE:-8}
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*}  # not by `| head -n 1`, which ends before scontrol has written all, and the job with it (SIGPIPE)
 # A port of this job's own: two jobs may share a node.
 port=$((20000 + SLURM_JOB_ID % 20000))
 

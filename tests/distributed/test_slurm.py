@@ -16,7 +16,10 @@ from processes import launch
 HERE = Path(__file__).parent
 SCRIPT = CONFIGS.parent / "slurm.sh"
 COMMANDS = {
-    "scontrol": 'if [ "$1" = show ]; then printf "%s\\n" ${3//,/ }; else echo "$@" > "$FAKE/scontrol"; fi',
+    # Writes one node after the other, as it may: a reader must not leave after the first.
+    "scontrol": """
+if [ "$1" = show ]; then for node in ${3//,/ }; do echo $node; sleep 0.02; done; else echo "$@" > "$FAKE/scontrol"; fi
+""",
     # One task a node; the first that fails ends the others, as --kill-on-bad-exit has it.
     "srun": """
 echo "$1 $2" > "$FAKE/srun"; shift 2
