@@ -41,11 +41,14 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
     plt.close(panels)
 
 
+def _colour(method: str) -> str:
+    return COLOURS.get(method.partition("_")[0], OTHER)
+
+
 def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
     for line in lines:
-        kind = line["method"].partition("_")[0]
         (x, x_error), (y, y_error) = line["mean_gain"], line["worst_gain"]
-        look = {"fmt": "o", "color": COLOURS.get(kind, OTHER), "markersize": 4, "linewidth": 0.8}
+        look = {"fmt": "o", "color": _colour(line["method"]), "markersize": 4, "linewidth": 0.8}
         axis.errorbar(x, y, xerr=x_error, yerr=y_error, **look)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(title=condition, xlabel="mean gain (base stds)", ylabel="worst objective's gain")
@@ -56,8 +59,7 @@ def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
     highest = iter(1 - line_height * i for i in reversed(range(len(named))))
     for y, x, method in named:  # names in a column beside the panel, each as near to its point as the others allow
         place = min(max((y - low) / (high - low), place + line_height), next(highest))
-        colour = COLOURS.get(method.partition("_")[0], OTHER)
-        link = {"arrowstyle": "-", "linewidth": 0.4, "color": colour}
+        link = {"arrowstyle": "-", "linewidth": 0.4, "color": _colour(method)}
         beside: Any = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "fontsize": 7}
         axis.annotate(method, (x, y), arrowprops=link, annotation_clip=False, color="black", **beside)
 

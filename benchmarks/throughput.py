@@ -45,15 +45,16 @@ PARTS = {
     "compile": Parts(compiled=True),
 }
 WINDOW: dict[str, Any] = {"sde_window_size": 2, "share_initial_noise": True}
+LAST_WINDOW = {**WINDOW, "sde_window_range": LAST}
 COMPILED = {"compile_denoiser": True}
 # One timestep a forward: more of them are for GPUs that one batch leaves idle.
 TRAINER: dict[str, dict[str, Any]] = {
     "all_same_mathematics": {},
     "all_same_mathematics_compiled": COMPILED,
     "all_with_early_window": WINDOW,  # somewhere in the first half
-    "all_with_window": {**WINDOW, "sde_window_range": LAST},
-    "all_with_window_compiled": {**WINDOW, **COMPILED, "sde_window_range": LAST},
-    "all_with_window_unguided": {**WINDOW, "sde_window_range": LAST, "guidance_scale": 1.0},
+    "all_with_window": LAST_WINDOW,
+    "all_with_window_compiled": {**LAST_WINDOW, **COMPILED},
+    "all_with_window_unguided": {**LAST_WINDOW, "guidance_scale": 1.0},
 }
 # On the mid-size model, where an iteration takes long.
 FEWER = [BASE, "timestep_batching", "window_shared_prefix", *TRAINER]

@@ -69,9 +69,8 @@ def test_one_two_and_four_processes_agree(tmp_path, options):
         assert_same_training(other, runs[0], tolerance=1e-4)
         for mine, theirs in zip(other["iterations"], runs[0]["iterations"], strict=True):
             assert mine["priorities"] == pytest.approx(theirs["priorities"], abs=1e-4)
-        if (
-            options.get("gradient_accumulation_steps") == 1
-        ):  # else the mean over micro-batches, which are dealt otherwise
+        # With accumulation it is the mean over micro-batches, which are dealt otherwise.
+        if options.get("gradient_accumulation_steps") == 1:
             largest = [curve(each, "ratio/max_deviation") for each in (other, runs[0])]
             np.testing.assert_allclose(*largest, atol=2e-6)
         assert largest_difference(other["weights"], runs[0]["weights"]) < 1e-5
