@@ -54,7 +54,7 @@ audit: $(STAMP)  ## known vulnerabilities of the installed dependencies
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy trl_apex
+	$(BIN)/mypy trl_apex tools
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,5 @@ from jaxtyping import install_import_hook
 
 STAGES = ("aggregation", "evaluation", "loss", "policy", "prompts", "rewards", "rollout", "tiny", "types")
 TRAINER = ("apex_trainer", "diffusion_grpo_trainer", "gradient_probe", "rows")
-install_import_hook(
-    [f"trl_apex.{stage}" for stage in STAGES] + [f"trl_apex.trainer.{name}" for name in TRAINER], "beartype.beartype"
-)
+MODULES = [f"trl_apex.{stage}" for stage in STAGES] + [f"trl_apex.trainer.{name}" for name in TRAINER]
+install_import_hook(["tools.tiny_world", *MODULES], "beartype.beartype")

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from trl_apex.tiny.tokenizer import build_tokenizer
+from trl_apex.tiny.pipeline import build_tokenizer
 
 
 def vae(channels: int, shift: float | None) -> AutoencoderKL:

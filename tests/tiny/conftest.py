@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from trl_apex.tiny.measure import sample_images
+from tools.tiny_world.measure import sample_images
 from trl_apex.tiny.prompts import tiny_prompts
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
 

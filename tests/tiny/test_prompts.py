@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from trl_apex.tiny.pipeline import build_tokenizer
 from trl_apex.tiny.prompts import caption, tiny_prompts, words
-from trl_apex.tiny.tokenizer import build_chat_tokenizer, build_tokenizer
 
 
 def test_train_and_test_words_are_disjoint() -> None:
@@ -46,11 +46,3 @@ def test_every_prompt_is_known_to_the_tokenizer() -> None:
     tokenizer = build_tokenizer()
     for prompt in tiny_prompts("train", 200)["prompt"]:
         assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids
-
-
-def test_chat_tokenizer_keeps_levels_single(tmp_path: Path) -> None:
-    build_chat_tokenizer("USER: How good? ASSISTANT: It is", ["good", "bad"]).save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    ids = [tokenizer(level, add_special_tokens=False).input_ids for level in ("good", "bad")]
-    assert [len(row) for row in ids] == [1, 1] and ids[0] != ids[1]
-    assert tokenizer.tokenize("USER: <image>\nHow good?") == ["USER", ":", "<image>", "How", "good", "?"]

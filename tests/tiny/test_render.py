@@ -8,7 +8,6 @@ import torch
 
 from trl_apex.tiny.prompts import words
 from trl_apex.tiny.render import Scene, beauty, quality, render, render_batch, sample_scenes
-from trl_apex.tiny.worse import worse_scene
 
 CLEAN = Scene("CAT", "red", "circle")
 
@@ -46,10 +45,3 @@ def test_nuisance_factors_occur_as_often_as_documented() -> None:
 def test_an_unknown_shape_is_named() -> None:
     with pytest.raises(ValueError, match="hexagon"):
         render(replace(CLEAN, shape="hexagon"))
-
-
-def test_worse_scenes_differ_in_caption_or_score_lower() -> None:
-    rng = np.random.default_rng(0)
-    for scene in sample_scenes(words("train"), 200, seed=1):
-        worse = worse_scene(scene, rng)
-        assert worse.prompt != scene.prompt or (worse != scene and quality(worse) <= quality(scene))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
@@ -110,15 +110,6 @@ def heldout_metrics(
         for (_, colour, shape), wanted, form in zip(seen, columns["colour"], columns["shape"], strict=True)
     ]
     return {"exact_word": exact, "attributes": both}
-
-
-def label_ids(words: Sequence[str], colours: Sequence[str], shapes: Sequence[str]) -> Int[Tensor, "N 5"]:
-    """The classes of each image as integers, of shape `[N, 5]`: three letters, the colour, the shape."""
-    rows = [
-        [*(LETTERS.index(letter) for letter in word), COLOURS.index(colour), SHAPES.index(shape)]
-        for word, colour, shape in zip(words, colours, shapes, strict=True)
-    ]
-    return torch.tensor(rows)
 
 
 def _resized(array: Any) -> Any:

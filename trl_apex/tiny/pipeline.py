@@ -1,13 +1,20 @@
 """The tiny Stable Diffusion 3 pipeline before training: the classes of the real one, small enough for a CPU."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from trl_apex.tiny.tokenizer import MAX_LENGTH, build_tokenizer
+from trl_apex.tiny.prompts import COLOURS, LETTERS, SHAPES
 
 LATENT_SIZE = 8
 LATENT_CHANNELS = 16
+
+MAX_LENGTH = 12
+"""Tokens of a padded prompt: begin, nine of the prompt, end, and one to spare."""
+
+SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
+PROMPT_VOCABULARY = ("a", *COLOURS, *SHAPES, "with", '"', *LETTERS)
 
 
 def build_pipeline(seed: int) -> Any:
@@ -116,4 +123,63 @@ def _t5() -> Any:
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+    )
+
+
+def build_tokenizer(*, begin: bool = True) -> Any:
+    """Builds the tokenizer of prompts: whole lower-case words and single capital letters.
+
+    Quotes are tokens of their own, and so is each capital letter, so `"CAT"` is five tokens. Unknown words become `<unk>`.
+
+    Args:
+        begin (`bool`, *optional*, defaults to `True`): Whether a text starts with `<bos>`, as for CLIP; T5 has none.
+
+    Returns:
+        `PreTrainedTokenizerFast`: Ends a text with `<eos>` and pads on the right with id 0, to 12 tokens.
+
+    Example:
+        >>> build_tokenizer().tokenize('a red circle with "CAT"')
+        ['a', 'red', 'circle', 'with', '"', 'C', 'A', 'T', '"']
+    """
+    template = "<bos> $A <eos>" if begin else "$A <eos>"
+    return build_word_tokenizer(PROMPT_VOCABULARY, "[A-Z]|[^A-Za-z]", template, max_length=MAX_LENGTH)
+
+
+def build_word_tokenizer(
+    vocabulary: Sequence[str], isolated: str, template: str, *, max_length: int, extra_special: Sequence[str] = ()
+) -> Any:
+    """Builds a tokenizer of whole words that survives saving and loading.
+
+    Args:
+        vocabulary (`Sequence[str]`): The words. Others become `<unk>`.
+        isolated (`str`): Regular expression of what is a token of its own.
+        template (`str`): The special tokens around a text.
+        max_length (`int`): `model_max_length`.
+        extra_special (`Sequence[str]`, *optional*): More special tokens.
+
+    Returns:
+        `PreTrainedTokenizerFast`: Pads on the right with id 0.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {token: index for index, token in enumerate((*SPECIAL, *vocabulary))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(isolated), behavior="isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[(name, ids[name]) for name in ("<bos>", "<eos>")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        additional_special_tokens=list(extra_special),
+        model_max_length=max_length,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )

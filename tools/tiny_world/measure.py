@@ -1,6 +1,6 @@
 """Measures what the tiny world ships, on test words that nothing was trained on: the figures of its model card.
 
-Run it as `python -m trl_apex.tiny.measure --output figures.json`.
+From the root of a checkout: `python -m tools.tiny_world.measure --output figures.json`.
 """
 
 import argparse
@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tools.tiny_world.judges import worse_scene
 from trl_apex.tiny.heldout import heldout_metrics
+from trl_apex.tiny.pipeline import MAX_LENGTH
 from trl_apex.tiny.prompts import tiny_prompts, words
 from trl_apex.tiny.render import Scene, as_float, beauty, quality, render_batch, sample_scenes
-from trl_apex.tiny.tokenizer import MAX_LENGTH
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
-from trl_apex.tiny.worse import worse_scene
 
 STEPS, GUIDANCE = 8, 1.0
 """Sampling settings of every figure: deterministic Euler steps and guidance scale."""
@@ -142,7 +142,7 @@ def _columns(scenes: list[Scene]) -> dict[str, list[str]]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m trl_apex.tiny.measure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.tiny_world.measure", description=__doc__)
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--group", type=int, default=8, help="images per prompt")

@@ -1,6 +1,6 @@
 """Pretrains everything that the tiny world ships, from rendered images alone.
 
-Run it as `python -m trl_apex.tiny.pretrain --output DIR --seed 0`.
+From the root of a checkout: `python -m tools.tiny_world.pretrain --output DIR --seed 0`.
 """
 
 import argparse
@@ -14,19 +14,23 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from tools.tiny_world.generator import encode_latents, fit_flow, fit_vae, reconstruct
+from tools.tiny_world.judges import (
+    build_clip,
+    build_quality_model,
+    build_quality_processor,
+    fit_aesthetic,
+    fit_clip,
+    fit_heldout,
+    fit_quality,
+    label_ids,
+    worse_scene,
+)
+from tools.tiny_world.shared import save_clip, save_pipeline, save_quality, save_tensors
 from trl_apex.rewards.deqa import ANSWER, QUESTION
-from trl_apex.tiny.fit_aesthetic import fit_aesthetic
-from trl_apex.tiny.fit_clip import build_clip, fit_clip
-from trl_apex.tiny.fit_flow import fit_flow
-from trl_apex.tiny.fit_heldout import fit_heldout
-from trl_apex.tiny.fit_quality import build_quality_model, build_quality_processor, fit_quality
-from trl_apex.tiny.fit_vae import encode_latents, fit_vae, reconstruct
-from trl_apex.tiny.heldout import label_ids
 from trl_apex.tiny.pipeline import build_pipeline
 from trl_apex.tiny.prompts import words
 from trl_apex.tiny.render import Scene, beauty, quality, render_batch, sample_scenes
-from trl_apex.tiny.saving import save_clip, save_pipeline, save_quality, save_tensors
-from trl_apex.tiny.worse import worse_scene
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +148,7 @@ def half_reconstructed(vae: torch.nn.Module, pixels: UInt8[Tensor, "N 3 32 32"])
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m trl_apex.tiny.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.tiny_world.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--respell", type=int, default=Lengths.respell, help="length of the second flow cycle")
