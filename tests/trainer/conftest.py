@@ -2,24 +2,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from toy_rewards import PROMPTS
 
 from trl_apex import APEXConfig
 from trl_apex.tiny.pipeline import build_pipeline
-
-PROMPTS = [
-    'a red circle with " C A T "',
-    'a blue square with " H U T "',
-    'a green star with " T E N "',
-    'a red square with " L O T "',
-]
-
-
-def redness(completions, images, **kwargs):
-    return images[:, 0].mean((1, 2)).tolist()
-
-
-def contrast(prompts, completions, images, **kwargs):
-    return (100 * images.std((1, 2, 3))).tolist()
 
 
 @pytest.fixture

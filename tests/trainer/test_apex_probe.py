@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import contrast, redness
+from toy_rewards import contrast, redness
 
 from trl_apex import APEXTrainer
 

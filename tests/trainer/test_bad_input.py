@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from conftest import contrast, redness
 from datasets import Dataset
 from peft import LoraConfig
+from toy_rewards import contrast, redness
 
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig
 

@@ -10,9 +10,9 @@ import math
 
 import pytest
 import torch
-from conftest import PROMPTS, contrast, redness
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
+from toy_rewards import PROMPTS, contrast, redness
 from transformers import TrainerCallback
 
 from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer

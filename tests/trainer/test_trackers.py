@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import contrast, redness
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_rewards import contrast, redness
 from transformers import ProgressCallback as TqdmCallback
 
 from trl_apex import APEXTrainer

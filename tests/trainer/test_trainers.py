@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS, contrast, redness
 from datasets import Dataset
 from safetensors.torch import load_file
+from toy_rewards import PROMPTS, contrast, redness
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer

@@ -9,9 +9,9 @@ import textwrap
 
 import pytest
 import trl
-from conftest import PROMPTS, contrast, redness
 from datasets import Dataset
 from peft import LoraConfig
+from toy_rewards import PROMPTS, contrast, redness
 from transformers import Trainer
 from trl import GRPOTrainer
 
