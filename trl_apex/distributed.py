@@ -98,7 +98,7 @@ def failing_together(what: str) -> Iterator[None]:
         others = "" if len(failed) == 1 else f" (and ranks {sorted(failed)[1:]} with it)"
         raise OtherRankError(
             f"Every process must finish {what}. Rank {rank}{others} failed with {text} This process has no error of "
-            "its own; mend what rank {rank} reports.".replace("{rank}", str(rank))
+            f"its own; mend what rank {rank} reports."
         )
 
 
@@ -114,6 +114,8 @@ def lost_rank(error: BaseException) -> bool:
 
         ```
     """
+    if isinstance(error, torch.distributed.DistBackendError):  # NCCL has words of its own
+        return True
     text = str(error)
     signs = ("Connection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
     return any(sign in text for sign in signs)

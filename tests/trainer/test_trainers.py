@@ -105,7 +105,7 @@ def test_an_update_without_advantages_leaves_the_weights_alone(pipeline, dataset
     before = weights(trainer)
     trainer.train()
     assert_equal_weights(before, weights(trainer))
-    assert len(history(trainer, "skipped_updates/dead")) == 3
+    assert history(trainer, "skipped_updates/dead") == history(trainer, "skipped_updates/dead_rate") == [1.0] * 3
 
 
 def test_adapter_loads_in_a_plain_pipeline_and_changes_its_images(pipeline, dataset, lora, make_args):

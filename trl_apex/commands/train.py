@@ -1,8 +1,11 @@
 """`trl-apex train`."""
 
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 HELP = """usage: trl-apex train --config FILE.yaml [--ARGUMENT VALUE ...]
 
@@ -86,13 +89,19 @@ def train(model: Any, data: Any, rewards: Any, lora: Any, config: Any, command: 
                 raise
             raise Interrupted(output_dir, command) from None
     trainer.save_state()
+    trainer.save_model(_internal_call=True)  # before the report, and not uploaded yet
     if main_process:
         from ..report import write_report
 
-        report = write_report([output_dir])
-    trainer.save_model()  # with push_to_hub, uploads as well
+        try:
+            report = f"Report: {write_report([output_dir])}"
+        except Exception as error:  # a page about the run must not make the run fail
+            logger.warning("The report could not be written: %s: %s", type(error).__name__, error)
+            report = f"No report; `trl-apex report {output_dir}` tries again."
+    if config.push_to_hub:
+        trainer.save_model()  # uploads, the report included
     if main_process:
-        print(f"Saved in {output_dir}. Report: {report}")
+        print(f"Saved in {output_dir}. {report}")
 
 
 def _pipeline(model: Any, config: Any) -> Any:

@@ -26,7 +26,7 @@ def findings(run: Run) -> list[str]:
         ("skipped_updates/nonfinite", "updates had non-finite gradients and were skipped"),
         ("skipped_updates/dead", "updates had only zero advantages and were skipped"),
     ):
-        count = len(run.series(key)[1])
+        count = sum(run.series(key)[1])
         if count:
-            found.append(f"{count} logged {text}.")
+            found.append(f"{count:.0f} {text}.")
     return found

@@ -1,6 +1,7 @@
 """Score a batch with all reward functions side by side, without stopping the trainer."""
 
 import asyncio
+import logging
 import math
 import sys
 import threading
@@ -19,6 +20,8 @@ from trl_apex.rewards.calling import as_numbers, describe, is_async, reward_name
 from trl_apex.rewards.failure import FailureWindow, RewardFailureWarning
 from trl_apex.rewards.lane import Lane
 from trl_apex.rewards.protocol import RewardLoadError, TransientRewardError
+
+logger = logging.getLogger(__name__)
 
 BACKOFF = 0.5
 LONGEST_WAIT = 30.0
@@ -177,10 +180,14 @@ class RewardScorer:
         for lane in self._lanes:
             if lane is not None:
                 lane.close()
-        asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result(timeout=10)
+        try:
+            asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result(timeout=10)
+        except TimeoutError:  # must not hide the error that closed the scorer
+            logger.warning("A reward did not stop within 10 s; its thread is left to end by itself.")
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
-        self._loop.close()
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def __enter__(self) -> "RewardScorer":
         return self

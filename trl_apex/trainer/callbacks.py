@@ -62,7 +62,7 @@ class GradientGuardCallback(TrainerCallback):
         device = trainer.accelerator.device
         if trainer.is_deepspeed_enabled:  # has stepped already, unless a gradient was not finite
             if self.update_is_dead:
-                trainer._metrics["train"]["skipped_updates/dead"].append(1.0)
+                self._count(dead=True)
                 return
             finite = trainer.model_wrapped.was_step_applied()
         else:
@@ -72,7 +72,7 @@ class GradientGuardCallback(TrainerCallback):
             self._nonfinite_in_a_row += 1
             if not trainer.is_deepspeed_enabled:
                 model.zero_grad(set_to_none=True)
-            trainer._metrics["train"]["skipped_updates/nonfinite"].append(1.0)
+            self._count(nonfinite=True)
             where = "; ".join(self._culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
             more = f" and {len(self._culprits) - 3} more" if len(self._culprits) > 3 else ""
             self._culprits, self.update_is_dead = [], True
@@ -92,14 +92,22 @@ class GradientGuardCallback(TrainerCallback):
             return
         self._nonfinite_in_a_row, self._culprits = 0, []
         if trainer.is_deepspeed_enabled:
+            self._count()
             return
         nothing = self.update_is_dead
         self.update_is_dead = True
         if args.skip_dead_updates and args.beta == 0 and not any_rank(not nothing, device):
             model.zero_grad(set_to_none=True)
-            trainer._metrics["train"]["skipped_updates/dead"].append(1.0)
+            self._count(dead=True)
             return
+        self._count()
         self._compare_with_epsilon(gradients, args.adam_epsilon)
+
+    def _count(self, *, dead: bool = False, nonfinite: bool = False) -> None:
+        """Log one update: a log line gives the number skipped since the last one, and their share."""
+        for name, skipped in (("dead", dead), ("nonfinite", nonfinite)):
+            self.trainer._metrics["train"][f"skipped_updates/{name}"].append(float(skipped))
+            self.trainer._metrics["train"][f"skipped_updates/{name}_rate"].append(float(skipped))
 
     def _compare_with_epsilon(self, gradients: list[torch.Tensor], epsilon: float) -> None:
         """Log the gradient's root mean square, and warn where AdamW's epsilon is not far below it."""

@@ -176,6 +176,9 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         self._scorer: Any = None  # a RewardScorer while training
         self._iteration_rollout: dict[str, Any] | None = None
         self._watch = RewardHackingWatch(len(reward_funcs))
+        self.eval_records: list[dict[str, Any]] = []
+        self._scored_objectives: set[str] = set()
+        self._unscored: set[str] = set()  # what an evaluation has warned of
         if not args.disable_tqdm and sys.stdout.isatty():
             self.remove_callback(TqdmCallback)
             self.add_callback(ProgressCallback(names))

@@ -1,0 +1,132 @@
+"""What the logged numbers say where something is missing, skipped or failed."""
+
+import json
+import logging
+
+import pytest
+import torch
+from conftest import PROMPTS, contrast, redness
+from datasets import Dataset
+
+from trl_apex import APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+
+def line(trainer, step=-1):
+    """A log line of training: the last, unless another is asked for."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry][step]
+
+
+def by_level(prompts, level, **kwargs):
+    """None for half of the images of each prompt, 11, 13 ... for the others."""
+    return [None if i % 2 else 11.0 + 2 * (i // 2 % 4) for i in range(len(prompts))]
+
+
+def nothing(prompts, **kwargs):
+    return [None] * len(prompts)
+
+
+def constant(prompts, **kwargs):
+    return [1.0] * len(prompts)
+
+
+def test_a_missing_reward_does_not_count_as_zero(pipeline, dataset, lora, make_args):
+    args = make_args(DiffusionGRPOConfig, max_steps=1, gradient_accumulation_steps=2)
+    trainer = DiffusionGRPOTrainer(pipeline, [by_level], args, dataset, peft_config=lora)
+    trainer.train()
+    logged, scores = line(trainer), torch.tensor([11.0, 13.0, 15.0, 17.0])
+    assert logged["reward"] == logged["rewards/by_level/mean"] == 14.0
+    assert logged["reward_std"] == pytest.approx(scores.std().item())
+    assert logged["reward_std_in_group"] == pytest.approx(2**0.5)  # 11 and 13, 15 and 17
+    assert logged["frac_reward_zero_std"] == 0.0
+
+
+def test_an_objective_that_scores_nothing_is_named_once(pipeline, dataset, lora, make_args, caplog):
+    with caplog.at_level(logging.WARNING, "trl_apex.trainer"):
+        args = make_args(max_steps=5)
+        trainer = APEXTrainer(pipeline, [redness, nothing], args, dataset, peft_config=lora)
+        trainer.train()
+    named = [message for message in caplog.messages if "scored no image" in message]
+    assert len(named) == 1 and "'nothing'" in named[0]
+
+
+def test_skipped_updates_are_counted_and_their_share_is_logged(pipeline, dataset, lora, make_args):
+    calls = []
+
+    def constant_at_first(images, **kwargs):
+        calls.append(1)
+        return constant(images) if len(calls) < 2 else redness(None, images)
+
+    args = make_args(max_steps=4, logging_steps=4)
+    trainer = APEXTrainer(pipeline, [constant_at_first], args, dataset, peft_config=lora)
+    trainer.train()
+    logged = line(trainer)
+    assert logged["skipped_updates/dead"] == 2 and logged["skipped_updates/dead_rate"] == 0.5
+    assert logged["skipped_updates/nonfinite"] == logged["skipped_updates/nonfinite_rate"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:The reward `breaks` failed")
+def test_failures_are_counted_over_all_iterations_of_a_log_line(pipeline, dataset, lora, make_args):
+    def breaks(prompts, **kwargs):
+        return [1 / 0 for _ in prompts]
+
+    args = make_args(max_steps=4, logging_steps=4, max_reward_failure_rate=1.0)
+    trainer = APEXTrainer(pipeline, [redness, breaks], args, dataset, peft_config=lora)
+    trainer.train()
+    assert line(trainer)["reward_failures/breaks"] == 16 and line(trainer)["reward_failures/breaks_rate"] == 1.0
+    assert line(trainer)["reward_failures/redness_rate"] == 0.0
+
+
+def test_clip_ratios_have_trls_names(pipeline, dataset, lora, make_args):
+    args = make_args(max_steps=2, num_iterations=2, epsilon=1e-7, learning_rate=1e-2)
+    trainer = APEXTrainer(pipeline, [redness], args, dataset, peft_config=lora)
+    trainer.train()
+    logged = line(trainer)  # one process: its share is the least and the largest
+    assert logged["clip_ratio/low_min"] == logged["clip_ratio/low_mean"]
+    assert logged["clip_ratio/high_max"] == logged["clip_ratio/high_mean"]
+    assert logged["clip_ratio/low_min"] + logged["clip_ratio/high_max"] > 0
+
+
+def test_pictures_are_kept_for_the_first_64_rows_alone(pipeline, dataset, lora, make_args):
+    args = make_args(eval_num_inference_steps=1, per_device_eval_batch_size=35)
+    many = Dataset.from_dict({"prompt": PROMPTS * 17})
+    trainer = APEXTrainer(pipeline, [redness, contrast], args, dataset, many, peft_config=lora)
+    metrics = trainer.evaluate()
+    kept = [record["image"] is not None for record in trainer.eval_records]
+    assert kept == [True] * 64 + [False] * 4
+    sums = torch.tensor([sum(record["rewards"].values()) for record in trainer.eval_records], dtype=torch.float64)
+    assert metrics["eval_reward"] == pytest.approx(sums.mean().item())
+    assert metrics["eval_reward_std"] == pytest.approx(sums.std().item())
+
+
+def test_a_rollouts_table_has_every_row_and_the_pictures_of_the_shown(pipeline, lora, make_args):
+    args = make_args(
+        per_device_train_batch_size=20, generation_batch_size=20, num_generations=10, num_inference_steps=2,
+        max_steps=1, log_completions=True, num_completions_to_print=0,
+    )  # fmt: skip
+    trainer = APEXTrainer(pipeline, [redness], args, Dataset.from_dict({"prompt": PROMPTS}), peft_config=lora)
+    trainer.train()
+    logs = trainer._logs
+    assert len(logs["prompt"]) == len(logs["images"]) == len(logs["advantages"]) == 20
+    assert [len(images) for images in logs["images"]] == ([1] * 8 + [0] * 2) * 2
+    json.dumps(line(trainer))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [("test", "the trainer has no named ones"), (Dataset.from_dict({"text": ["a"]}), "must have a `prompt` column")],
+)
+def test_evaluate_checks_its_dataset_as_the_constructor_does(pipeline, dataset, lora, make_args, given, message):
+    trainer = APEXTrainer(pipeline, [redness], make_args(), dataset, peft_config=lora)
+    with pytest.raises(ValueError, match=message):
+        trainer.evaluate(given)
+    with pytest.raises(NotImplementedError, match="evaluate"):
+        trainer.predict(dataset)
+
+
+def test_a_named_evaluation_dataset_can_be_asked_for(pipeline, dataset, lora, make_args):
+    sets = {"few": dataset.select(range(2)), "more": dataset.select(range(3))}
+    args = make_args(eval_num_inference_steps=1)
+    trainer = APEXTrainer(pipeline, [redness, nothing], args, dataset, sets, peft_config=lora)
+    metrics = trainer.evaluate("few")
+    assert metrics["eval_few_reward"] == metrics["eval_few_rewards/redness/mean"]
+    assert "eval_few_rewards/nothing/mean" not in metrics and len(trainer.eval_records) == 2
