@@ -17,6 +17,8 @@ TRANSITIONS = ("flow_sde", "cps", "ddim")
 class Sampler:
     """Denoising steps by number: deterministic, or as a Gaussian transition with its log-probability.
 
+    Step numbers are on the CPU, as the schedule is: reading them never waits for an accelerator.
+
     Args:
         schedule ([`Schedule`]): the grid.
         transition (`str`): "flow_sde", "cps" or "ddim".
@@ -54,10 +56,10 @@ class Sampler:
         return log_prob(sample, transition)
 
     def timesteps(self, steps: Int[Tensor, "R"]) -> Float[Tensor, "R"]:
-        return self.schedule.timesteps[steps.cpu()].to(steps.device)
+        """What the denoiser is told at step number `steps`."""
+        return self.schedule.timesteps[steps]
 
     def _grid(self, steps: Int[Tensor, "R"]) -> tuple[Tensor, Tensor]:
-        steps = steps.cpu()
         return self.schedule.sigmas[steps], self.schedule.sigmas[steps + 1]
 
 

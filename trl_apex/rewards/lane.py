@@ -8,13 +8,16 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
+import torch
+
 
 class Lane:
     """One blocking function's thread, used from one event loop.
 
     Calls run in the order they came. A call that overruns its time is given up, but a thread cannot be stopped: until
     it returns, later calls wait as long as their own timeout and then fail as well, since running a network in two
-    threads at once would give wrong numbers. The thread is a daemon, so it never keeps the process alive.
+    threads at once would give wrong numbers. The thread is a daemon, so it never keeps the process alive. Its current
+    device is that of the thread that made the lane: otherwise "cuda" would be the first GPU for every process.
 
     Args:
         name (`str`): Name of the thread.
@@ -26,6 +29,7 @@ class Lane:
         self._order = asyncio.Lock()
         self._overrun: asyncio.Future | None = None
         self._thread: threading.Thread | None = None
+        self._target = on_this_device(self._work)
 
     @asynccontextmanager
     async def turn(self, timeout: float | int | None) -> AsyncIterator[None]:
@@ -60,7 +64,7 @@ class Lane:
             TimeoutError: If it takes longer.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"reward-{self.name}", daemon=True)
+            self._thread = threading.Thread(target=self._target, name=f"reward-{self.name}", daemon=True)
             self._thread.start()
         done: Future = Future()
         self._calls.put((done, func, keywords))
@@ -88,6 +92,28 @@ class Lane:
             else:
                 _settle(done, result=result)
             del call, func, keywords
+
+
+def on_this_device(target: Callable[[], Any]) -> Callable[[], Any]:
+    """`target` for another thread, to run there with this thread's current device; a new thread's own is the first.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.lane import on_this_device
+    >>> thread = threading.Thread(target=on_this_device(lambda: None))
+
+    ```
+    """
+    if not torch.accelerator.is_available():
+        return target
+    index = torch.accelerator.current_device_index()
+
+    def run() -> Any:
+        torch.accelerator.set_device_index(index)
+        return target()
+
+    return run
 
 
 def _settle(done: Future, result: Any = None, error: BaseException | None = None) -> None:

@@ -78,7 +78,8 @@ class Reward:
 
     Args:
         name (`str`, *optional*): Name of the objective. Defaults to the class's own.
-        device (`str` or `torch.device`, *optional*): Where the network runs. Defaults to the GPU if there is one.
+        device (`str` or `torch.device`, *optional*): Where the network runs; without an index, the current device of
+            the thread that loads it. Defaults to the GPU if there is one.
         dtype (`torch.dtype`, *optional*): Precision of the network. Defaults to float32, so that numbers are
             comparable between machines.
         batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
@@ -163,6 +164,7 @@ class Reward:
         with self._lock:
             if self._loaded is None:
                 try:
+                    self.device = with_index(self.device)
                     with _LOADING:
                         self._loaded = self._load()
                 except (ImportError, RewardLoadError):
@@ -178,8 +180,8 @@ class Reward:
         """Free the memory of the network; the next call loads it again."""
         with self._lock:
             self._loaded = None
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()
 
     def _load(self) -> Any:
         raise NotImplementedError
@@ -199,5 +201,23 @@ class Reward:
 
 
 def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device with the index that it has in this thread, so that it is the same one in every other thread.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.protocol import with_index
+    >>> with_index(torch.device("cpu")), with_index(torch.device("cuda:1"))
+    (device(type='cpu'), device(type='cuda', index=1))
+
+    ```
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if device.index is not None or accelerator is None or device.type != accelerator.type:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())

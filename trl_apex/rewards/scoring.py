@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trl_apex.rewards.calling import as_numbers, describe, is_async, reward_name, takes_images
 from trl_apex.rewards.failure import FailureWindow, RewardFailureWarning
-from trl_apex.rewards.lane import Lane
+from trl_apex.rewards.lane import Lane, on_this_device
 from trl_apex.rewards.protocol import RewardLoadError, TransientRewardError
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ class RewardScorer:
         self._windows = [FailureWindow(name, max_failure_rate, failure_window) for name in self.names]
         self._warned: set[str] = set()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="reward-scorer", daemon=True)
+        self._thread = threading.Thread(
+            target=on_this_device(self._loop.run_forever), name="reward-scorer", daemon=True
+        )
         self._thread.start()
         self._lanes = [
             None if is_async(func) else Lane(name) for func, name in zip(self.reward_funcs, self.names, strict=True)

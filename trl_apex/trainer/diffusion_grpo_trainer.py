@@ -369,8 +369,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         metrics["time/rewards_wait"].append(time.perf_counter() - sampled)
         self._log_scoring(scored)
 
-        rewards = gather_rows(torch.cat([s.rewards for s in scored]).to(device))
-        group_ids = torch.arange(len(rewards), device=device) // self.num_generations
+        rewards = gather_rows(torch.cat([s.rewards for s in scored]).to(device)).cpu()
+        group_ids = torch.arange(len(rewards)) // self.num_generations
         advantages, normalized = self._compute_advantages(rewards, group_ids)
         self._log_rewards(rewards, advantages, inputs, rollouts)
         here = local_slice(len(inputs), self.accelerator.process_index)
@@ -378,8 +378,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             "latents": torch.cat([r.trajectory.latents for r in rollouts]),
             "old_log_prob": torch.cat([r.trajectory.log_prob for r in rollouts]),
             "window": rollouts[0].trajectory.steps,
-            "advantages": advantages[here].float(),
-            "normalized": normalized[here].float(),
+            "advantages": advantages[here].to(device, torch.float32),
+            "normalized": normalized[here].to(device, torch.float32),
             "embeddings": embeddings,
             "prompt_of": prompt_of,
             "prompts": prompts,
@@ -441,7 +441,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
     def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Turn gathered rewards `[B, K]` into advantages `[B]`, and what each objective alone would say `[B, K]`.
 
-        The one method that `APEXTrainer` overrides.
+        All on the CPU: some accelerators have no float64. The one method that `APEXTrainer` overrides.
         """
         rewards = wide_enough(rewards)
         weights, groups = self.reward_weights.to(rewards), group_rows(group_ids)
@@ -464,14 +464,15 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             rollout["dealt"] = update_rows(samples, len(rollout["window"]), self.updates_per_pass, first, key)
         count = args.per_device_train_batch_size * args.timestep_batch_size
         rows = rollout["dealt"][update][micro * count : (micro + 1) * count]
-        sample, window_step = rows.to(self.accelerator.device).unbind(1)
+        window_step = rows[:, 1]
+        sample, on_device = rows.to(self.accelerator.device).unbind(1)
         return {
-            "latents": rollout["latents"][sample, window_step],
-            "next_latents": rollout["latents"][sample, window_step + 1],
-            "old_log_prob": rollout["old_log_prob"][sample, window_step],
+            "latents": rollout["latents"][sample, on_device],
+            "next_latents": rollout["latents"][sample, on_device + 1],
+            "old_log_prob": rollout["old_log_prob"][sample, on_device],
             "advantages": rollout["advantages"][sample],
             "normalized": rollout["normalized"][sample],
-            "steps": window_step + rollout["window"].start,
+            "steps": window_step + rollout["window"].start,  # on the CPU, where the schedule is
             "samples": sample + first,
             "embeddings": {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()},
             "dead": rollout["dead"],
@@ -514,7 +515,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
 
     def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
         guidance = self.args.guidance_scale
-        timesteps = self.sampler.timesteps(inputs["steps"])
+        timesteps = self.sampler.timesteps(inputs["steps"]).to(inputs["latents"].device)
         negative = self._conditions.negative(guidance)
         prediction = guided_prediction(
             self.policy, model, inputs["latents"], timesteps, inputs["embeddings"], negative, guidance

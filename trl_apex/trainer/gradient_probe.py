@@ -179,8 +179,8 @@ class GradientProbe:
             if name in sums:
                 # Sum over ranks before the products: the product of sums is not the sum of products.
                 gradients = sums.pop(name)
-                gradients = (reduce(gradients) if reduce else gradients).double()
-                parts.append((gradients @ gradients.T).cpu())
+                gradients = reduce(gradients) if reduce else gradients
+                parts.append((gradients @ gradients.T).cpu().double())  # float64 only there: some devices have none
         rows = torch.tensor([float(count)], dtype=torch.float64)
         if reduce:
             device = next(iter(self._layers.values())).weight.device

@@ -99,13 +99,13 @@ class LogsMixin(Trainer):
 
     def _log_rewards(self, rewards: Tensor, advantages: Tensor, inputs: list, rollouts: list[Rollout]) -> None:
         metrics = self._metrics["train"]
-        rewards = rewards.cpu().double()
+        rewards = rewards.double()
         for name, column in zip(self.reward_func_names, rewards.T, strict=True):
             valid = column[column.isfinite()]
             metrics[f"rewards/{name}/mean"].append(valid.mean().item() if len(valid) else math.nan)
             metrics[f"rewards/{name}/std"].append(_std(column))
         self._name_absent_objectives(rewards)
-        total = weighted_sum(rewards, self.reward_weights.cpu())
+        total = weighted_sum(rewards, self.reward_weights)
         groups = [_std(group) for group in total.reshape(-1, self.num_generations)]
         spreads = torch.tensor([std for std in groups if math.isfinite(std)], dtype=torch.float64)
         metrics["reward"].append(total.nanmean().item())
