@@ -13,13 +13,12 @@ files also serve `trl-apex train` and `trl-apex plan`.
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
 from peft import LoraConfig
 from trl import TrlParser
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.prompts import load_prompts
-from trl_apex.rewards.by_name import load_reward
+from trl_apex.rewards.by_name import load_rewards
 
 
 @dataclass
@@ -50,25 +49,7 @@ class ScriptArguments:
         default_factory=list, metadata={"help": "Rewards that evaluation reports and training never sees."}
     )
     lora_r: int = field(default=32, metadata={"help": "Rank of the adapter; 0 trains every weight instead."})
-    lora_alpha: int = field(default=64, metadata={"help": "Scale of the adapter, times its rank."})
-
-
-def prompts(name: str, split: str) -> Dataset:
-    """A dataset with a `prompt` column; its other columns reach the rewards by name."""
-    if name == "tiny":
-        from trl_apex.tiny.prompts import tiny_prompts
-
-        return tiny_prompts(split, 64)
-    return load_prompts(name, split)
-
-
-def rewards(names: list[str]) -> list[Any]:
-    """Reward functions by name; an objective of your own is any function that takes `prompts` and `completions`."""
-    if names == ["tiny"]:
-        from trl_apex.tiny.world import tiny_rewards
-
-        return tiny_rewards()
-    return [load_reward(name) for name in names]
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter; None for twice the rank."})
 
 
 def train(script: ScriptArguments, args: APEXConfig) -> APEXTrainer:
@@ -79,21 +60,21 @@ def train(script: ScriptArguments, args: APEXConfig) -> APEXTrainer:
 
         model = load_tiny_pipeline()
     # Without target_modules the adapter goes on the attention layers of both streams, as in Flow-GRPO.
-    adapter = LoraConfig(r=script.lora_r, lora_alpha=script.lora_alpha, init_lora_weights="gaussian")
+    alpha = script.lora_alpha or 2 * script.lora_r
+    adapter = LoraConfig(r=script.lora_r, lora_alpha=alpha, init_lora_weights="gaussian") if script.lora_r else None
     trainer = APEXTrainer(
         model=model,
-        reward_funcs=rewards(script.rewards),
+        # A reward of your own is any function that takes `prompts` and `completions`; columns of the dataset reach it by name.
+        reward_funcs=load_rewards(script.rewards),
         args=args,
-        train_dataset=prompts(script.dataset, script.dataset_split),
-        eval_dataset=prompts(script.eval_dataset, script.eval_split) if script.eval_dataset else None,
-        peft_config=adapter if script.lora_r else None,
-        monitor_funcs=rewards(script.monitors),
+        train_dataset=load_prompts(script.dataset, script.dataset_split),
+        eval_dataset=load_prompts(script.eval_dataset, script.eval_split) if script.eval_dataset else None,
+        peft_config=adapter,
+        monitor_funcs=load_rewards(script.monitors),
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.save_model()
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()  # with `push_to_hub`, uploads it as well
     return trainer
 
 

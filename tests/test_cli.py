@@ -1,18 +1,23 @@
 """The command line: what it refuses and how, what it records, and that a run can be stopped and resumed."""
 
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from trl_apex.cli import COMMANDS, main
-from trl_apex.commands.rewards_by_name import load_rewards
+from trl_apex.cli import COMMANDS, TRAIN_HELP, all_options, explain, main, train_options
+from trl_apex.rewards.by_name import load_rewards
+from trl_apex.trainer.run_record import recorded_warnings
 
 REWARDS = """
 def red(images, **columns):
@@ -83,11 +88,30 @@ def failing(capsys: pytest.CaptureFixture, *arguments: str, code: int = 2) -> st
     return message[0]
 
 
-def test_help_is_quick_and_names_every_command() -> None:
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "trl_apex", "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 1
-    assert all(command in done.stdout for command in COMMANDS)
+def test_help_names_every_command_and_imports_nothing_heavy() -> None:
+    code = "import sys; from trl_apex.cli import main; main([*sys.argv[1:]]); print(*sys.modules)"
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        shown, modules = done.stdout.rstrip().rsplit("\n", 1)
+        assert not {"torch", "trl", "transformers", "diffusers", "numpy"} & set(modules.split()), arguments
+        assert "--help-all" in shown or arguments != ["train", "--help"]
+        assert arguments != ["--help"] or all(command in shown for command in COMMANDS)
+
+
+def test_the_short_help_of_train_fits_a_screen_and_names_options_that_exist() -> None:
+    named = set(re.findall(r"--([a-z_]+)", TRAIN_HELP.replace("--help-all", ""))) - {"config"}
+    assert len(named) > 25 and len(TRAIN_HELP.splitlines()) < 60
+    everything = all_options()
+    for name in named:
+        assert f"  --{name} (" in everything, name
+
+
+def test_the_long_help_has_every_option_once_with_its_default() -> None:
+    names = re.findall(r"^  --(\w+) \(", all_options(), re.MULTILINE)
+    assert len(names) == len(set(names)) > 150
+    assert {"lora_r", "need_coef", "noise_level", "beta", "learning_rate"} <= set(names)
+    assert "max_completion_length" not in names, "it has no meaning for images"
+    assert "  --lora_r (32)" in all_options()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -143,7 +167,7 @@ def test_a_mistake_is_one_line(
     "content,message",
     [
         ("[1", "must be valid YAML"),
-        ("- a\n- b", "must hold arguments as"),
+        ("- a\n- b", "must hold options as"),
         (None, "No such file or directory: other.yaml"),
     ],
 )
@@ -155,9 +179,45 @@ def test_a_broken_configuration_is_one_line(
     assert message in failing(capsys, "train", "--config", "other.yaml")
 
 
-def test_debug_shows_the_traceback(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        main(["--debug", "train", "--config", "absent.yaml"])
+def test_traceback_is_shown_on_demand(folder: Path) -> None:
+    for arguments in (["--traceback", "train"], ["train", "--traceback"]):
+        with pytest.raises(FileNotFoundError):
+            main([*arguments, "--config", "absent.yaml"])
+
+
+def test_debug_is_the_old_name_of_traceback_and_an_option_of_transformers(tmp_path: Path) -> None:
+    for arguments in (["--debug", "report"], ["report", "--debug"]):
+        with pytest.warns(FutureWarning, match="--traceback"), pytest.raises(FileNotFoundError):
+            main([*arguments, str(tmp_path / "absent")])
+    flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--debug", "underflow_overflow"]
+    assert [option.value for option in train_options(flags)[1].debug] == ["underflow_overflow"]
+
+
+def test_messages_keep_their_dots_and_paths() -> None:
+    try:
+        load_rewards(["../runs/a..."])
+    except ValueError as error:
+        assert "'../runs/a...'" in explain(error)[0] and explain(error)[1] == 2
+
+
+def test_only_errors_of_this_package_are_shown_without_a_hint() -> None:
+    try:
+        int("three")
+    except ValueError as error:
+        message, code = explain(error)
+    assert message.startswith("ValueError: invalid literal") and message.endswith("--traceback to see where.")
+    assert code == 1
+
+
+@pytest.mark.parametrize("spelling", ["output-dir", "output_dir"])
+def test_options_are_spelled_with_hyphens_or_underscores(
+    spelling: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    missing = str(tmp_path / "absent.txt")
+    given = ["evaluate", str(tmp_path), "--model", "tiny", "--rewards", "tiny", "--dataset", missing]
+    assert "absent.txt" in failing(capsys, *given, f"--{spelling}", str(tmp_path), f"--max{spelling[6]}prompts=2")
+    _, config = train_options([f"--{spelling}={tmp_path}", f"--max{spelling[6]}steps", "3", "--use_cpu", "true"])
+    assert config.output_dir == str(tmp_path) and config.max_steps == 3
 
 
 def test_training_from_yaml_and_flags_leaves_a_complete_run(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -174,6 +234,24 @@ def test_training_from_yaml_and_flags_leaves_a_complete_run(folder: Path, capsys
     assert "# out" in (out / "README.md").read_text()
     for path in out.rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
+
+
+def test_a_report_that_fails_loses_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "out" / "report.html").mkdir(parents=True)  # cannot be written over
+    assert main(["train", "--config", "run.yaml"]) == 0
+    assert (folder / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert "The report of out could not be written" in caplog.text
+
+
+def test_warnings_of_a_run_are_recorded_once(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=7))
+    with pytest.warns(UserWarning), recorded_warnings(tmp_path, trainer):
+        for _ in range(2):
+            warnings.warn_explicit("look at this", UserWarning, "/somewhere/trl_apex/rewards/ocr.py", 1)
+        warnings.warn_explicit("of a library", UserWarning, "/somewhere/torch/nn.py", 1)
+        logging.getLogger("trl_apex.rewards").warning("and %s", "that")
+    lines = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 7, "text": "look at this"}, {"step": 7, "text": "and that"}]
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
@@ -226,7 +304,8 @@ def test_accelerate_launches_it(folder: Path) -> None:
     assert (folder / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_rewards_take_arguments(folder: Path) -> None:
+def test_rewards_take_arguments(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
     red, constant = load_rewards(["cli_rewards:red", "cli_rewards:Constant(value=2.5, name='two')"])
     assert red.__name__ == "red" and constant.__name__ == "two"
     assert constant(prompts=["a", "b"]) == [2.5, 2.5]
@@ -255,14 +334,5 @@ def test_report_and_push_name_what_is_missing(tmp_path: Path, capsys: pytest.Cap
     assert "must hold weights" in failing(capsys, "push", str(tmp_path), "--repo-id", "me/x")
 
 
-def test_benchmark_lists_and_runs_scripts(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "sample_speed.py").write_text("import sys; print('ran', sys.argv[1:])")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "argv", [*sys.argv])
-    assert main(["benchmark"]) == 0 and "sample_speed" in capsys.readouterr().out
-    assert main(["benchmark", "sample-speed", "--smoke"]) == 0 and "ran ['--smoke']" in capsys.readouterr().out
-    assert "must be one of" in failing(capsys, "benchmark", "nothing")
+def test_benchmark_says_where_the_scripts_are(capsys: pytest.CaptureFixture) -> None:
+    assert "python benchmarks/NAME.py" in failing(capsys, "benchmark")

@@ -1,37 +1,51 @@
-"""The command line `trl-apex`. Nothing heavy is imported before the command is known."""
+"""The command line `trl-apex`. Heavy packages are imported inside the commands, so `--help` is quick."""
 
+import argparse
+import dataclasses
 import difflib
-import importlib
+import logging
 import os
+import re
+import shlex
 import sys
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
 
-# Command -> what it does. Each lives in `trl_apex.commands`, as a module with `run(arguments)`.
 COMMANDS = {
-    "demo": "train the tiny pipeline that comes with the package, and show what came of it",
+    "demo": "train the tiny pipeline that comes with the package, on a CPU, in minutes",
     "train": "train a text-to-image model on several rewards",
-    "evaluate": "compare a tuned model with its base on held-out prompts",
-    "benchmark": "run a benchmark of this repository",
+    "evaluate": "compare tuned models with their base on the same prompts and noise",
     "report": "write the HTML report of one run, or of several side by side",
     "serve-rewards": "serve reward functions to trainers over HTTP",
     "push": "upload a run to the Hugging Face Hub",
-    "plan": "memory and compute of a training configuration, before it runs",
-    "env": "versions and devices, for bug reports",
+    "plan": "estimate the memory and compute of a training configuration before it runs",
+    "env": "print versions and devices, for bug reports",
 }
+OWN_OPTIONS = ("train", "plan")  # these two also take every field of APEXConfig, in YAML as well
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
+
+logger = logging.getLogger(__name__)
 
 
 class CommandError(Exception):
-    """A failure that is explained in full by its message.
+    """A failure whose message says everything; no traceback is needed.
 
     Args:
-        message (`str`): what happened, and what to do.
+        message (`str`): what happened and what to do.
         exit_code (`int`): of the command.
     """
 
     def __init__(self, message: str, exit_code: int = FAILURE) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,28 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit code: 0, 2 for a mistake of the user, 1 for another failure, 130 if interrupted.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    given = [argument for argument in given if argument != "--debug"]
-    if not given or given[0] in ("-h", "--help", "help"):
-        print(help_text())
+    given, traceback = _take_traceback_flag(sys.argv[1:] if arguments is None else list(arguments))
+    parser = build_parser()
+    if not given or given[0] == "help":
+        parser.print_help()
         return 0 if given else USER_MISTAKE
-    if given[0] in ("-V", "--version"):
-        from . import __version__
-
-        print(f"trl_apex {__version__}")
-        return 0
     command = given[0]
-    if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Use one of: {', '.join(COMMANDS)}."
-        return _fail("trl-apex", f"no command {command!r}. {hint}", USER_MISTAKE)
+    if not command.startswith("-") and command not in COMMANDS:
+        return _fail("trl-apex", f"no command {command!r}. {_hint_at_command(command)}", USER_MISTAKE)
     try:
-        module = importlib.import_module(f"trl_apex.commands.{command.replace('-', '_')}")
-        module.run(given[1:])
+        if command == "train":  # its command line is recorded as it was typed
+            options, rest = parser.parse_known_args(given)
+        else:
+            options, rest = parser.parse_known_args([_with_hyphens(argument) for argument in given])
+        if rest and command not in OWN_OPTIONS:
+            raise CommandError(f"unrecognized arguments: {' '.join(rest)}", USER_MISTAKE)
+        options.run(options, rest)
         return 0
     except Exception as error:
-        if debug:
+        if traceback:
             raise
         return _fail(f"trl-apex {command}", *explain(error))
     except KeyboardInterrupt:
@@ -73,41 +84,619 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USER_MISTAKE
 
 
-def help_text() -> str:
-    """What `trl-apex --help` prints."""
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
-    return (
-        "usage: trl-apex COMMAND [arguments]\n\nMulti-reward fine-tuning of text-to-image models.\n\ncommands:\n"
-        f"{rows}\n\n`trl-apex COMMAND --help` tells the arguments of a command. `--debug` shows the traceback of an error."
-    )
-
-
 def explain(error: Exception) -> tuple[str, int]:
     """One line about an error, and the exit code.
 
+    A ValueError or ImportError of this package is written for users and is shown as it is. Any other error gets its
+    class's name and the hint at `--traceback`.
+
     Example:
-        >>> explain(ValueError("`max_steps` must be positive.\\nFound -3."))
-        ('`max_steps` must be positive. Found -3.', 2)
+        >>> explain(CommandError("The run in ../runs/a was interrupted.", 130))
+        ('The run in ../runs/a was interrupted.', 130)
         >>> explain(KeyError("x"))
-        ("KeyError: 'x'. Run it again with --debug to see where.", 1)
+        ("KeyError: 'x'. Run it again with --traceback to see where.", 1)
     """
     text = " ".join(str(error).split())
-    code = getattr(error, "exit_code", None)  # its message says it all
+    code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return text, code
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
         return text if not error.filename else f"{error.strerror}: {error.filename}", USER_MISTAKE
-    if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("trl_apex"):
-        return f"this command is not part of trl_apex yet ({text}).", FAILURE
-    if isinstance(error, ValueError | ImportError):
+    if isinstance(error, ValueError | ImportError) and _raised_here(error):
         return text, USER_MISTAKE
     if type(error) is RuntimeError and text.startswith("Training was stopped"):
         return text, FAILURE
-    return f"{type(error).__name__}: {text}. Run it again with --debug to see where.".replace("..", "."), FAILURE
+    end = "" if text.endswith((".", "!", "?")) else "."
+    return f"{type(error).__name__}: {text}{end} Run it again with --traceback to see where.", FAILURE
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether this package itself raised the error, and not a library below it."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("trl_apex.")
 
 
 def _fail(program: str, message: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0" or code == FAILURE:
         print(f"{program}: {'' if code == INTERRUPTED else 'error: '}{message}", file=sys.stderr)
     return code
+
+
+def _hint_at_command(command: str) -> str:
+    if command == "benchmark":  # until 0.1.0
+        return "Benchmarks are scripts of the repository: python benchmarks/NAME.py."
+    close = difflib.get_close_matches(command, COMMANDS, 1)
+    return f"Did you mean {close[0]!r}?" if close else f"Use one of: {', '.join(COMMANDS)}."
+
+
+def _with_hyphens(argument: str) -> str:
+    """`--output_dir` and `--output-dir` are one option."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if re.fullmatch(r"--\w[\w-]*", name) else argument
+
+
+def _take_traceback_flag(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without `--traceback`, and whether it was among them.
+
+    `--debug` without a value is its name in 0.1.0. `--debug OPTION` belongs to transformers' TrainingArguments.
+    """
+    kept: list[str] = []
+    found = False
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=False):
+        old = argument == "--debug" and (not kept or kept[0] not in OWN_OPTIONS or following.startswith("-"))
+        if old:
+            warnings.warn("`--debug` is now called `--traceback`. Use that name.", FutureWarning, stacklevel=2)
+        if old or argument == "--traceback":
+            found = True
+        else:
+            kept.append(argument)
+    return kept, found
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Options of `train` that are fields of [`APEXConfig`] are read by [`train_options`]."""
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="trl-apex",
+        description="Multi-reward fine-tuning of text-to-image models.",
+        epilog="`trl-apex COMMAND --help` shows the options of a command; `_` and `-` are the same in their names. "
+        "`--traceback` shows where an error comes from.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"trl_apex {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[..., None], description: str, **keywords: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=COMMANDS[name], description=description, **keywords)
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", _demo, "Trains a tiny Stable Diffusion 3 pipeline on four rewards, on a CPU, in minutes.")
+    demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s")
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+    for name, run in (("train", _train), ("plan", _plan)):
+        own = command(name, run, "", add_help=False, allow_abbrev=False)
+        own.add_argument("-h", "--help", action="store_true")
+        own.add_argument("--help-all", "--help_all", action="store_true")
+        if name == "plan":
+            own.add_argument("--gpus", type=int, default=1)
+            own.add_argument("--zero-stage", type=int, default=0)
+            own.add_argument("--gpu-memory-gb", type=float)
+            own.add_argument("--num-prompts", type=int, default=0)
+            own.add_argument("--rewards-gb", type=float, default=0.0)
+
+    evaluate = command("evaluate", _evaluate, "Compares tuned models with their base on the same prompts and noise.")
+    option = evaluate.add_argument
+    option("adapters", nargs="+", metavar="RUN_DIR", help="run directory, or hub id of an adapter")
+    option("--model", required=True, help="the base pipeline: hub id, folder, or 'tiny'")
+    option("--dataset", required=True, help="prompts: file, folder, hub id, or 'tiny'")
+    option("--split", default="test", help="default: %(default)s")
+    option("--prompt-column", default="prompt", help="default: %(default)s")
+    option("--max-prompts", type=int, help="use only the first MAX_PROMPTS prompts")
+    option("--rewards", nargs="+", required=True, metavar="REWARD", help="as in `trl-apex train`")
+    option("--monitors", nargs="+", default=[], metavar="REWARD", help="rewards that were not trained on")
+    option("--steps", type=int, default=40, help="denoising steps; default: %(default)s")
+    option("--guidance-scale", type=float, default=4.5, help="1 for none; default: %(default)s")
+    option("--negative-prompt", default="", help="default: empty")
+    option("--height", type=int, help="pixels; default: the model's own")
+    option("--width", type=int, help="pixels; default: the model's own")
+    option("--max-sequence-length", type=int, help="text tokens, as in training; default: 256")
+    option("--images-per-prompt", type=int, default=1, help="default: %(default)s")
+    option("--batch-size", type=int, default=8, help="images sampled at a time; default: %(default)s")
+    option("--seed", type=int, default=0, help="default: %(default)s")
+    option("--ema", action="store_true", help="evaluate the averaged weights that the run saved")
+    option("--output-dir", help="default: RUN_DIR, or evaluation/ for several")
+
+    report = command("report", _report, "Writes one self-contained HTML page about a run, or several side by side.")
+    option = report.add_argument
+    option("run_dirs", nargs="+", metavar="RUN_DIR", help="the output_dir of a training run")
+    option("-o", "--output", help="default: report.html in the run directory, or beside the first of several")
+    option("--figures", action="store_true", help="write PNG figures into RUN_DIR/figures as well")
+
+    push = command(
+        "push",
+        _push,
+        "Uploads adapter, aggregator state, model card, samples and report of a run in one commit. The token is that of "
+        "`hf auth login`, or HF_TOKEN.",
+    )
+    option = push.add_argument
+    option("run_dir", metavar="RUN_DIR", help="the output_dir of a training run")
+    option("--repo-id", required=True, metavar="USER/NAME", help="repository; created if it is missing")
+    option("--private", action=argparse.BooleanOptionalAction, help="visibility of a new repository")
+    option("--revision", help="branch to commit to")
+    option("--no-create", action="store_true", help="fail if the repository does not exist")
+    option("--message", default="Upload run", help="commit message; default: %(default)s")
+
+    serve = command(
+        "serve-rewards",
+        _serve_rewards,
+        "Serves reward functions over HTTP. The token is read from a file or from TRL_APEX_REWARD_TOKEN, never from the "
+        "command line, where other users could see it.",
+    )
+    option = serve.add_argument
+    text = "a name (ocr, pickscore, ...), a call such as 'deqa(model=\"path\")', or module:attribute; may be repeated"
+    option("-r", "--reward", action="append", required=True, metavar="REWARD", help=text)
+    option("--host", default="127.0.0.1", help="other than loopback needs a token; default: %(default)s")
+    option("--port", type=int, default=8000, help="default: %(default)s")
+    option("--token-file", help="a file that holds the bearer token")
+
+    command("env", _env, "Prints versions and devices, for bug reports.")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+
+TRAIN_HELP = """usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]
+
+Trains a text-to-image model on several rewards. A YAML file holds options by name; options on the command line win.
+
+what to train
+  --model NAME                  hub id or folder of a diffusers pipeline, or 'tiny'
+  --dataset NAME                prompts: .json, .jsonl, .csv, .parquet or .txt file, folder, hub id, or 'tiny'
+  --rewards NAME [NAME ...]     ocr pickscore deqa aesthetic clip_score image_reward hpsv2 vlm_judge remote
+                                jpeg_compressibility jpeg_incompressibility, 'name(key=value)' or module:attribute
+  --reward_weights W [W ...]    your weight for each reward; equal if left out
+  --output_dir DIR              checkpoints, adapter, logs and report go here
+  --lora_r N                    rank of the adapter; 0 trains all weights
+
+sampling
+  --height N, --width N         pixels
+  --num_generations N           images of one prompt, which are compared with each other
+  --generation_batch_size N     images of one iteration, on all devices together
+  --rollout_batch_size N        images sampled at a time on one device
+  --num_inference_steps N       denoising steps
+  --sde_window_size N           how many of these are trained
+  --guidance_scale X            1 for none
+
+updates
+  --max_steps N                 optimizer steps
+  --per_device_train_batch_size N
+                                images in one forward pass of an update
+  --updates_per_iteration N     optimizer steps for each iteration's images
+  --learning_rate X             of AdamW
+  --gradient_checkpointing true saves memory, costs time
+
+evaluation and saving
+  --eval_dataset NAME           prompts to evaluate on, as --dataset
+  --eval_strategy steps, --eval_steps N
+  --monitors NAME [NAME ...]    rewards to report and not to train on
+  --save_steps N                optimizer steps between two checkpoints
+  --resume_from_checkpoint true|DIR
+                                continue an interrupted run
+  --push_to_hub true, --hub_model_id USER/NAME
+
+everything else
+  --help-all                    all options with their defaults
+
+Ctrl-C finishes the iteration and saves a checkpoint; a second Ctrl-C stops at once.
+On several devices: accelerate launch -m trl_apex train --config FILE.yaml"""
+
+
+def _field(default: Any, text: str) -> Any:
+    keywords: dict[str, Any] = {"default_factory": list} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text}, **keywords)
+
+
+@dataclass
+class TrainArguments:
+    """Model, prompts, rewards and adapter: what `trl-apex train` takes beside the fields of [`APEXConfig`]."""
+
+    model: str | None = _field(None, "Hub id or folder of a diffusers pipeline, or 'tiny' for the one in the package.")
+    revision: str | None = _field(None, "Branch, tag or commit of a hub id.")
+
+    dataset: str | None = _field(
+        None, "Prompts: .json, .jsonl, .csv, .parquet or .txt (one a line), a folder, a hub id, or 'tiny'."
+    )
+    dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
+    dataset_split: str = _field("train", "Split to train on.")
+    prompt_column: str = _field("prompt", "Column that holds the prompts.")
+    max_prompts: int | None = _field(None, "Train on the first `max_prompts` prompts only.")
+    eval_dataset: str | None = _field(None, "Prompts to evaluate on, as `dataset`.")
+    eval_split: str = _field("test", "Split to evaluate on.")
+
+    rewards: list[str] = _field(
+        [], "Names (ocr pickscore deqa aesthetic ...), calls ('deqa(model=\"path\")') or module:attribute."
+    )
+    monitors: list[str] = _field([], "Rewards that evaluation reports and training never sees.")
+
+    lora_r: int = _field(32, "Rank of the LoRA adapter; 0 trains all weights instead.")
+    lora_alpha: int | None = _field(None, "Scale of the adapter; None for twice the rank.")
+    lora_target_modules: list[str] | None = _field(
+        None, "Layers to adapt; None for the attention layers of the model family."
+    )
+    use_rslora: bool = _field(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+
+
+def train_options(arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Read the options of `trl-apex train` from flags and a YAML file.
+
+    Args:
+        arguments (`Sequence[str]`): flags, with `--config FILE` for the YAML file.
+
+    Returns:
+        `tuple`: [`TrainArguments`] and [`APEXConfig`].
+
+    Raises:
+        ValueError: for an unknown flag or key, or a value that does not fit.
+        FileNotFoundError: if the YAML file does not exist.
+    """
+    from trl import TrlParser
+
+    from .trainer.apex_config import APEXConfig
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(f"{message[0].upper()}{message[1:]}. `trl-apex train --help-all` lists all options.")
+
+    parser = Parser([TrainArguments, APEXConfig], prog="trl-apex train", allow_abbrev=False)
+    known = _names(TrainArguments) | _names(APEXConfig)
+    given = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    flags, unknown = list(given), []
+    if "--config" in given:
+        index = given.index("--config")
+        if index + 1 == len(given):
+            parser.error("argument --config: expected a file")
+        del flags[index : index + 2]
+        unknown = [key for key in _yaml_keys(given[index + 1]) if key not in known]
+    unknown += [flag.split("=")[0] for flag in parser.parse_known_args(flags)[1] if flag.startswith("-")]
+    if unknown:
+        close = [difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1) for name in unknown]
+        hints = [f"{a} (did you mean {b[0]}?)" if b else a for a, b in zip(unknown, close, strict=True)]
+        raise ValueError(f"Every option must be known. Found {'; '.join(hints)}.")
+    try:
+        return parser.parse_args_and_config(given)
+    except ValueError as error:  # of TRL's and transformers' own checks: the user's mistake as well
+        raise ValueError(str(error)) from error
+
+
+def _yaml_keys(path: str) -> list[str]:
+    """The keys of a YAML file, without `env`."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The configuration {path} must be valid YAML. Found: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"The configuration {path} must hold options as `name: value`. Found {type(content).__name__}."
+        )
+    return [str(key) for key in content if key != "env"]
+
+
+def all_options() -> str:
+    """What `trl-apex train --help-all` prints: every option with its default, those of this package first."""
+    from transformers import TrainingArguments
+    from trl import GRPOConfig
+
+    from .trainer.apex_config import APEXConfig
+    from .trainer.diffusion_grpo_config import LANGUAGE_FIELDS, DiffusionGRPOConfig
+
+    lines = ["usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]"]
+    owners = {
+        name: cls for cls in (APEXConfig, DiffusionGRPOConfig, GRPOConfig, TrainingArguments) for name in _names(cls)
+    }
+    groups = {
+        TrainArguments: "Model, prompts, rewards, adapter",
+        DiffusionGRPOConfig: "Sampling, updates, evaluation",
+        APEXConfig: "How several rewards become one advantage",
+        GRPOConfig: "From TRL's GRPOConfig",
+        TrainingArguments: "From transformers' TrainingArguments",
+    }
+    for owner, title in groups.items():
+        lines += ["", title]
+        for f in dataclasses.fields(TrainArguments if owner is TrainArguments else APEXConfig):
+            if owners.get(f.name, TrainArguments) is not owner or f.name in LANGUAGE_FIELDS or not f.init:
+                continue
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            lines.append(f"  --{f.name} ({'empty' if default in ('', [], {}) else default})")
+            text = " ".join(f.metadata.get("help", "").split())
+            lines += textwrap.wrap(text, 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _names(config: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(config)}
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    """Train, save the adapter, and write the report."""
+    if options.help or options.help_all:
+        print(TRAIN_HELP if options.help else all_options())
+        return
+    given, config = train_options(rest)
+    for name in ("model", "dataset", "rewards"):
+        if not getattr(given, name):
+            raise ValueError(f"`{name}` must be given. Found nothing. Pass --{name}, or set it in the YAML file.")
+
+    from .prompts import load_prompts
+    from .trainer.apex_trainer import APEXTrainer
+    from .trainer.callbacks import InterruptCallback
+    from .trainer.run_record import record_arguments, recorded_warnings
+
+    column = given.prompt_column
+    prompts = load_prompts(
+        given.dataset, given.dataset_split, column, config=given.dataset_config, limit=given.max_prompts
+    )
+    interrupt = InterruptCallback()
+    trainer = APEXTrainer(
+        _pipeline(given, config),
+        _load_rewards(given.rewards),
+        config,
+        prompts,
+        load_prompts(given.eval_dataset, given.eval_split, column) if given.eval_dataset else None,
+        callbacks=[interrupt],
+        peft_config=_lora_config(given),
+        monitor_funcs=_load_rewards(given.monitors),
+    )
+    interrupt.trainer = trainer
+    main_process = trainer.is_world_process_zero()
+    output_dir, command = Path(config.output_dir), "trl-apex train " + shlex.join(rest)
+    if main_process:
+        record_arguments(output_dir, vars(given) | config.to_dict(), command)
+    resume = config.resume_from_checkpoint
+    with recorded_warnings(output_dir if main_process else None, trainer), interrupt.listening():
+        try:
+            trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+        except RuntimeError:
+            if not interrupt.requested:
+                raise
+            command = re.sub(r" --resume[_-]from[_-]checkpoint[= ]\S+", "", command)
+            raise CommandError(
+                f"interrupted; a checkpoint is saved in {output_dir}. To go on: {command} --resume_from_checkpoint true",
+                INTERRUPTED,
+            ) from None
+    trainer.save_state()
+    trainer.save_model(_internal_call=True)  # True: the upload comes last, with the report
+    if main_process:
+        print(f"Saved in {output_dir}. {_try_report(output_dir)}")
+    if config.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _pipeline(given: TrainArguments, config: Any) -> Any:
+    if given.model == "tiny":
+        from .tiny.world import load_tiny_pipeline
+
+        return load_tiny_pipeline()
+    if given.revision:
+        config.model_init_kwargs = {**(config.model_init_kwargs or {}), "revision": given.revision}
+    return given.model
+
+
+def _lora_config(given: TrainArguments) -> Any:
+    if given.lora_r < 0:
+        raise ValueError(
+            f"`lora_r` must not be negative. Found {given.lora_r}. Use e.g. 32, or 0 to train all weights."
+        )
+    if given.lora_r == 0:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=given.lora_r,
+        lora_alpha=given.lora_alpha or 2 * given.lora_r,
+        target_modules=given.lora_target_modules,
+        use_rslora=given.use_rslora,
+        init_lora_weights="gaussian",
+    )
+
+
+def _load_rewards(specs: Sequence[str]) -> list[Callable]:
+    """The rewards that `specs` name, from modules in the current folder as well."""
+    from .rewards.by_name import load_rewards
+
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return load_rewards(specs)
+
+
+def _try_report(output_dir: Path) -> str:
+    """Write the report; a report that fails is a warning, since the run is saved by then."""
+    from .report import write_report
+
+    try:
+        return f"Report: {write_report([output_dir])}"
+    except Exception as error:
+        logger.warning("The report of %s could not be written: %s: %s", output_dir, type(error).__name__, error)
+        return f"To write the report: trl-apex report {output_dir}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other commands
+
+PLAN_HELP = """usage: trl-apex plan --config FILE.yaml [--OPTION VALUE ...]
+
+Estimates memory by part and GPU, and compute per iteration, of the configuration that `trl-apex train` would run. Loads
+no weights. Takes the options of `trl-apex train`, and
+
+  --gpus N            GPUs; generation_batch_size counts the images of all of them
+  --zero_stage 0..3   of DeepSpeed; 0, the default, for none
+  --gpu_memory_gb X   of one GPU; a plan that does not fit is an error that says what to change
+  --num_prompts N     distinct prompts, for the size of their embeddings
+  --rewards_gb X      memory of reward networks on each GPU
+
+--model may be sd3.5-medium, sd3.5-large, flux.1-dev, sd1.5 or sdxl where the Hub cannot be reached."""
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+    """Print the plan of a configuration; a plan that does not fit is an error."""
+    if options.help or options.help_all:
+        print(PLAN_HELP if options.help else all_options())
+        return
+    import torch
+
+    if not torch.cuda.is_available():  # a plan for a GPU is made where there may be none
+        file = rest[rest.index("--config") + 1] if "--config" in rest[:-1] else None
+        named = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in rest}
+        named |= set(_yaml_keys(file)) if file else set()
+        if "use_cpu" not in named:
+            rest = [*rest, "--use_cpu", "true", *([] if named & {"bf16", "fp16"} else ["--bf16", "true"])]
+    given, config = train_options(rest)
+    if not given.model:
+        raise ValueError("`model` must be given. Found nothing. Pass --model, or set it in the YAML file.")
+    name = given.model
+    if name == "tiny":
+        from .tiny.world import weights_path
+
+        name = str(weights_path("pipeline"))
+
+    from .plan import plan_text
+
+    print(
+        plan_text(
+            name,
+            config,
+            revision=given.revision,
+            lora_rank=given.lora_r,
+            lora_targets=given.lora_target_modules,
+            gpus=options.gpus,
+            zero_stage=options.zero_stage,
+            gpu_memory_gb=options.gpu_memory_gb,
+            prompts=options.num_prompts,
+            rewards_gb=options.rewards_gb,
+        )
+    )
+
+
+def _demo(options: argparse.Namespace, rest: list[str]) -> None:
+    from .demo import run_demo
+
+    run_demo(output_dir=options.output_dir, seed=options.seed)
+
+
+def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
+    """Compare adapters with their base, and write tables, pictures and report."""
+    from .evaluate import markdown_table, run_evaluation
+    from .prompts import load_prompts
+    from .report import write_report
+
+    first = Path(options.adapters[0])
+    alone = len(options.adapters) == 1
+    output_dir = Path(options.output_dir or (first if alone and first.is_dir() else "evaluation"))
+    model: Any = options.model
+    if model == "tiny":
+        from .tiny.world import load_tiny_pipeline
+
+        model = load_tiny_pipeline()
+    results = run_evaluation(
+        model,
+        options.adapters,
+        load_prompts(options.dataset, options.split, options.prompt_column, limit=options.max_prompts),
+        _load_rewards(options.rewards),
+        output_dir,
+        monitors=_load_rewards(options.monitors),
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        negative_prompt=options.negative_prompt,
+        height=options.height,
+        width=options.width,
+        max_sequence_length=options.max_sequence_length or (12 if options.model == "tiny" else 256),
+        images_per_prompt=options.images_per_prompt,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        ema=options.ema,
+    )
+    print(f"\n{markdown_table(results)}\nTables and pictures: {output_dir}")
+    if alone:
+        print(f"Report: {write_report([output_dir])}")
+
+
+def _report(options: argparse.Namespace, rest: list[str]) -> None:
+    from .report import write_figures, write_report
+
+    print(write_report(options.run_dirs, options.output))
+    for run_dir in options.run_dirs if options.figures else ():
+        print(*write_figures(run_dir), sep="\n")
+
+
+def _push(options: argparse.Namespace, rest: list[str]) -> None:
+    """Upload a run directory, with report, figures and model card written anew."""
+    from .hub import push_run, refresh_model_card
+    from .hub.upload import files_to_upload
+    from .report import write_figures, write_report
+
+    files_to_upload(options.run_dir)  # says what is missing before anything is written
+    try:
+        write_report([options.run_dir])
+        write_figures(options.run_dir)
+    except (ImportError, FileNotFoundError) as error:
+        print(f"Without pictures of the run: {error}")
+    refresh_model_card(options.run_dir, options.repo_id)
+    url = push_run(
+        options.run_dir,
+        options.repo_id,
+        private=options.private,
+        revision=options.revision,
+        create=not options.no_create,
+        commit_message=options.message,
+    )
+    print(url)
+
+
+def _serve_rewards(options: argparse.Namespace, rest: list[str]) -> None:
+    from .rewards.server import serve
+
+    serve(_load_rewards(options.reward), host=options.host, port=options.port, token_file=options.token_file)
+
+
+VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"),
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
+SECRETS = ("HF_TOKEN", "TRL_APEX_REWARD_TOKEN", "WANDB_API_KEY")  # only whether they are set
+
+
+def _env(options: argparse.Namespace, rest: list[str]) -> None:
+    """Print versions, devices and the environment variables that change behaviour."""
+    import platform
+
+    from .trainer.run_record import versions
+
+    python = f"{sys.version.split()[0]} ({platform.python_implementation()})"
+    facts = {"python": python, "platform": platform.platform(), **versions(), **_devices()}
+    facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    facts |= {name: "set" for name in SECRETS if os.environ.get(name)}
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _devices() -> dict[str, str]:
+    import shutil
+
+    found = {"cpu": f"{os.cpu_count()} cores", "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"}
+    try:
+        import torch
+    except ImportError:
+        return found
+    found["cuda"] = torch.version.cuda or "no"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found[f"gpu {index}"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+    return found

@@ -13,8 +13,7 @@ import pytest
 import yaml
 from trl import TrlParser
 
-from trl_apex.cli import main
-from trl_apex.commands.train_arguments import TrainParser
+from trl_apex.cli import main, train_options
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -166,9 +165,7 @@ def test_every_configuration_is_accepted_and_its_arithmetic_adds_up(path, tmp_pa
     assert not args.rollout_batch_size or per_device % args.rollout_batch_size == 0
     ours = set(vars(args)) | set(script.ScriptArguments.__dataclass_fields__)
     assert set(values) <= ours
-    TrainParser().read(
-        ["--config", str(path), *changes]
-    )  # the file serves `trl-apex train` and `trl-apex plan` as well
+    train_options(["--config", str(path), *changes])  # `trl-apex train` and `trl-apex plan` take the file as well
 
 
 GPU_RECIPES = [path for path in CONFIGS if "tiny" not in path.stem]

@@ -14,14 +14,12 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # Imports go down: a part may import parts of lower rank, and itself. The stages, all of rank 2, never import each other.
 RANK = {"types": 0, "distributed": 0, "redact": 0, "policy": 1}
 RANK |= dict.fromkeys(("prompts", "rollout", "rewards", "aggregation", "loss", "evaluation", "report", "hub"), 2)
-RANK |= {"tiny": 3, "trainer": 4, "demo": 5, "evaluate": 5, "plan": 5, "commands": 6, "__main__": 7}
-SAME = {"cli": "commands"}  # the door of the command line and its rooms
+RANK |= {"tiny": 3, "trainer": 4, "demo": 5, "evaluate": 5, "plan": 5, "cli": 6, "__main__": 7}
 HEAVY = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "numpy", "PIL", "jaxtyping")
 
 
 def part_of(path: Path) -> str:
-    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return SAME.get(part, part)
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def name(path: Path) -> str:
@@ -48,7 +46,7 @@ def imported(path: Path, tree: ast.AST | None = None) -> list[str]:
 def own_parts(path: Path) -> set[str]:
     names = (dotted.split(".") for dotted in imported(path))
     parts = {parts[1] for parts in names if parts[0] == "trl_apex" and len(parts) > 1}
-    return {SAME.get(part, part) for part in parts if SAME.get(part, part) in RANK}
+    return parts & set(RANK)
 
 
 def top_level_imports(path: Path) -> set[str]:

@@ -10,7 +10,7 @@ from tiny_runs import tiny_args, tiny_pipeline, tiny_trainer
 from trl import GRPOConfig
 
 from trl_apex import APEXConfig
-from trl_apex.commands.train_arguments import TrainParser
+from trl_apex.cli import train_options
 from trl_apex.trainer.diffusion_grpo_config import TYPED_FIELDS, DiffusionGRPOConfig
 
 INHERITED = {field.name for field in dataclasses.fields(GRPOConfig)}
@@ -107,7 +107,7 @@ LINES = st.lists(
 def read_yaml(path) -> str | None:
     """The message of the refusal; None where the file could be read."""
     try:
-        TrainParser().read(["--config", str(path), "--output_dir", str(path.parent / "run"), "--use_cpu", "true"])
+        train_options(["--config", str(path), "--output_dir", str(path.parent / "run"), "--use_cpu", "true"])
     except (ValueError, FileNotFoundError) as error:
         assert str(error).strip()
         return str(error)
@@ -140,7 +140,7 @@ def test_yaml_of_random_bytes(content, tmp_path):
         ("num_generations: two\n", "num_generations"),
         ("guidance_scal: 2\n", "guidance_scal (did you mean guidance_scale?)"),
         ("sde_window_range: {a: b}\n", "sde_window_range"),
-        ("- a\n- b\n", "arguments as `name: value`"),
+        ("- a\n- b\n", "options as `name: value`"),
         ("noise_level: [0.7\n", "must be valid YAML"),
     ],
 )

@@ -1,5 +1,6 @@
 """From a model id, a folder or a pipeline object to a policy."""
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -45,8 +46,11 @@ def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
 
     Raises:
         ValueError: if the pipeline is of no supported family.
+        FileNotFoundError: if `model` looks like a folder and there is none.
     """
     if isinstance(model, str):
+        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
+            raise FileNotFoundError(f"The folder of a model must exist. Found no {model}. Check the path.")
         model = diffusers.DiffusionPipeline.from_pretrained(model, **from_pretrained_kwargs)
     name = type(model).__name__
     if name not in FAMILIES:

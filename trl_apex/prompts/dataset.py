@@ -1,5 +1,6 @@
 """Prompts from wherever they lie, as a dataset with a `prompt` column."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ def load_prompts(
 
     Args:
         source (`str`, `Path`, `datasets.Dataset` or dict of them): a file (.json with a list of objects, .jsonl, .csv,
-            .parquet, or .txt with a prompt a line), a folder, a hub id, or data that is loaded already.
+            .parquet, or .txt with a prompt a line), a folder, a hub id, data that is loaded already, or `"tiny"` for
+            prompts of the tiny world (256, or as many as `limit` says).
         split (`str`): which part, where the source has parts. A file is one part.
         prompt_column (`str`): the column that holds the prompts; renamed to `prompt`.
         config (`str`, *optional*): configuration of a hub dataset.
@@ -41,7 +43,7 @@ def load_prompts(
         ```
     """
     name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} that was passed"
-    dataset = _load(source, split, config)
+    dataset = _tiny(split, limit) if source == "tiny" else _load(source, split, config)
     columns = dataset.column_names
     if prompt_column not in columns:
         raise ValueError(
@@ -68,6 +70,10 @@ def load_prompts(
                 "Correct or remove that row, or name another column with `prompt_column`."
             )
     return dataset
+
+
+def _tiny(split: str, limit: int | None) -> Any:
+    return import_module("trl_apex.tiny.prompts").tiny_prompts(split, limit or 256)
 
 
 def _load(source: Any, split: str, config: str | None) -> Any:

@@ -3,7 +3,7 @@
 import ast
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Name on the command line -> class in `trl_apex.rewards`.
@@ -88,3 +88,25 @@ def load_reward(spec: str) -> Callable:
     if arguments:
         return functools.update_wrapper(functools.partial(found, **arguments), found)
     return found
+
+
+def load_rewards(specs: Sequence[str]) -> list[Callable]:
+    """Make the reward functions that `specs` name.
+
+    Args:
+        specs (`Sequence[str]`): each as in [`load_reward`], or `"tiny"` for the tiny world's four.
+
+    Raises:
+        ValueError: as in [`load_reward`].
+
+    Example:
+        >>> [reward.__name__ for reward in load_rewards(["jpeg_compressibility", "jpeg_incompressibility"])]
+        ['jpeg_compressibility', 'jpeg_incompressibility']
+    """
+    functions: list[Callable] = []
+    for spec in specs:
+        if spec == "tiny":
+            functions += importlib.import_module("trl_apex.tiny.world").tiny_rewards()
+        else:
+            functions.append(load_reward(spec))
+    return functions

@@ -1,7 +1,11 @@
 """What has to happen between Trainer's own events."""
 
 import logging
+import signal
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,3 +128,39 @@ class GradientGuardCallback(TrainerCallback):
                 f"gradients of root mean square {rms:.2g}. Set adam_epsilon={rms / 1e4:.0e} or less.",
                 stacklevel=2,
             )
+
+
+class InterruptCallback(TrainerCallback):
+    """Stops the trainer at the end of the iteration after SIGINT or SIGTERM, on all processes together.
+
+    A second signal stops at once, and the iteration is lost. Set `trainer` before training starts.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals for the length of a `with` block."""
+        before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(
+            "\nStopping at the end of this iteration, with a checkpoint. Press Ctrl-C again to stop at once.",
+            file=sys.stderr,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Agree with the other processes between two updates, then tell the trainer."""
+        if self.trainer.save_and_stop is None and any_rank(self.requested, self.trainer.accelerator.device):
+            self.requested = True
+            self.trainer.request_stop("interrupted.")
