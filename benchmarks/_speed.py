@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from _machine import cpu_seconds
+from _bench import cpu_seconds
 from _plain_loop import Work, lora
 from datasets import Dataset
 from probe_cost import transformer

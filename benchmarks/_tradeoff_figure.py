@@ -1,6 +1,7 @@
 """The picture of the trade-off benchmark: where every method ends in every condition, and the way there."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
     conditions = list(dict.fromkeys(line["condition"] for line in table))
     across = min(len(conditions), 3)
     down = math.ceil(len(conditions) / across)
-    condition = "long" if "long" in conditions else conditions[0]  # whose course is drawn
-    runs = {method: [r for r in rows if (r["condition"], r["method"]) == (condition, method)] for method in SHOWN}
+    condition = shown_condition(conditions)
+    courses = [row for row in rows if row["condition"] == condition and "curve" in row]
+    runs = {method: [row for row in courses if row["method"] == method] for method in SHOWN}
     runs = {method: mine for method, mine in runs.items() if mine}
 
     panels = plt.figure(figsize=(5 * max(across, 2), 4 * down + 3.2), layout="constrained")
@@ -43,6 +45,17 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
 
 def _colour(method: str) -> str:
     return COLOURS.get(method.partition("_")[0], OTHER)
+
+
+def shown_condition(conditions: Iterable[str]) -> str:
+    """The condition whose course is drawn: the longest runs, if there are any."""
+    found = list(dict.fromkeys(conditions))
+    return "long" if "long" in found else found[0]
+
+
+def objectives(row: dict[str, Any]) -> list[str]:
+    """The objectives of a run, in order."""
+    return [name.removeprefix("gain/") for name, gain in row.items() if name.startswith("gain/") and gain is not None]
 
 
 def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
@@ -69,7 +82,7 @@ def _courses(axes: Any, condition: str, runs: dict[str, list[dict[str, Any]]]) -
     means = {method: torch.tensor([row["curve"] for row in mine]).mean(0) for method, mine in runs.items()}
     reach = [bound for curves in means.values() for bound in (float(curves.min()) - 0.1, float(curves.max()) + 0.1)]
     for axis, (method, curves) in zip(axes, means.items(), strict=False):
-        for values, name in zip(curves.T, runs[method][0]["gains"], strict=True):
+        for values, name in zip(curves.T, objectives(runs[method][0]), strict=True):
             axis.plot([step * every for step in range(len(values))], values, label=name)
         axis.axhline(0, color="black", linewidth=0.6)
         title = f"{method}, {condition}"

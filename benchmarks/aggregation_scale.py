@@ -9,8 +9,6 @@ rows on: 1 is linear.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import multiprocessing
 import platform
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _bench import arguments, write
 
 from trl_apex.aggregation import RULES, MultiObjectiveRewardAggregator
 
@@ -83,12 +82,9 @@ def markdown(cases: list[dict[str, Any]], sizes: list[int], widths: list[int]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small batches only, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
-    sizes = [1000, 10_000] if arguments.smoke else [1000, 10_000, 100_000, 1_000_000]
-    widths = [4] if arguments.smoke else [2, 8, 16]
+    given = arguments(__doc__, "small batches only, to see that it runs").parse_args()
+    sizes = [1000, 10_000] if given.smoke else [1000, 10_000, 100_000, 1_000_000]
+    widths = [4] if given.smoke else [2, 8, 16]
     todo = [(rule, *TYPICAL) for rule in RULES]
     todo += [(rule, rows, 4) for rule in RULES for rows in sizes]
     todo += [(rule, sizes[-2], width) for rule in RULES for width in widths if width != 4]
@@ -99,10 +95,8 @@ def main() -> None:
             cases.append(pool.apply(_forked, (case,)))
     table = markdown(cases, sizes, widths)
     print(table)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     settings = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "group": GROUP}
-    (arguments.out / "aggregation_scale.json").write_text(json.dumps({"settings": settings, "cases": cases}, indent=1))
-    (arguments.out / "aggregation_scale.md").write_text(table)
+    write(given.out / "aggregation_scale.json", {"settings": settings, "cases": cases}, table)
 
 
 if __name__ == "__main__":

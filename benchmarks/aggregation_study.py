@@ -18,7 +18,6 @@ live objectives; the hijack index; and the seesaw rate.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _bench import arguments, write
 
 from trl_apex.aggregation import GRADIENT_RULES, RULES, MultiObjectiveRewardAggregator, PopulationConflict
 
@@ -344,30 +344,29 @@ def figure(table: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a few updates on two seeds, to see that it runs")
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--updates", type=int, default=100)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--redraw", action="store_true", help="only draw the figure again, from the results")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
-    if arguments.redraw:
-        table = json.loads((arguments.out / "aggregation_study.json").read_text())["table"]
-        return figure(table, arguments.out / "aggregation_study.png")
-    seeds, updates = (2, 2 * EVALUATE) if arguments.smoke else (arguments.seeds, arguments.updates)
+    given = arguments(
+        __doc__,
+        "a few updates on two seeds, to see that it runs",
+        seeds={"type": int, "default": 20},
+        updates={"type": int, "default": 100},
+        workers={"type": int, "default": 2},
+        redraw={"action": "store_true", "help": "only draw the figure again, from the results"},
+    ).parse_args()
+    results = given.out / "aggregation_study.json"
+    if given.redraw:
+        return figure(json.loads(results.read_text())["table"], results.with_suffix(".png"))
+    seeds, updates = (2, 2 * EVALUATE) if given.smoke else (given.seeds, given.updates)
     start = time.perf_counter()
     todo = jobs(seeds, updates)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = None if arguments.smoke else arguments.out / "aggregation_study.rows.jsonl"
-    rows = run(todo, arguments.workers, kept)
+    given.out.mkdir(parents=True, exist_ok=True)
+    kept = None if given.smoke else given.out / "aggregation_study.rows.jsonl"
+    rows = run(todo, given.workers, kept)
     table = summarize(rows)
     print(markdown(table))
     print(f"{len(todo)} jobs in {time.perf_counter() - start:.0f} s")
     settings = {"seeds": seeds, "updates": updates, "prompts": PROMPTS, "group": GROUP, "torch": torch.__version__}
-    (arguments.out / "aggregation_study.json").write_text(json.dumps({"settings": settings, "table": table}, indent=1))
-    (arguments.out / "aggregation_study.md").write_text(markdown(table))
-    figure(table, arguments.out / "aggregation_study.png")
+    write(results, {"settings": settings, "table": table}, markdown(table))
+    figure(table, results.with_suffix(".png"))
     if kept:
         kept.unlink()
 

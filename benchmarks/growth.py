@@ -14,7 +14,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
 import json
 import math
 import statistics
@@ -26,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _machine import machine
+from _bench import arguments, machine, write
 from _plain_loop import Work
 from _speed import Model, TrainerRun, prompts, quiet, timed
 from torch import Tensor
@@ -150,28 +149,23 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="two sizes each, one round, one process")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    rounds = {"type": int, "default": 3}
+    given = arguments(__doc__, "two sizes each, one round, one process", rounds=rounds).parse_args()
     quiet()
     if WORKERS in os.environ:
-        worker(Path(os.environ[WORKERS]), arguments.rounds)
+        worker(Path(os.environ[WORKERS]), given.rounds)
         return
-    rounds = 1 if arguments.smoke else arguments.rounds
-    counts = [1, 4] if arguments.smoke else [1, 2, 4, 8, 16]
-    groups = [2, 4] if arguments.smoke else [2, 4, 8, 16, 32]
-    small = replace(SMALL, group=2, batch=2) if arguments.smoke else SMALL
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    rounds = 1 if given.smoke else given.rounds
+    counts = [1, 4] if given.smoke else [1, 2, 4, 8, 16]
+    groups = [2, 4] if given.smoke else [2, 4, 8, 16, 32]
+    small = replace(SMALL, group=2, batch=2) if given.smoke else SMALL
     settings = {"machine": machine(), "threads": 1, "seed": 0, "rounds": rounds}
     settings |= {"work": {"tiny": vars(small), "resolution": vars(FINE)}}
     rows: list[dict[str, Any]] = []
 
     def add(what: str, unit: str, seconds: dict[int, list[float]]) -> None:
         rows.append(row(what, unit, seconds))
-        (arguments.out / "growth.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1))
-        (arguments.out / "growth.md").write_text(markdown(rows))
+        write(given.out / "growth.json", {"settings": settings, "rows": rows}, markdown(rows))
         print(markdown(rows[-1:]), flush=True)
 
     tiny = Model("tiny")
@@ -179,12 +173,12 @@ def main() -> None:
     add("objectives", "number", in_turns(runs, rounds))
     runs = {size: started(tiny, replace(small, group=size, batch=size)) for size in groups}
     add("group size", "images of a prompt", in_turns(runs, rounds))
-    if not arguments.smoke:
+    if not given.smoke:
         add("processes", "number", {count: in_processes(count, rounds) for count in (1, 2)})
         mid = Model("mid")
         runs = {side: started(mid, replace(FINE, side=side)) for side in (32, 64, 96)}
         add("resolution", "pixels", {side * side: values for side, values in in_turns(runs, rounds).items()})
-    picture(rows, arguments.out / "growth.png")
+    picture(rows, given.out / "growth.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ compares the first with the last iterations, since other programs share the mach
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _bench import arguments, write
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
@@ -218,16 +218,12 @@ def figures(readings: Readings, iterations: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--smoke", action="store_true", help="100 iterations, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    iterations = {"type": int, "default": 2000}
+    given = arguments(__doc__, "100 iterations, to see that it runs", iterations=iterations).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(100 if arguments.smoke else arguments.iterations, Path(folder))
+        result = run(100 if given.smoke else given.iterations, Path(folder))
     settings = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "long_run.json").write_text(json.dumps({"settings": settings, **result}, indent=1) + "\n")
+    write(given.out / "long_run.json", {"settings": settings, **result})
     print(json.dumps(result, indent=1))
 
 

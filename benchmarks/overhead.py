@@ -13,16 +13,13 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from _machine import machine
+from _bench import arguments, machine, write
 from _plain_loop import Work
 from _speed import SMOKE, WORK, Model, TrainerRun, prompts, quiet, timed
 from aggregation_scale import TYPICAL, measure
@@ -112,26 +109,22 @@ def markdown(found: list[dict[str, Any]], rules: list[dict[str, Any]], probes: l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one round on two images")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    rounds_option = {"type": int, "default": 3}
+    given = arguments(__doc__, "one round on two images", rounds=rounds_option).parse_args()
     quiet()
-    rounds = 1 if arguments.smoke else arguments.rounds
-    models = {"tiny": SMOKE} if arguments.smoke else WORK
+    rounds = 1 if given.smoke else given.rounds
+    models = {"tiny": SMOKE} if given.smoke else WORK
     found = [iteration(Model(name), work, rounds) for name, work in models.items()]
     rules = []
-    for rule in ["apex"] if arguments.smoke else RULES:
+    for rule in ["apex"] if given.smoke else RULES:
         timing = measure(rule, *TYPICAL)
         per_image = {row["model"]: row["seconds"]["whole"] / row["images"] for row in found}
         share = {name: timing["ms"] / 1e3 / (seconds * TYPICAL[0]) for name, seconds in per_image.items()}
         rules.append({**timing, "share": share})
-    plan = {"tiny world": 1} if arguments.smoke else {"tiny world": 20, "100M": 4}
+    plan = {"tiny world": 1} if given.smoke else {"tiny world": 20, "100M": 4}
     probes = [compare(name, count) for name, count in plan.items()]
     table = markdown(found, rules, probes)
     print(table)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     settings = {
         "machine": machine(),
         "threads": 1,
@@ -139,8 +132,7 @@ def main() -> None:
         "work": {name: vars(work) for name, work in models.items()},
     }
     result = {"settings": settings, "iteration": found, "aggregation": rules, "probe": probes}
-    (arguments.out / "overhead.json").write_text(json.dumps(result, indent=1))
-    (arguments.out / "overhead.md").write_text(table)
+    write(given.out / "overhead.json", result, table)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,14 @@ shows. `every 10th` is what training pays on average.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from _bench import arguments, write
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -195,20 +193,15 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one round on the tiny model")
-    parser.add_argument("--rounds", type=int, nargs=2, default=[60, 12], help="on the tiny and the 100M model")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    rounds = {"type": int, "nargs": 2, "default": [60, 12], "help": "on the tiny and the 100M model"}
+    given = arguments(__doc__, "one round on the tiny model", rounds=rounds).parse_args()
     torch.set_num_threads(1)
-    plan = {"tiny world": 1} if arguments.smoke else dict(zip(MODELS, arguments.rounds, strict=True))
+    plan = {"tiny world": 1} if given.smoke else dict(zip(MODELS, given.rounds, strict=True))
     found = [compare(name, rounds) for name, rounds in plan.items()]
     table = markdown(found)
     print(table)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     result = {"settings": {"torch": torch.__version__, "threads": 1, "dtype": "float32"}, "models": found}
-    (arguments.out / "probe_cost.json").write_text(json.dumps(result, indent=1))
-    (arguments.out / "probe_cost.md").write_text(table)
+    write(given.out / "probe_cost.json", result, table)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,22 @@ The rollout is stood in for by a pause as long as the rewards of a chunk take, s
 samples while the processor is free; the best ratio of overlapping `n` chunks is then `2 n / (n + 1)`.
 """
 
-import argparse
 import asyncio
-import json
 import multiprocessing
 import platform
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
+from _bench import arguments, write
 from PIL import Image, ImageDraw, ImageFont
 
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward, RemoteReward, RewardScorer
 from trl_apex.rewards.server import serve
 
-RESULTS = Path(__file__).parent / "results" / "reward_throughput.json"
 WORDS = ["CAT", "HOUSE", "TEN", "OCEAN", "LAKE", "STONE", "NEST", "CLOUD"]
 
 
@@ -172,49 +168,40 @@ def side_by_side(prompts: list[str], repeats: int) -> dict:
 
 def main() -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--side", type=int, default=128)
-    parser.add_argument("--chunks", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    given = arguments(
+        __doc__,
+        "two small images, once",
+        images={"type": int, "default": 16},
+        side={"type": int, "default": 128},
+        chunks={"type": int, "default": 4},
+        repeats={"type": int, "default": 3},
+    ).parse_args()
+    if given.smoke:
+        given.images, given.side, given.chunks, given.repeats = 2, 64, 2, 1
     torch.set_num_threads(1)
-    prompts, images = make_batch(arguments.images, arguments.side)
+    prompts, images = make_batch(given.images, given.side)
     process, url = start_server()
     try:
         results = {
             "settings": {
-                "images": arguments.images,
-                "side": arguments.side,
-                "chunks": arguments.chunks,
-                "repeats": arguments.repeats,
+                "images": given.images,
+                "side": given.side,
+                "chunks": given.chunks,
+                "repeats": given.repeats,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "cpus": multiprocessing.cpu_count(),
             },
-            "local_and_remote": local_and_remote(url, prompts, images, arguments.repeats),
-            "overlap_local": waited_and_overlapped(
-                url, prompts, images, arguments.chunks, arguments.repeats, remote=False
-            ),
-            "overlap_remote": waited_and_overlapped(
-                url, prompts, images, arguments.chunks, arguments.repeats, remote=True
-            ),
-            "side_by_side": side_by_side(prompts, arguments.repeats),
+            "local_and_remote": local_and_remote(url, prompts, images, given.repeats),
+            "overlap_local": waited_and_overlapped(url, prompts, images, given.chunks, given.repeats, remote=False),
+            "overlap_remote": waited_and_overlapped(url, prompts, images, given.chunks, given.repeats, remote=True),
+            "side_by_side": side_by_side(prompts, given.repeats),
         }
     finally:
         process.terminate()
         process.join(timeout=20)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(_rounded(results), indent=2) + "\n")
-    json.dump(_rounded(results), sys.stdout, indent=2)
-    print()
-
-
-def _rounded(value):
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return float(f"{value:.3g}") if isinstance(value, float) else value
+    write(given.out / "reward_throughput.json", results, digits=3)
+    print((given.out / "reward_throughput.json").read_text())
 
 
 if __name__ == "__main__":

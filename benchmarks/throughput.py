@@ -16,7 +16,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import machine, ratio
+from _bench import arguments, machine, ratio, write
 from _plain_loop import Parts, PlainLoop, Work
 from _speed import SMOKE, WORK, Model, PassCounter, Phases, TrainerRun, prompts, quiet, serial_rewards, timed
 
@@ -287,40 +286,38 @@ def kept(path: Path, models: list[str]) -> dict[str, Any]:
     return result
 
 
-def write(out: Path, name: str, settings: dict, race: Race, more: Sequence[dict] = ()) -> str:
+def write_known(out: Path, name: str, settings: dict, race: Race, more: Sequence[dict] = ()) -> str:
     """Write what is known so far, beside what is there of other models; the table."""
     result = kept(out / "throughput.json", [name])
     result["settings"][name], result["same_mathematics"][name] = settings, race.agreement
     result["rows"] += [*race.rows(), *more]
     result["phases"] += race.phases()
-    (out / "throughput.json").write_text(json.dumps(result, indent=1))
     table = markdown(result["rows"], result["phases"], result["same_mathematics"])
-    (out / "throughput.md").write_text(table)
+    write(out / "throughput.json", result, table)
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="few settings, one round, two images")
-    parser.add_argument("--models", nargs="+", choices=["tiny", "mid"], default=["tiny", "mid"])
-    parser.add_argument("--rounds", type=int, nargs=2, default=[3, 2], help="on the tiny and the mid-size model")
-    parser.add_argument("--groups", type=int, help="prompts an iteration, instead of the model's own number")
-    parser.add_argument("--settings", nargs="+", help="only these, besides the two that are always there")
-    parser.add_argument("--compile", action="store_true", help="compiled blocks too, which take minutes to compile")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    given = arguments(
+        __doc__,
+        "few settings, one round, two images",
+        models={"nargs": "+", "choices": ["tiny", "mid"], "default": ["tiny", "mid"]},
+        rounds={"type": int, "nargs": 2, "default": [3, 2], "help": "on the tiny and the mid-size model"},
+        groups={"type": int, "help": "prompts an iteration, instead of the model's own number"},
+        settings={"nargs": "+", "help": "only these, besides the two that are always there"},
+        compile={"action": "store_true", "help": "compiled blocks too, which take minutes to compile"},
+    ).parse_args()
     quiet()
-    models = ["tiny"] if arguments.smoke else arguments.models
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    models = ["tiny"] if given.smoke else given.models
     for name in models:
-        model, work = Model(name), SMOKE if arguments.smoke else WORK[name]
-        rounds = 1 if arguments.smoke else dict(zip(("tiny", "mid"), arguments.rounds, strict=True))[name]
+        model, work = Model(name), SMOKE if given.smoke else WORK[name]
+        rounds = 1 if given.smoke else dict(zip(("tiny", "mid"), given.rounds, strict=True))[name]
         chosen = [*PARTS, *TRAINER] if name == "tiny" else FEWER
-        chosen = [one for one in chosen if "compile" not in one or arguments.compile]
-        work = replace(work, groups=arguments.groups or work.groups)
-        if arguments.settings:
-            chosen = [one for one in chosen if one in (BASE, "all_same_mathematics", *arguments.settings)]
-        if arguments.smoke:
+        chosen = [one for one in chosen if "compile" not in one or given.compile]
+        work = replace(work, groups=given.groups or work.groups)
+        if given.settings:
+            chosen = [one for one in chosen if one in (BASE, "all_same_mathematics", *given.settings)]
+        if given.smoke:
             chosen = [BASE, "window_shared_prefix", "all_same_mathematics", "all_with_window"]
         settings = {
             "machine": machine(),
@@ -332,10 +329,10 @@ def main() -> None:
         race = Race(model, work, chosen, rounds)
         for turn in range(1, rounds + 1):
             race.round(turn)
-            table = write(arguments.out, name, {**settings, "rounds": turn}, race)
+            table = write_known(given.out, name, {**settings, "rounds": turn}, race)
         race.close()
-        if name == "tiny" and not arguments.smoke:
-            table = write(arguments.out, name, {**settings, "rounds": rounds}, race, [half_precision(model, work)])
+        if name == "tiny" and not given.smoke:
+            table = write_known(given.out, name, {**settings, "rounds": rounds}, race, [half_precision(model, work)])
     print(table)
 
 

@@ -8,7 +8,6 @@ Every finished run is kept under `runs/` and then in the results, so that the co
 setting was chosen on the seeds 1 to 5; seeds 0 and 100 were used for that.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import machine
-from _tradeoff_figure import draw
+from _bench import arguments, machine, write
+from _tradeoff_figure import SHOWN, draw, objectives, shown_condition
 from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, OBJECTIVES, run
 
 from trl_apex.aggregation.options import RULES
@@ -34,6 +33,8 @@ SEEDS = range(1, 6)
 PROMPTS = 64
 
 SETTINGS: dict[str, Any] = {"budget": BUDGET, "apex": APEX, "test_prompts": PROMPTS}
+
+COURSE = ("curve", "priorities")  # kept for the runs of the picture alone
 
 Job = tuple[str, str, int]
 Row = dict[str, Any]
@@ -61,13 +62,37 @@ def key(row: Row) -> Job:
 def finished(part: str, results: Path, folder: Path) -> list[Row]:
     """The rows of a part that are there, in the plan's order: in the results, if of the same settings, and in files."""
     order = {(condition, method): place for place, (condition, method, _) in enumerate(plan(part, [1]))}
-    kept = json.loads(results.read_text()) if results.exists() else {"rows": [], "settings": SETTINGS}
-    rows = {key(row): row for row in kept["rows"] if kept["settings"] == SETTINGS}
+    rows = {}
+    if results.exists() and (kept := json.loads(results.read_text()))["settings"] == SETTINGS:
+        rows = {key(row): row for row in unpacked(kept)}
     for path in sorted(folder.glob("*/*/*.json")):
         row = json.loads(path.read_text())
         rows[key(row)] = row
     mine = [row for row in rows.values() if key(row)[:2] in order]
     return sorted(mine, key=lambda row: (order[key(row)[:2]], row["seed"]))
+
+
+def packed(rows: list[Row]) -> dict[str, Any]:
+    """The rows as one table, and the course of the runs that the picture shows."""
+    shown = shown_condition(row["condition"] for row in rows)
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in COURSE))
+    return {
+        "columns": columns,
+        "rows": [[row.get(name) for name in columns] for row in rows],
+        "courses": [
+            {name: row[name] for name in ("condition", "method", "seed", "curve", "priorities") if name in row}
+            | ({} if row["method"] == "apex" else {"priorities": {}})
+            for row in rows
+            if row["method"] in SHOWN and row["condition"] == shown and "curve" in row
+        ],
+    }
+
+
+def unpacked(found: dict[str, Any]) -> list[Row]:
+    """The rows that [`packed`] made a table of."""
+    rows = [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+    courses = {key(course): course for course in found["courses"]}
+    return [row | courses.get(key(row), {}) for row in rows]
 
 
 def execute(jobs: list[Job], workers: int, folder: Path, prompts: int, **changes: Any) -> None:
@@ -81,7 +106,7 @@ def execute(jobs: list[Job], workers: int, folder: Path, prompts: int, **changes
             path = folder / condition / method.replace(":", "-") / f"{seed}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(row))
-            gains = ", ".join(f"{name} {value:+.2f}" for name, value in row["gains"].items())
+            gains = ", ".join(f"{name} {row[f'gain/{name}']:+.2f}" for name in objectives(row))
             print(f"[{done}/{len(jobs)}] {condition} {method} {seed}: {gains} ({row['cpu_seconds']} s)", flush=True)
 
 
@@ -101,34 +126,14 @@ def summarize(rows: list[Row], reference: str = "apex") -> list[Row]:
         for method in dict.fromkeys(row["method"] for row in here):
             mine = [row for row in here if row["method"] == method]
             line: Row = {"condition": condition, "method": method, "seeds": len(mine)}
-            for name in mine[0]["gains"]:
-                line[f"gain/{name}"] = with_error(row["gains"][name] for row in mine)
-            for name in mine[0]["held_out"]:
-                line[f"held_out/{name}"] = with_error(
-                    row["held_out"][name]["tuned"] - row["held_out"][name]["base"] for row in mine
-                )
-            for key in (
-                "worst_gain",
-                "mean_gain",
-                "hypervolume",
-                "hypervolume_below_base",
-                "jdr",
-                "jcr",
-                "seesaw_rate",
-            ):
-                line[key] = with_error(row[key] for row in mine)
-            for key in ("conflict_rate", "hijack_index"):
-                values = [row[key] for row in mine if row[key] is not None]
-                line[key] = with_error(values) if values else None
-            line["hijack_share"] = {
-                name: statistics.mean(row["hijack_share"][name] for row in mine)
-                for name, share in mine[0]["hijack_share"].items()
-                if share is not None
-            }
+            for name in mine[0]:
+                values = [row[name] for row in mine if row.get(name) is not None]
+                if name not in ("condition", "method", "seed", *COURSE):
+                    line[name] = with_error(values) if values else None
             pairs = [(reference_rows[row["seed"]], row) for row in mine if row["seed"] in reference_rows]
-            for key in ("worst_gain", "hypervolume_below_base"):
+            for name in ("worst_gain", "hypervolume_below_base"):
                 if pairs and method != reference:
-                    line[f"{reference}_minus/{key}"] = with_error(ours[key] - theirs[key] for ours, theirs in pairs)
+                    line[f"{reference}_minus/{name}"] = with_error(ours[name] - theirs[name] for ours, theirs in pairs)
             table.append(line)
     return table
 
@@ -144,9 +149,9 @@ def markdown(table: list[Row]) -> str:
     text = ""
     for condition in dict.fromkeys(line["condition"] for line in table):
         lines = [line for line in table if line["condition"] == condition]
-        objectives = [key.removeprefix("gain/") for key in lines[0] if key.startswith("gain/")]
+        names = objectives(lines[0])
         heads = [
-            "method", "seeds", "worst", "mean", "apex − it, worst", *objectives, "HV", "HV from −1", "apex − it, HV from −1",
+            "method", "seeds", "worst", "mean", "apex − it, worst", *names, "HV", "HV from −1", "apex − it, HV from −1",
             "JDR", "JCR", "seesaw", "conflict rate", "hijack index", "exact word", "attributes",
         ]  # fmt: skip
         text += f"\n### {condition}\n\n| " + " | ".join(heads) + " |\n|---|" + "---:|" * (len(heads) - 1) + "\n"
@@ -157,7 +162,7 @@ def markdown(table: list[Row]) -> str:
                 cell(line["worst_gain"], sign="+"),
                 cell(line["mean_gain"], sign="+"),
                 cell(line.get("apex_minus/worst_gain"), sign="+"),
-                *(cell(line[f"gain/{name}"], sign="+") for name in objectives),
+                *(cell(line[f"gain/{name}"], sign="+") for name in names),
                 cell(line["hypervolume"], 3),
                 cell(line["hypervolume_below_base"]),
                 cell(line.get("apex_minus/hypervolume_below_base"), sign="+"),
@@ -170,21 +175,21 @@ def markdown(table: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="three short runs, to see that it works")
-    parser.add_argument("--part", choices=("tradeoffs", "ablation"), default="tradeoffs")
-    parser.add_argument("--conditions", nargs="*", choices=tuple(CONDITIONS), help="only these")
-    parser.add_argument("--methods", nargs="*", help="only these")
-    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--redraw", action="store_true", help="only write tables and figures again, from the results")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/tradeoffs"), help="where finished runs are kept")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    given = arguments(
+        __doc__,
+        "three short runs, to see that it works",
+        part={"choices": ("tradeoffs", "ablation"), "default": "tradeoffs"},
+        conditions={"nargs": "*", "choices": tuple(CONDITIONS), "help": "only these"},
+        methods={"nargs": "*", "help": "only these"},
+        seeds={"type": int, "nargs": "*", "default": list(SEEDS)},
+        workers={"type": int, "default": 2},
+        redraw={"action": "store_true", "help": "only write tables and figures again, from the results"},
+        runs={"type": Path, "default": Path("runs/tradeoffs"), "help": "where finished runs are kept"},
+    ).parse_args()
     results = given.out / f"{given.part}.json"
     if given.redraw:
         found: dict[str, Any] = json.loads(results.read_text())
+        rows = unpacked(found)
     elif given.smoke:
         given.runs = given.out / "runs"
         small = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 8, "generation_batch_size": 8}
@@ -197,12 +202,12 @@ def main() -> None:
         execute([job for job in jobs if job not in there], given.workers, given.runs, PROMPTS)
         found = {"settings": SETTINGS}
     if not given.redraw:
-        found |= {"machine": machine(), "rows": finished(given.part, results, given.runs)}
-    found["table"] = table = summarize(found["rows"])
-    results.write_text(json.dumps(found, indent=1))
-    results.with_suffix(".md").write_text(markdown(table))
+        rows = finished(given.part, results, given.runs)
+        found |= {"machine": machine(), **packed(rows)}
+    table = summarize(rows)
+    write(results, found, markdown(table))
     print(markdown(table))
-    draw(found["rows"], table, results.with_suffix(".png"))
+    draw(rows, table, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":

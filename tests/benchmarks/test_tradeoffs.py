@@ -8,6 +8,7 @@ import pytest
 
 from trl_apex.aggregation.options import RULES
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -20,13 +21,50 @@ def tradeoffs(monkeypatch):
 
 
 def row(method: str, seed: int, worst: float, condition: str = "natural") -> dict:
-    gains = {"ocr": worst, "pickscore": 1.0}
     return {
-        "condition": condition, "method": method, "seed": seed, "gains": gains, "worst_gain": worst,
-        "mean_gain": (worst + 1) / 2, "hypervolume": 0.0, "hypervolume_below_base": 2 * (1 + worst), "jdr": 0.5, "jcr": 0.0,
-        "seesaw_rate": 0.0, "conflict_rate": None, "hijack_index": 2.0, "hijack_share": {"ocr": 0.9, "pickscore": 0.1},
-        "held_out": {"exact_word": {"base": 0.5, "tuned": 0.75}, "attributes": {"base": 1.0, "tuned": 1.0}},
+        "condition": condition, "method": method, "seed": seed, "gain/ocr": worst, "gain/pickscore": 1.0,
+        "worst_gain": worst, "mean_gain": (worst + 1) / 2, "hypervolume": 0.0,
+        "hypervolume_below_base": 2 * (1 + worst), "jdr": 0.5, "jcr": 0.0, "seesaw_rate": 0.0, "conflict_rate": None,
+        "hijack_index": 2.0, "hijack_share/ocr": 0.9, "hijack_share/pickscore": 0.1, "held_out/exact_word": 0.25,
+        "held_out/attributes": 0.0, "curve": [[0.0, 0.0], [worst, 1.0]], "priorities": {"ocr": [0.5, 0.75]},
     }  # fmt: skip
+
+
+def test_rows_survive_the_compact_file(tradeoffs, tmp_path):
+    from _bench import write
+
+    rows = [row("apex", 0, 0.125), row("mgda", 0, -3.0)]
+    write(tmp_path / "found.json", tradeoffs.packed(rows))
+    again = tradeoffs.unpacked(json.loads((tmp_path / "found.json").read_text()))
+    assert again[0] == rows[0]
+    assert again[1] == {name: value for name, value in rows[1].items() if name not in tradeoffs.COURSE}
+
+
+@pytest.mark.parametrize("part", ["tradeoffs", "ablation"])
+def test_the_tables_follow_from_the_kept_runs(tradeoffs, part):
+    rows = tradeoffs.unpacked(json.loads((RESULTS / f"{part}.json").read_text()))
+    assert tradeoffs.markdown(tradeoffs.summarize(rows)) == (RESULTS / f"{part}.md").read_text()
+
+
+def test_the_page_says_what_the_kept_runs_say(tradeoffs):
+    def said(pair: tuple[float, float]) -> str:
+        return f"{pair[0]:+.2f} ± {pair[1]:.2f}".replace("-", "−").replace("± 0.", "± .").replace("+0.00", "0.00")
+
+    page = (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
+    rows = tradeoffs.unpacked(json.loads((RESULTS / "tradeoffs.json").read_text()))
+    lines = [line for line in tradeoffs.summarize(rows) if line["condition"] in ("long", "natural", "conflict")]
+    checked = 0
+    for line in lines:
+        if line["seeds"] < 5:  # the page names the seeds of these
+            continue
+        checked += 1
+        name = "**`apex`**" if line["method"] == "apex" else f"`{line['method']}`"
+        name = f"{line['method'].removeprefix('only_')} alone" if line["method"].startswith("only_") else name
+        name = "sum, hand-tuned weights 4 : 8 : 1 : 1" if line["method"].startswith("tuned_") else name
+        worst = f"**{said(line['worst_gain'])}**" if line["method"] == "apex" else said(line["worst_gain"])
+        there = [text for text in page.splitlines() if text.startswith(f"| {name} | {worst} |")]
+        assert any(said(line["mean_gain"]) in text for text in there), (line["condition"], name, worst)
+    assert checked >= 20
 
 
 def test_differences_are_paired_by_seed(tradeoffs):
@@ -56,9 +94,9 @@ def test_smoke(tradeoffs, tmp_path, monkeypatch):
     command = ["tradeoffs.py", "--smoke", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     tradeoffs.main()
-    results = json.loads((tmp_path / "tradeoffs.json").read_text())
-    assert {line["method"] for line in results["rows"]} == {"apex", "mgda", "only_deqa"}
-    assert all(set(line["gains"]) == {"ocr", "pickscore", "deqa", "aesthetic"} for line in results["rows"])
+    rows = tradeoffs.unpacked(json.loads((tmp_path / "tradeoffs.json").read_text()))
+    assert {row["method"] for row in rows} == {"apex", "mgda", "only_deqa"}
+    assert all(sorted(tradeoffs.objectives(row)) == ["aesthetic", "deqa", "ocr", "pickscore"] for row in rows)
     assert (tmp_path / "tradeoffs.png").stat().st_size > 10_000
     before = (tmp_path / "tradeoffs.md").read_text()
     monkeypatch.setattr(sys, "argv", [*command, "--redraw"])
