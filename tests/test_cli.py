@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from trl_apex.cli import COMMANDS, TRAIN_HELP, all_options, explain, main, train_options
 from trl_apex.rewards.by_name import load_rewards
@@ -191,6 +192,18 @@ def test_debug_is_the_old_name_of_traceback_and_an_option_of_transformers(tmp_pa
             main([*arguments, str(tmp_path / "absent")])
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--debug", "underflow_overflow"]
     assert [option.value for option in train_options(flags)[1].debug] == ["underflow_overflow"]
+
+
+def test_training_goes_on_from_the_adapter_of_a_run(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--config", "run.yaml", "--max_steps", "1"]) == 0
+    further = ["train", "--config", "run.yaml", "--adapter", "out", "--output_dir", "further"]
+    assert "the scale of its configuration, 1.25. Found 2" in failing(capsys, *further, "--lora_alpha", "5")
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    (folder / "run.yaml").write_text(yaml.safe_dump({k: v for k, v in settings.items() if k != "lora_r"}))
+    assert "Leave one out" in failing(capsys, *further, "--lora_r", "0")
+    assert main([*further, "--learning_rate", "0", "--max_steps", "1"]) == 0
+    first, second = (load_file(folder / run / "pytorch_lora_weights.safetensors") for run in ("out", "further"))
+    assert first.keys() == second.keys() and all((first[key] == second[key]).all() for key in first)
 
 
 def test_messages_keep_their_dots_and_paths() -> None:

@@ -263,6 +263,7 @@ what to train
   --reward_weights W [W ...]    your weight for each reward; equal if left out
   --output_dir DIR              checkpoints, adapter, logs and report go here
   --lora_r N                    rank of the adapter; 0 trains all weights
+  --adapter DIR|NAME            run folder or hub id of an adapter to go on from
 
 sampling
   --height N, --width N         pixels
@@ -330,6 +331,9 @@ class TrainArguments:
         None, "Layers to adapt; None for the attention layers of the model family."
     )
     use_rslora: bool = _field(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+    adapter: str | None = _field(
+        None, "Run folder or hub id of an adapter to go on from, with its own rank, scale and layers."
+    )
 
 
 def train_options(arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -453,6 +457,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
         callbacks=[interrupt],
         peft_config=_lora_config(given),
         monitor_funcs=_load_rewards(given.monitors),
+        adapter=given.adapter,
     )
     interrupt.trainer = trainer
     main_process = trainer.is_world_process_zero()
@@ -494,6 +499,11 @@ def _lora_config(given: TrainArguments) -> Any:
         raise ValueError(
             f"`lora_r` must not be negative. Found {given.lora_r}. Use e.g. 32, or 0 to train all weights."
         )
+    if given.adapter and given.lora_r == 0:
+        raise ValueError("`lora_r` 0 trains all weights, and `adapter` trains an adapter. Found both. Leave one out.")
+    names = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
+    if given.adapter and all(getattr(given, name) == getattr(TrainArguments, name) for name in names):
+        return None  # the adapter has its own
     if given.lora_r == 0:
         return None
     from peft import LoraConfig

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -23,7 +26,8 @@ def check_adapter(policy: DiffusionPolicy, source: str | Path, ema: bool = False
     """
     if getattr(policy.denoiser, "peft_config", None):
         raise ValueError(
-            "The base must come without adapters. Found some on the pipeline. Call `pipeline.unload_lora_weights()`."
+            "The base must come without adapters. Found some on the pipeline. Call `pipeline.unload_lora_weights()`; call "
+            "`pipeline.fuse_lora()` before to keep their effect."
         )
     path = Path(source).expanduser()
     if not path.exists():
@@ -62,12 +66,7 @@ def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> I
         base.to("cpu")
         setattr(policy.pipeline, policy.denoiser_name, tuned.to(device))
     else:
-        _load_adapter(policy, source, path)
-        if not getattr(base, "peft_config", None):
-            raise ValueError(
-                f"An adapter must have weights of the {policy.denoiser_name}. Found none in {source}. It may belong to "
-                "another model."
-            )
+        load_adapter(policy, source)
         base.to(device)
     try:
         if ema:
@@ -80,15 +79,21 @@ def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> I
             policy.pipeline.unload_lora_weights()
 
 
-def _load_adapter(policy: DiffusionPolicy, source: str | Path, path: Path) -> None:
-    """Onto the pipeline, from safetensors only: diffusers would try to unpickle what it cannot read as such."""
-    file = path / LORA_FILE
+def load_adapter(policy: DiffusionPolicy, source: str | Path) -> None:
+    """Onto the pipeline, from safetensors only: diffusers would try to unpickle what it cannot read as such.
+
+    Args:
+        policy ([`DiffusionPolicy`]): without adapters.
+        source (`str` or `Path`): a folder with `pytorch_lora_weights.safetensors`, or a hub id.
+
+    Raises:
+        ValueError: if the file is none, belongs to another model, or did not arrive as a whole.
+    """
+    file = adapter_file(policy, source)
     try:
-        if file.is_file():
-            with safe_open(file, "pt"):
-                pass
-        where = str(path) if path.exists() else str(source)
-        policy.pipeline.load_lora_weights(where, weight_name=LORA_FILE, use_safetensors=True)
+        with safe_open(file, "pt") as content:
+            stored = [name for name in content.keys() if name.startswith(f"{policy.denoiser_name}.")]  # noqa: SIM118
+        policy.pipeline.load_lora_weights(str(file.parent), weight_name=LORA_FILE, use_safetensors=True)
     except SafetensorError as error:
         raise ValueError(
             f"An adapter must be a safetensors file. Found {file}, which is none: {error}. Save or download it again."
@@ -99,6 +104,44 @@ def _load_adapter(policy: DiffusionPolicy, source: str | Path, path: Path) -> No
         raise ValueError(
             f"An adapter must have weights of this {policy.denoiser_name}'s shapes. Found others in {source}: "
             f"{' '.join(str(error).split())[:300]}. It belongs to another model."
+        ) from error
+    (name,) = getattr(policy.denoiser, "peft_config", None) or [None]
+    if name is None:
+        raise ValueError(
+            f"An adapter must have weights of the {policy.denoiser_name}. Found none in {source}. It may belong to "
+            "another model."
+        )
+    loaded = get_peft_model_state_dict(policy.denoiser, adapter_name=name)
+    if any(".lora_A." in key for key in stored) and len(loaded) != len(stored):  # not in another program's format
+        policy.pipeline.unload_lora_weights()
+        raise ValueError(
+            f"An adapter must load as a whole. Found {len(stored)} weights in {file}, of which the "
+            f"{policy.denoiser_name} took {len(loaded)}. It may belong to another model."
+        )
+
+
+def adapter_file(policy: DiffusionPolicy, source: str | Path) -> Path:
+    """The file of an adapter's weights, downloaded where `source` is a hub id.
+
+    Raises:
+        ValueError: if there is none, or the pipeline has adapters already.
+    """
+    check_adapter(policy, source)
+    path = Path(source).expanduser()
+    if path.exists():
+        if not (path / LORA_FILE).is_file():
+            raise ValueError(
+                f"An adapter must hold {LORA_FILE}. Found none in {source}, but a fully trained {policy.denoiser_name}. "
+                "Load it into the pipeline that you pass as the model."
+            )
+        return path / LORA_FILE
+    try:
+        return Path(hf_hub_download(str(source), LORA_FILE))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"An adapter must be a run directory or a hub repository with {LORA_FILE}. Found neither in {source}: "
+            f"{str(error).splitlines()[0]} A file of another name: load it with `pipeline.load_lora_weights` and pass the "
+            "pipeline as the model."
         ) from error
 
 

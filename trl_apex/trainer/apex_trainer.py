@@ -112,7 +112,7 @@ class APEXTrainer(DiffusionGRPOTrainer):
         if not path.is_file():
             raise ValueError(
                 f"A checkpoint of APEXTrainer must hold {AGGREGATOR_FILE}. Found none in {checkpoint}. It was saved by "
-                "another trainer: load its adapter as the model and start anew instead of resuming."
+                f'another trainer: start anew from its adapter with `adapter="{checkpoint}"` instead of resuming.'
             )
         self.aggregator.load_state_dict(json.loads(path.read_text()))
         self.population.load_state_dict(json.loads(path.with_name(POPULATION_FILE).read_text()))

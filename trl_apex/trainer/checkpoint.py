@@ -187,8 +187,8 @@ def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
     facts = manifest(checkpoint) or {}
     saved_engine, saved_world = facts.get("engine"), facts.get("world_size")
     remedy = (
-        "To go on with other settings, start a new run from the saved weights: load the checkpoint's adapter, or the "
-        "weights that `save_model` wrote, as the model."
+        f'To go on with other settings, start a new run from its adapter with `adapter="{checkpoint}"`, or from the '
+        "fully trained weights that `save_model` wrote, loaded into the pipeline."
     )
     if saved_engine is not None and saved_engine != engine:
         raise ValueError(

@@ -1,5 +1,6 @@
 """A denoiser of diffusers, on its way into a trainer of transformers and, fully fine-tuned, out again."""
 
+import copy
 import json
 import types
 from pathlib import Path
@@ -67,6 +68,17 @@ def answer_as_transformers(denoiser: Any) -> None:
         setattr(
             denoiser, f"{name}_disable", types.MethodType(lambda self: self.disable_gradient_checkpointing(), denoiser)
         )
+
+
+def frozen_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
+    """The model as it is now, for the KL divergence to it.
+
+    Args:
+        model (`nn.Module`): the model before training.
+        share_frozen (`bool`): use the same memory for the weights that do not train; for models that no engine shards.
+    """
+    frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()] if share_frozen else []
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in frozen}).eval().requires_grad_(False)
 
 
 def compile_blocks(denoiser: nn.Module) -> int:

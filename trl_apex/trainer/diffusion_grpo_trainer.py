@@ -1,6 +1,5 @@
 """GRPO for text-to-image models, on TRL's trainer."""
 
-import copy
 import logging
 import sys
 import time
@@ -39,14 +38,14 @@ from ..rollout.sample import sample
 from ..types import Embeddings, Rollout
 from .callbacks import GradientGuardCallback, IterationCallback
 from .checkpoint import last_whole
-from .denoiser import answer_as_transformers, compile_blocks
+from .denoiser import answer_as_transformers, compile_blocks, frozen_copy
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .disk import check_writable
 from .ema import EMACallback
 from .evaluating import EvaluatingMixin
 from .inputs import as_list, check_dataset, check_weights, check_whole, loading_arguments, reward_names
 from .logs import LogsMixin
-from .lora import add_adapter
+from .lora import add_adapter, take_adapter
 from .monitor import RewardHackingWatch
 from .progress import ProgressCallback
 from .prompt_encoding import PromptConditions
@@ -78,6 +77,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         quantization_config: must be None.
         peft_config (`peft.LoraConfig`, *optional*): train an adapter instead of all weights.
         monitor_funcs (callable or `list`, *optional*): reward functions that evaluation reports and training never sees.
+        adapter (`str` or `Path`, *optional*): run folder or hub id of an adapter to go on from. An adapter that is on
+            the pipeline already is gone on from likewise. `beta` measures the KL divergence to that start.
 
     Raises:
         ValueError: for anything of the above that cannot work, before any compute.
@@ -120,6 +121,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         peft_config=None,
         *,
         monitor_funcs=None,
+        adapter=None,
     ):
         args, self._hub_token = without_token(self._upgrade_args(args))
         if reward_funcs is None or reward_funcs == []:
@@ -148,7 +150,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         self._plan_rollout(args)
         self._plan_updates(args, len(train_dataset))
         self._reference: Any = None  # the frozen copy that full fine-tuning measures its KL to
-        denoiser = self._prepare_denoiser(model, args, peft_config)
+        denoiser = self._prepare_denoiser(args, peft_config, adapter)
         self.policy.move_frozen(args.device)
         self._conditions = PromptConditions(self.policy, args)
         # Before the denoiser moves to the device: it and the text encoders need not fit there together.
@@ -166,12 +168,16 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         )
         set_inherited_attributes(self, args, reward_funcs, names)
         self.reward_weights = torch.tensor(weights, dtype=torch.float64)
+        sharding = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self._starts_from_adapter and args.beta > 0:
+            self._reference = frozen_copy(self.model, share_frozen=not sharding)
+        self._offload_reference = args.offload_reference and not (self._starts_from_adapter and not sharding)
         if self._reference is not None:
             if self.is_deepspeed_enabled:
                 self._reference = prepare_deepspeed(self._reference, self.accelerator)
             else:
                 self._reference = self.accelerator.prepare_model(
-                    self._reference, device_placement=not args.offload_reference, evaluation_mode=True
+                    self._reference, device_placement=not self._offload_reference, evaluation_mode=True
                 )
         self._scorer: Any = None  # a RewardScorer while training
         self._iteration_rollout: dict[str, Any] | None = None
@@ -234,19 +240,21 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         groups = args.generation_batch_size // args.num_generations
         GroupSampler(num_prompts, groups, args.num_generations, 1, False, 0)  # raises where prompts are too few
 
-    def _prepare_denoiser(self, model: Any, args: DiffusionGRPOConfig, peft_config: Any) -> nn.Module:
+    def _prepare_denoiser(self, args: Any, peft_config: Any, adapter: Any) -> nn.Module:
+        """The model to train: with an adapter, new or gone on from, or all weights of the denoiser."""
+        start = take_adapter(self.policy, adapter)
+        self._starts_from_adapter = start is not None
         denoiser = self.policy.denoiser
         if args.compile_denoiser:
             compile_blocks(denoiser)
         answer_as_transformers(denoiser)
-        if peft_config is not None:
+        if peft_config is not None or start is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(args.seed)  # equal on all ranks, also where an engine does not broadcast
-                return add_adapter(denoiser, peft_config, self.policy)
-        if isinstance(model, str):
-            denoiser.float()  # trained weights are float32; autocast does the rest
+                return add_adapter(denoiser, peft_config, self.policy, start)
+        denoiser.float()  # trained weights are float32; autocast does the rest
         if args.beta > 0:
-            self._reference = copy.deepcopy(denoiser).eval().requires_grad_(False)
+            self._reference = frozen_copy(denoiser)
         return denoiser.requires_grad_(True)
 
     # Trainer's and TRL's seams
@@ -500,16 +508,16 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         return loss / self.current_gradient_accumulation_steps
 
     def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
-        """Mean KL divergence of `transition` to that of the model without its adapter, or of the frozen copy."""
+        """Mean KL divergence of `transition` to that of the model without its adapter, or of the frozen start."""
         with torch.no_grad():
             if self._reference is None:
                 with self.accelerator.unwrap_model(model).disable_adapter():
                     _, reference, _ = self._step_log_prob(model, inputs)
             else:
-                if self.args.offload_reference:
+                if self._offload_reference:
                     self._reference.to(self.accelerator.device)
                 _, reference, _ = self._step_log_prob(self._reference, inputs)
-                if self.args.offload_reference:
+                if self._offload_reference:
                     self._reference.to("cpu")
         return gaussian_kl(transition.mean, reference.mean, transition.std).mean()
 
