@@ -20,7 +20,7 @@ from _bench import arguments, write
 from PIL import Image, ImageDraw, ImageFont
 
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward, RemoteReward, RewardScorer
-from trl_apex.rewards.server import serve
+from trl_apex.serving.server import serve
 
 WORDS = ["CAT", "HOUSE", "TEN", "OCEAN", "LAKE", "STONE", "NEST", "CLOUD"]
 

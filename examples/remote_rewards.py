@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.rewards import JPEGCompressibilityReward, RemoteReward
-from trl_apex.rewards.server import make_server, serve
+from trl_apex.serving.server import make_server, serve
 from trl_apex.tiny.prompts import tiny_prompts
 from trl_apex.tiny.world import load_tiny_pipeline
 

@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-STAGES = ("aggregation", "evaluation", "loss", "policy", "prompts", "rewards", "rollout", "tiny", "types")
+STAGES = ("aggregation", "evaluation", "loss", "policy", "prompts", "rewards", "rollout", "serving", "tiny", "types")
 TRAINER = ("apex_trainer", "diffusion_grpo_trainer", "gradient_probe", "rows")
 MODULES = [f"trl_apex.{stage}" for stage in STAGES] + [f"trl_apex.trainer.{name}" for name in TRAINER]
 install_import_hook(["tools.tiny_world", *MODULES], "beartype.beartype")

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import _moved
+
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. Loaded on first use: `import trl_apex` itself imports nothing heavy.
@@ -22,6 +24,8 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]
+
+_moved.install()
 
 if TYPE_CHECKING:
     from .aggregation import MultiObjectiveRewardAggregator

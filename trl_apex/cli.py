@@ -243,6 +243,8 @@ def build_parser() -> argparse.ArgumentParser:
     option("--host", default="127.0.0.1", help="other than loopback needs a token; default: %(default)s")
     option("--port", type=int, default=8000, help="default: %(default)s")
     option("--token-file", help="a file that holds the bearer token")
+    option("--ssl-certfile", help="a certificate, to serve https instead of http")
+    option("--ssl-keyfile", help="the certificate's key")
 
     command("env", _env, "Prints versions and devices, for bug reports.")
     return parser
@@ -670,9 +672,16 @@ def _push(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _serve_rewards(options: argparse.Namespace, rest: list[str]) -> None:
-    from .rewards.server import serve
+    from .serving.server import serve
 
-    serve(_load_rewards(options.reward), host=options.host, port=options.port, token_file=options.token_file)
+    serve(
+        _load_rewards(options.reward),
+        host=options.host,
+        port=options.port,
+        token_file=options.token_file,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+    )
 
 
 VARIABLES = (

@@ -18,8 +18,7 @@ from .policy.sampler import Sampler
 from .prompts import PromptEmbeddings, load_prompts
 from .report.grid import image_grid
 from .report.samples import save_samples
-from .rewards.calling import reward_name
-from .rewards.scoring import RewardScorer
+from .rewards.scoring import RewardScorer, reward_name
 from .rollout.noise import evaluation_noise
 from .rollout.sample import sample_deterministic
 

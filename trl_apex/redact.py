@@ -1,5 +1,6 @@
 """Keeps secrets out of what is shown."""
 
+import os
 import re
 from typing import Any
 
@@ -14,8 +15,49 @@ _SECRET_FLAG = re.compile(
     r"(--[\w-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]key|private[_-]key|credentials?)[= ])('[^']*'|\S+)",
     re.I,
 )
+_BEARER = re.compile(r"(\bBearer\s+)[^\s'\"]+", re.I)
 _URL_USER = re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@")
 HIDDEN = "(hidden)"
+_IN_USE: set[str] = set()
+
+
+def secret_from(variable: str) -> str | None:
+    """The key or token in an environment variable, without the white space around it; None if there is none.
+
+    What was read here is hidden by [`redacted`] from then on.
+
+    Args:
+        variable (`str`): name of the variable.
+
+    Raises:
+        ValueError: if it holds white space or something else that no HTTP header can carry.
+
+    Example:
+        >>> os.environ["MY_KEY"] = "a-key-from-a-file\\n"
+        >>> secret_from("MY_KEY")
+        'a-key-from-a-file'
+        >>> redacted("the server refuses a-key-from-a-file")
+        'the server refuses (hidden)'
+    """
+    secret = checked_secret(os.environ.get(variable), f"the environment variable {variable}")
+    return secret or None
+
+
+def checked_secret(secret: str | None, where: str) -> str:
+    """A key or token without the white space around it, fit for an HTTP header; `where` it stands is said in the error.
+
+    Raises:
+        ValueError: without the value.
+    """
+    secret = (secret or "").strip()
+    if not secret.isascii() or not secret.isprintable() or " " in secret:
+        raise ValueError(
+            f"The secret in {where} must be printable ASCII without spaces. Found other characters among its "
+            f"{len(secret)}. Set it again."
+        )
+    if len(secret) >= 8:
+        _IN_USE.add(secret)
+    return secret
 
 
 def redacted(value: Any) -> Any:
@@ -31,6 +73,8 @@ def redacted(value: Any) -> Any:
         'trl-apex train --hub_token (hidden) --max_steps 5'
         >>> redacted("http://user:password@example.org/")
         'http://(hidden)@example.org/'
+        >>> redacted("Illegal header value b'Bearer abc'")
+        "Illegal header value b'Bearer (hidden)'"
     """
     if isinstance(value, dict):
         return {
@@ -40,5 +84,8 @@ def redacted(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redacted(item) for item in value]
     if isinstance(value, str):
+        for secret in _IN_USE:
+            value = value.replace(secret, HIDDEN)
+        value = _BEARER.sub(rf"\1{HIDDEN}", value)
         return _URL_USER.sub(rf"\1{HIDDEN}@", _SECRET_FLAG.sub(rf"\1{HIDDEN}", _SECRET_VALUE.sub(HIDDEN, value)))
     return value

@@ -12,9 +12,9 @@ PACKAGE = ROOT / "trl_apex"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 # Imports go down: a part may import parts of lower rank, and itself. The stages, all of rank 2, never import each other.
-RANK = {"types": 0, "distributed": 0, "redact": 0, "policy": 1}
+RANK = {"_moved": 0, "types": 0, "distributed": 0, "redact": 0, "policy": 1}
 RANK |= dict.fromkeys(("prompts", "rollout", "rewards", "aggregation", "loss", "evaluation", "report", "hub"), 2)
-RANK |= {"tiny": 3, "trainer": 4, "demo": 5, "evaluate": 5, "plan": 5, "cli": 6, "__main__": 7}
+RANK |= {"serving": 3, "tiny": 3, "trainer": 4, "demo": 5, "evaluate": 5, "plan": 5, "cli": 6, "__main__": 7}
 HEAVY = ("torch", "transformers", "diffusers", "trl", "peft", "accelerate", "datasets", "numpy", "PIL", "jaxtyping")
 
 

@@ -39,7 +39,7 @@ class Missing:
         if name.partition(".")[0] in ("transformers", "trl", "diffusers", "datasets", "accelerate", "peft"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Missing())
-from trl_apex.rewards.server import make_server
+from trl_apex.serving.server import make_server
 def zero(prompts, **kwargs):
     return [0.0] * len(prompts)
 print(make_server([zero, "jpeg_compressibility"]).config.port)

@@ -4,9 +4,11 @@ import asyncio
 import threading
 import time
 import warnings
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
+from PIL import Image
 
 from trl_apex.rewards import RewardFailureRateError, RewardFailureWarning, RewardLoadError, RewardScorer
 from trl_apex.rewards.protocol import RewardList, TransientRewardError
@@ -63,9 +65,8 @@ def test_submit_returns_at_once_and_batches_keep_their_order():
         return [float(batch[0])] * len(completions)
 
     with RewardScorer([slow]) as scorer:
-        started = time.perf_counter()
         futures = [scorer.submit(prompts=["x"], completions=[None], columns={"batch": [i]}) for i in range(6)]
-        assert time.perf_counter() - started < 0.05
+        assert not futures[-1].done()
         results = [future.result(timeout=10) for future in futures]
     assert seen == list(range(6))
     assert [scored.rewards.item() for scored in results] == list(range(6))
@@ -101,7 +102,7 @@ def test_keywords_are_those_of_trl():
     with RewardScorer([reward, strict]) as scorer:
         keywords = {"trainer_state": "state", "log_extra": print, "log_metric": logged.__setitem__}
         scored = score(scorer, images=images, columns={"target": ["a", "b"]}, **keywords)
-    assert seen["images"] is images and seen["target"] == ["a", "b"] and seen["ids"] is None
+    assert torch.equal(seen["images"], images) and seen["target"] == ["a", "b"] and seen["ids"] is None
     assert seen["state"] == "state" and logged == {"seen": 1.0}
     assert scored.failures == {"reward": 0, "strict": 0}  # `strict` takes no `images` and got none
 
@@ -135,16 +136,15 @@ def test_timeout(kind):
 
     func = blocking if kind == "blocking" else waiting
     with RewardScorer([func, constant(1.0)], timeout=[0.1, None]) as scorer:
-        started = time.perf_counter()
         scored = score(scorer)
-        assert time.perf_counter() - started < 2
         assert scored.failures == {func.__name__: 2, "constant": 0} and scored.rewards[:, 0].isnan().all()
-        assert 0.09 < scored.seconds[func.__name__] < 1
+        assert scored.seconds[func.__name__] > 0.09
         if kind == "blocking":
             assert score(scorer).failures["blocking"] == 2  # still stuck: given up after its own timeout
             release.set()
-            time.sleep(0.05)
-            assert score(scorer).rewards[:, 0].tolist() == [1.0, 1.0]  # free again
+            while score(scorer).failures["blocking"]:  # until the stuck call has returned
+                pass
+            assert score(scorer).rewards[:, 0].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", ["blocking", "async"])
@@ -223,29 +223,102 @@ def test_a_reward_that_cannot_load_stops_the_run():
         score(scorer)
 
 
-@pytest.mark.filterwarnings("ignore::trl_apex.rewards.RewardFailureWarning")
-def test_failure_rate_stops_the_run():
-    def broken(**kwargs):
-        raise RuntimeError("gone")
-
-    with RewardScorer([broken], max_failure_rate=0.25, failure_window=8) as scorer:
-        assert score(scorer).failures == {"broken": 2}
-        assert score(scorer).failures == {"broken": 2}
-        with pytest.raises(
-            RewardFailureRateError, match="`broken` must not fail on more than 25%.*38%.*gone"
-        ) as caught:
-            score(scorer)
-    assert caught.value.name == "broken" and caught.value.rate == pytest.approx(3 / 8)
+def test_old_options_say_that_they_have_no_effect():
+    with pytest.warns(FutureWarning, match="`max_failure_rate` and `failure_window` have no effect"):
+        RewardScorer([constant(1.0)], max_failure_rate=0.25, failure_window=8).close()
+    assert issubclass(RewardFailureRateError, RuntimeError)
 
 
-@pytest.mark.filterwarnings("ignore::trl_apex.rewards.RewardFailureWarning")
-def test_no_rate_no_stop():
-    def broken(**kwargs):
-        raise RuntimeError("gone")
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError("no words")
 
-    with RewardScorer([broken], max_failure_rate=None) as scorer:
-        for _ in range(12):
-            score(scorer)
+
+@pytest.mark.parametrize("kind", ["blocking", "async"])
+@pytest.mark.parametrize(
+    "raised",
+    [StopIteration, StopAsyncIteration, SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError]
+    + [Unprintable, BaseExceptionGroup("several", [SystemExit(1)]), TimeoutError],
+)
+def test_whatever_leaves_a_reward_is_a_failure_and_never_a_hang(raised, kind):
+    def bad(completions, **kwargs):
+        raise raised
+
+    async def bad_async(completions, **kwargs):
+        raise raised
+
+    name = raised.__name__ if isinstance(raised, type) else type(raised).__name__
+    with RewardScorer([bad if kind == "blocking" else bad_async, constant(1.0)], ["bad", "constant"]) as scorer:
+        with pytest.warns(RewardFailureWarning, match=name):
+            scored = score(scorer)
+        again = score(scorer)
+    for result in (scored, again):
+        assert result.failures == {"bad": 2, "constant": 0}
+        assert result.rewards[:, 0].isnan().all() and (result.rewards[:, 1] == 1).all()
+
+
+@pytest.mark.parametrize("raised", [StopIteration, SystemExit, ValueError])
+def test_a_check_that_raises_anything_is_a_load_error(raised):
+    class Unchecked:
+        __name__ = "unchecked"
+
+        def check(self):
+            raise raised("no")
+
+        def __call__(self, **kwargs):
+            return []
+
+    told = f"`unchecked` must pass its `check.*{raised.__name__}: no"
+    with RewardScorer([Unchecked()]) as scorer, pytest.raises(RewardLoadError, match=told):
+        scorer.check()
+
+
+def test_a_scorer_whose_thread_ends_tells_whoever_waits():
+    release = threading.Event()
+
+    def waiting(**kwargs):
+        release.wait(10)
+        return [1.0]
+
+    scorer = RewardScorer([waiting])
+    future = scorer.submit(prompts=["x"], completions=[None])
+    scorer._loop.call_soon_threadsafe(scorer._loop.stop)
+    with pytest.raises(CancelledError):
+        future.result(timeout=10)
+    with pytest.raises(RuntimeError, match="must be open"):
+        scorer.submit(prompts=["x"], completions=[None])
+    release.set()
+    scorer.close()
+
+
+def test_each_reward_has_its_own_copies():
+    done = threading.Event()
+
+    def careless(prompts, completions, images, target, notes, **kwargs):
+        for picture in completions:
+            picture.thumbnail((8, 8))
+        images.sub_(0.5)
+        prompts.pop()
+        completions.clear()
+        target[0].append("more")
+        notes[0]["seen"] = True
+        done.set()
+        return [0.0, 0.0]
+
+    def careful(prompts, completions, images, target, notes, **kwargs):
+        done.wait(10)
+        assert prompts == ["x", "x"] and target == [["OPEN"], ["SHUT"]] and notes == [{}, {}]
+        return [images.mean().item(), float(completions[0].size[0])]
+
+    async def careful_async(**keywords):
+        return await asyncio.to_thread(careful, **keywords)
+
+    pictures, images = [Image.new("RGB", (32, 32)) for _ in range(2)], torch.full((2, 3, 4, 4), 0.75)
+    batch = {"columns": {"target": [["OPEN"], ["SHUT"]], "notes": [{}, {}]}, "images": images}
+    with RewardScorer([careless, careful, careful_async]) as scorer:
+        scored = scorer.submit(prompts=["x", "x"], completions=pictures, **batch).result(timeout=20)
+    assert scored.rewards.tolist() == [[0.0, 0.75, 0.75], [0.0, 32.0, 32.0]]
+    assert images.mean() == 0.75 and len(pictures) == 2 and batch["columns"]["notes"] == [{}, {}]
 
 
 def test_closing():
@@ -259,8 +332,7 @@ def test_closing():
 
 @pytest.mark.parametrize(
     "options",
-    [{"names": ["a"]}, {"names": ["a", "a"]}, {"timeout": 0.0}, {"timeout": [1.0]}, {"max_retries": -1}]
-    + [{"max_failure_rate": 2.0}, {"failure_window": 0}],
+    [{"names": ["a"]}, {"names": ["a", "a"]}, {"timeout": 0.0}, {"timeout": [1.0]}, {"max_retries": -1}],
 )
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match="Found"):

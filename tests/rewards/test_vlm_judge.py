@@ -114,3 +114,15 @@ def test_nobody_there_fails_the_batch():
 def test_options():
     with pytest.raises(ValueError, match="`low` must be below"):
         VLMJudgeReward("http://x", "m", low=5, high=1)
+
+
+def test_a_key_with_a_newline_is_sent_without_it_and_others_are_refused(url, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "my-own-key-0123456789\n")
+    Judge.seen.clear()
+    judge = VLMJudgeReward(url, "unified", api_key_env="JUDGE_KEY")
+    assert asyncio.run(judge(prompts=["a"], completions=pictures(50))) == [1.0]
+    assert Judge.seen[0]["key"] == "Bearer my-own-key-0123456789"
+    monkeypatch.setenv("JUDGE_KEY", "my-own-key\n0123456789")
+    with RewardScorer([judge]) as scorer, pytest.warns(UserWarning, match="JUDGE_KEY must be printable") as caught:
+        assert scorer.submit(prompts=["x"], completions=pictures(1)).result(timeout=20).failures == {"vlm_judge": 1}
+    assert not any("0123456789" in str(warning.message) for warning in caught)

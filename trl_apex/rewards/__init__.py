@@ -1,4 +1,4 @@
-"""Reward functions, the scorer that runs them, and the server that serves them."""
+"""Reward functions and the scorer that runs them."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from trl_apex.rewards.aesthetic import AestheticReward
     from trl_apex.rewards.clip_score import CLIPScoreReward
     from trl_apex.rewards.deqa import DeQAReward
-    from trl_apex.rewards.failure import RewardFailureRateError, RewardFailureWarning
     from trl_apex.rewards.from_ddpo import reward_from_ddpo
     from trl_apex.rewards.hpsv2 import HPSv2Reward
     from trl_apex.rewards.image_reward import ImageReward
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
         RewardLoadError,
         TransientRewardError,
     )
-    from trl_apex.rewards.remote import RemoteReward
-    from trl_apex.rewards.scoring import RewardScorer, ScoredBatch
+    from trl_apex.rewards.scoring import RewardFailureRateError, RewardFailureWarning, RewardScorer, ScoredBatch
     from trl_apex.rewards.vlm_judge import VLMJudgeReward
 
 _HOMES = {
@@ -35,10 +33,10 @@ _HOMES = {
     "JPEGIncompressibilityReward": "jpeg",
     "OCRReward": "ocr",
     "PickScoreReward": "pickscore",
-    "RemoteReward": "remote",
+    "RemoteReward": "trl_apex.serving.client",
     "Reward": "protocol",
-    "RewardFailureRateError": "failure",
-    "RewardFailureWarning": "failure",
+    "RewardFailureRateError": "scoring",
+    "RewardFailureWarning": "scoring",
     "RewardFunction": "protocol",
     "RewardList": "protocol",
     "RewardLoadError": "protocol",
@@ -75,7 +73,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"trl_apex.rewards.{_HOMES[name]}"), name)
+        home = _HOMES[name]
+        return getattr(import_module(home if "." in home else f"trl_apex.rewards.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

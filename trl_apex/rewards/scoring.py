@@ -1,30 +1,43 @@
-"""Score a batch with all reward functions side by side, without stopping the trainer."""
+"""Call reward functions: in threads or an event loop, side by side, with timeouts, retries and counted failures."""
 
 import asyncio
+import functools
+import inspect
 import logging
 import math
+import queue
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from trl_apex.rewards.calling import as_numbers, describe, is_async, reward_name, takes_images
-from trl_apex.rewards.failure import FailureWindow, RewardFailureWarning
-from trl_apex.rewards.lane import Lane, on_this_device
+from trl_apex.redact import redacted
 from trl_apex.rewards.protocol import RewardLoadError, TransientRewardError
 
 logger = logging.getLogger(__name__)
 
 BACKOFF = 0.5
 LONGEST_WAIT = 30.0
+LARGEST = torch.finfo(torch.float32).max  # rewards travel as float32
+Returned = TypeVar("Returned")
+
+
+class RewardFailureRateError(RuntimeError):
+    """A reward failed for more images than `max_reward_failure_rate` allows."""
+
+
+class RewardFailureWarning(UserWarning):
+    """A reward function failed on samples, which go on without this reward."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,7 @@ class ScoredBatch:
     Args:
         rewards (`Tensor` of shape `[B, K]`): float32, one column per reward function in their order; NaN for a
             missing reward.
-        seconds (`dict[str, float]`): Time that each reward function took, retries included, waiting in line not.
+        seconds (`dict[str, float]`): Time inside each reward function, all tries together.
         failures (`dict[str, int]`): Samples per reward function whose reward is missing because something broke. A
             reward that does not apply to a sample (None) is no failure.
     """
@@ -47,23 +60,22 @@ class ScoredBatch:
 class RewardScorer:
     """Runs reward functions side by side in the background.
 
-    Blocking functions run in a thread of their own each, one batch at a time and in order, since networks are not
-    thread-safe; async functions run in one event loop. A failing function costs its own rewards of that batch, never
-    the batch.
+    Each blocking function has a thread of its own and gets one batch at a time, in order, since networks are not
+    thread-safe. Async functions share one event loop. Each function gets its own copy of the lists, PIL images and
+    tensors, so that one that edits in place does not change what the others see. A function that fails, whatever it
+    raises, loses its own rewards of that batch; the others go on.
 
     Args:
         reward_funcs (`Sequence[Callable]`): The reward functions, blocking or async.
-        names (`Sequence[str]`, *optional*): One objective name per function. Defaults to each function's `__name__`.
+        names (`Sequence[str]`, *optional*): One objective name per function. Defaults to [`reward_name`] of each.
         timeout (`float` or `Sequence[float | None]`, *optional*): Seconds that one call may take, for all functions
             or one per function; None for no limit.
         max_retries (`int`, *optional*, defaults to `2`): How often a call is tried again after a failure that may
             pass: a [`TransientRewardError`] or another `ConnectionError`.
         backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first retry; each further one
             waits twice as long.
-        max_failure_rate (`float`, *optional*): Largest share of failed samples per function over the last
-            `failure_window` batches; above it the batch raises [`RewardFailureRateError`]. None never stops.
-        failure_window (`int`, *optional*, defaults to `10`): Batches that the share is taken over; those still to
-            come count as sound.
+        max_failure_rate: Deprecated, without effect. The trainer's `max_reward_failure_rate` stops a run.
+        failure_window: Deprecated, without effect.
 
     Raises:
         ValueError: If names are not one per function and unique, or an option is out of range.
@@ -95,7 +107,7 @@ class RewardScorer:
         max_retries: int = 2,
         backoff: float | int = BACKOFF,
         max_failure_rate: float | int | None = None,
-        failure_window: int = 10,
+        failure_window: int | None = None,
     ) -> None:
         self.reward_funcs = list(reward_funcs)
         self.names = list(names) if names is not None else [reward_name(func) for func in self.reward_funcs]
@@ -117,18 +129,20 @@ class RewardScorer:
                 f"`timeout` must be a positive number of seconds, or one per reward function. Found {timeout}. "
                 "Pass None for no limit."
             )
+        if max_failure_rate is not None or failure_window is not None:
+            warnings.warn(
+                "`max_failure_rate` and `failure_window` have no effect any more. Read `ScoredBatch.failures`, or set "
+                "the trainer's `max_reward_failure_rate`.",
+                FutureWarning,
+                stacklevel=2,
+            )
         self.max_retries, self.backoff = max_retries, backoff
-        self._windows = [FailureWindow(name, max_failure_rate, failure_window) for name in self.names]
         self._warned: set[str] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=on_this_device(self._loop.run_forever), name="reward-scorer", daemon=True
-        )
-        self._thread.start()
-        self._lanes = [
-            None if is_async(func) else Lane(name) for func, name in zip(self.reward_funcs, self.names, strict=True)
-        ]
         self._closed = False
+        self._lanes = [Lane(func, name) for func, name in zip(self.reward_funcs, self.names, strict=True)]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=on_this_device(self._run), name="reward-scorer", daemon=True)
+        self._thread.start()
 
     def submit(
         self,
@@ -151,8 +165,7 @@ class RewardScorer:
 
         Returns:
             `concurrent.futures.Future` of a [`ScoredBatch`]. Its `result()` raises ValueError for a function that
-            returns no proper list of numbers, RewardLoadError or ImportError for one that cannot work at all, and
-            [`RewardFailureRateError`] for one that fails too often.
+            returns no proper list of numbers, and RewardLoadError or ImportError for one that cannot work at all.
 
         Raises:
             RuntimeError: If the scorer is closed.
@@ -169,10 +182,18 @@ class RewardScorer:
         Raises:
             RewardLoadError: With the name of the reward and what is wrong, in one line.
         """
-        for func in self.reward_funcs:
+        for func, name in zip(self.reward_funcs, self.names, strict=True):
             check = getattr(func, "check", None)
-            if callable(check):
+            if not callable(check):
+                continue
+            try:
                 check()
+            except (RewardLoadError, ImportError, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                raise RewardLoadError(
+                    f"The reward `{name}` must pass its `check()`. Found {describe(error)}."
+                ) from error
 
     def close(self) -> None:
         """Stop the background threads; batches under way are cancelled. Closing twice is harmless."""
@@ -180,22 +201,26 @@ class RewardScorer:
             return
         self._closed = True
         for lane in self._lanes:
-            if lane is not None:
-                lane.close()
-        try:
-            asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result(timeout=10)
-        except TimeoutError:  # must not hide the error that closed the scorer
+            lane.close()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=10)
+        if self._thread.is_alive():  # an `aclose` that hangs
             logger.warning("A reward did not stop within 10 s; its thread is left to end by itself.")
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)
-        if not self._thread.is_alive():
-            self._loop.close()
 
     def __enter__(self) -> "RewardScorer":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:  # however it ended: nobody may wait for a batch any more
+            self._closed = True
+            self._loop.run_until_complete(self._drain())
+            self._loop.close()
 
     async def _drain(self) -> None:
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -208,7 +233,7 @@ class RewardScorer:
                 await close()
 
     async def _score_batch(self, keywords: dict[str, Any], images: Tensor | None, size: int) -> ScoredBatch:
-        calls = [self._call(i, keywords, images, size) for i in range(len(self.reward_funcs))]
+        calls = [self._score(i, keywords, images, size) for i in range(len(self.reward_funcs))]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         results = []
         for outcome in outcomes:
@@ -222,16 +247,17 @@ class RewardScorer:
             failures={name: failed for name, (_, _, failed) in zip(self.names, results, strict=True)},
         )
 
-    async def _call(
+    async def _score(
         self, index: int, keywords: dict[str, Any], images: Tensor | None, size: int
     ) -> tuple[list[float], float, int]:
         """One function's rewards, its seconds and its failed samples."""
-        func, name = self.reward_funcs[index], self.names[index]
-        if images is not None and takes_images(func):
+        lane, timeout, name = self._lanes[index], self.timeouts[index], self.names[index]
+        if images is not None and takes_images(lane.func):
             keywords = keywords | {"images": images}
-        elapsed = [0.0]
+        seconds: list[float] = []
+        own = functools.partial(own_copies, keywords)
         try:
-            returned = await self._call_with_retries(index, keywords, elapsed)
+            returned = await retrying(lambda: lane.call(own, timeout, seconds), self.max_retries, self.backoff)
         except (RewardLoadError, ImportError):
             raise
         except Exception as error:  # a reward function may fail in any way
@@ -240,52 +266,361 @@ class RewardScorer:
         else:
             rewards, causes = as_numbers(returned, name, size)
         failed = sum(cause is not None for cause in causes)
-        if failed:
-            self._warn(name, failed, size, next(cause for cause in causes if cause))
-        self._windows[index].add(failed, size, next((cause for cause in causes if cause), ""))
-        return rewards, elapsed[0], failed
-
-    async def _call_with_retries(self, index: int, keywords: dict[str, Any], elapsed: list[float]) -> Any:
-        for attempt in range(self.max_retries + 1):
-            try:
-                return await self._call_once(index, keywords, elapsed)
-            except _passing_errors() as error:
-                if attempt == self.max_retries:
-                    raise
-                wait = self.backoff * 2**attempt
-                asked = error.retry_after if isinstance(error, TransientRewardError) else None
-                wait = min(max(wait, asked or 0.0), LONGEST_WAIT)
-                elapsed[0] += wait
-                await asyncio.sleep(wait)
-        raise AssertionError("unreachable")
-
-    async def _call_once(self, index: int, keywords: dict[str, Any], elapsed: list[float]) -> Any:
-        func, timeout, lane = self.reward_funcs[index], self.timeouts[index], self._lanes[index]
-        started = time.perf_counter()
-        try:
-            if lane is None:
-                return await asyncio.wait_for(func(**keywords), timeout)
-            async with lane.turn(timeout):
-                started = time.perf_counter()
-                return await lane.run(func, keywords, timeout)
-        except TimeoutError as error:
-            limit = "" if timeout is None else f" within {timeout:g} s"
-            raise RuntimeError(str(error) or f"no answer{limit}") from error
-        finally:
-            elapsed[0] += time.perf_counter() - started
-
-    def _warn(self, name: str, failed: int, size: int, cause: str) -> None:
-        if name not in self._warned:
+        if failed and name not in self._warned:
             self._warned.add(name)
             warnings.warn(
-                f"The reward `{name}` failed on {failed} of {size} samples: {cause}. They count as missing. Further "
-                f"failures are counted in `reward_failures/{name}` without a warning.",
+                f"The reward `{name}` failed on {failed} of {size} samples: {next(filter(None, causes))}. They count as "
+                f"missing. Further failures are counted in `reward_failures/{name}` without a warning.",
                 RewardFailureWarning,
                 stacklevel=2,
             )
+        return rewards, math.fsum(seconds), failed
+
+
+class RewardTimeoutError(RuntimeError):
+    """A reward function did not return in time."""
+
+
+class Lane:
+    """Calls one reward function from one event loop: a blocking one in a thread of its own, one call at a time.
+
+    A call that overruns its time is given up, but a thread cannot be stopped: later calls wait for it, no longer than
+    their own timeout, since a network that runs in two threads at once gives wrong numbers. The thread is a daemon and
+    never keeps the process alive. Its current device is that of the thread that made the lane: otherwise "cuda" would
+    be the first GPU for every process.
+
+    Args:
+        func (`Callable`): The reward function, blocking or async.
+        name (`str`): Name of the objective.
+    """
+
+    def __init__(self, func: Callable, name: str) -> None:
+        self.func, self.name, self.is_async = func, name, is_async(func)
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+        self._order = asyncio.Lock()
+        self._overrun: asyncio.Future | None = None
+        self._thread: threading.Thread | None = None
+        self._target = on_this_device(self._work)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a call that was given up still runs."""
+        return self._overrun is not None and not self._overrun.done()
+
+    async def call(
+        self,
+        keywords: Callable[[], dict[str, Any]],
+        timeout: float | int | None = None,
+        seconds: list[float] | None = None,
+        func: Callable | None = None,
+    ) -> Any:
+        """Call the function.
+
+        Args:
+            keywords (`Callable[[], dict[str, Any]]`): Makes its keywords, in the function's own thread.
+            timeout (`float`, *optional*): Seconds it may take, and seconds to wait for an earlier call that overran.
+            seconds (`list[float]`, *optional*): Gets the time that the call took.
+            func (`Callable`, *optional*): Another blocking function to call in the thread, such as the reward's `load`.
+
+        Raises:
+            RewardTimeoutError: If the function takes longer.
+            RuntimeError: For StopIteration, SystemExit and their like, which must not reach an event loop.
+        """
+        if self.is_async and func is None:
+            return await self._timed(_contained(self.func, keywords), timeout, seconds)
+        async with self._order:
+            if self._overrun is not None:
+                await asyncio.wait([self._overrun], timeout=timeout)
+                if self.stuck:
+                    raise RewardTimeoutError(f"an earlier call is still running after another {timeout:g} s")
+                self._overrun = None
+            return await self._timed(self._in_thread(func or self.func, keywords), timeout, seconds)
+
+    def close(self) -> None:
+        """Let the thread end after its present call."""
+        self._calls.put(None)
+
+    async def _timed(self, call: Awaitable, timeout: float | int | None, seconds: list[float] | None) -> Any:
+        started, limit = time.perf_counter(), asyncio.timeout(timeout)
+        try:
+            async with limit:
+                return await call
+        except TimeoutError as error:
+            if not limit.expired():  # the function's own
+                raise
+            raise RewardTimeoutError(f"no answer within {timeout:g} s") from error
+        finally:
+            if seconds is not None:
+                seconds.append(time.perf_counter() - started)
+
+    async def _in_thread(self, func: Callable, keywords: Callable[[], dict[str, Any]]) -> Any:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._target, name=f"reward-{self.name}", daemon=True)
+            self._thread.start()
+        done: Future = Future()
+        done.set_running_or_notify_cancel()
+        self._calls.put((done, func, keywords))
+        waiting = asyncio.wrap_future(done)
+        try:
+            returned, error = await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            self._overrun = waiting
+            raise
+        if error is not None:
+            raise error if isinstance(error, Exception) and not isinstance(error, StopIteration) else _plain(error)
+        return returned
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            done, func, keywords = call
+            outcome: tuple[Any, BaseException | None]
+            try:
+                outcome = func(**keywords()), None
+            except BaseException as error:  # handed to the waiting side, whatever it is
+                outcome = None, error
+            done.set_result(outcome)
+            del call, done, func, keywords, outcome
+
+
+def on_this_device(target: Callable[[], Any]) -> Callable[[], Any]:
+    """`target` for another thread, to run there with this thread's current device; a new thread's own is the first.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.scoring import on_this_device
+    >>> thread = threading.Thread(target=on_this_device(lambda: None))
+
+    ```
+    """
+    if not torch.accelerator.is_available():
+        return target
+    index = torch.accelerator.current_device_index()
+
+    def run() -> Any:
+        torch.accelerator.set_device_index(index)
+        return target()
+
+    return run
+
+
+async def _contained(func: Callable, keywords: Callable[[], dict[str, Any]]) -> Any:
+    """Await an async function; what would end the event loop or cancel its tasks becomes an ordinary error."""
+    try:
+        return await func(**keywords())
+    except Exception:
+        raise
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+            raise
+        raise _plain(error) from error
+
+
+def _plain(error: BaseException) -> RuntimeError:
+    """StopIteration, SystemExit and their like as an error that an event loop can carry."""
+    return RuntimeError(f"the function raised {describe(error)}")
+
+
+async def retrying(
+    call: Callable[[], Awaitable[Returned]], max_retries: int, backoff: float | int = BACKOFF
+) -> Returned:
+    """Await `call()`, again after a failure that may pass: a `ConnectionError` or a transport error of httpx.
+
+    Waits `backoff`, `2 backoff`, `4 backoff` ... seconds, longer where the other side asks for it, and at most 30.
+
+    Args:
+        call (`Callable[[], Awaitable]`): Makes one try.
+        max_retries (`int`): How often to try again.
+        backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first retry.
+
+    Example:
+
+    ```python
+    >>> import asyncio
+    >>> from trl_apex.rewards.scoring import retrying
+    >>> tries = []
+    >>> async def ask():
+    ...     tries.append(1)
+    ...     if len(tries) < 3:
+    ...         raise ConnectionError("busy")
+    ...     return "scored"
+    >>> asyncio.run(retrying(ask, max_retries=2, backoff=0.0)), len(tries)
+    ('scored', 3)
+
+    ```
+    """
+    for attempt in range(max_retries):
+        try:
+            return await call()
+        except _passing_errors() as error:
+            asked = error.retry_after if isinstance(error, TransientRewardError) else None
+            await asyncio.sleep(min(max(backoff * 2**attempt, asked or 0.0), LONGEST_WAIT))
+    return await call()
 
 
 def _passing_errors() -> tuple[type[Exception], ...]:
-    """What a second try may mend: connection errors, httpx's too if a function has loaded it."""
+    """Connection errors, httpx's too if a function has loaded it."""
     httpx = sys.modules.get("httpx")
     return (ConnectionError, httpx.TransportError) if httpx is not None else (ConnectionError,)
+
+
+def own_copies(value: Any) -> Any:
+    """A copy that shares nothing that is likely to be edited in place: lists, dicts, PIL images, tensors and arrays.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.scoring import own_copies
+    >>> batch = {"target": [["cat"]]}
+    >>> own_copies(batch)["target"][0].append("dog")
+    >>> batch
+    {'target': [['cat']]}
+
+    ```
+    """
+    if type(value) in (list, tuple):
+        return type(value)(map(own_copies, value))
+    if type(value) is dict:
+        return {key: own_copies(item) for key, item in value.items()}
+    if isinstance(value, (Image.Image, np.ndarray)):
+        return value.copy()
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value
+
+
+def reward_name(func: Callable) -> str:
+    """The objective name of a reward function: its `__name__`, else its class's; that of what a `partial` wraps.
+
+    Example:
+
+    ```python
+    >>> import functools
+    >>> from trl_apex.rewards.scoring import reward_name
+    >>> reward_name(functools.partial(max, 0))
+    'max'
+
+    ```
+    """
+    while isinstance(func, functools.partial):
+        func = func.func
+    name = getattr(func, "__name__", None)
+    return name if isinstance(name, str) and not isinstance(func, torch.nn.Module) else type(func).__name__
+
+
+def is_async(func: Callable) -> bool:
+    """Whether a call returns a coroutine.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.scoring import is_async
+    >>> async def slow(**kwargs): ...
+    >>> is_async(slow), is_async(max)
+    (True, False)
+
+    ```
+    """
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
+
+
+def takes_images(func: Callable) -> bool:
+    """Whether a function takes the keyword `images`, by name or among `**kwargs`.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.scoring import takes_images
+    >>> takes_images(lambda completions, **kwargs: []), takes_images(lambda prompts, completions: [])
+    (True, False)
+
+    ```
+    """
+    try:
+        parameters = inspect.signature(func).parameters
+    except (TypeError, ValueError):
+        return False
+    return "images" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def as_numbers(returned: Any, name: str, size: int) -> tuple[list[float], list[str | None]]:
+    """What a reward function returned as floats, NaN for missing, with the cause of each failure.
+
+    Args:
+        returned: A list, array or tensor of `size` numbers or None.
+        name (`str`): Name of the objective.
+        size (`int`): Samples in the batch.
+
+    Returns:
+        `tuple[list[float], list[str | None]]`: The numbers, and a cause or None per sample.
+
+    Raises:
+        ValueError: If there is not one number or None per sample.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.scoring import as_numbers
+    >>> as_numbers([1, None], "ocr", 2)
+    ([1.0, nan], [None, None])
+
+    ```
+    """
+    try:
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+    except (RuntimeError, TypeError) as error:  # a tensor whose numbers cannot be had
+        raise ValueError(
+            f"The reward `{name}` must return numbers or None. Found a {type(returned).__name__} that cannot be read: "
+            f"{describe(error)}. Return a list of floats."
+        ) from error
+    if not isinstance(values, (list, tuple)) or len(values) != size:
+        found = f"{len(values)}" if isinstance(values, (list, tuple)) else f"a {type(returned).__name__}"
+        raise ValueError(
+            f"The reward `{name}` must return one number or None per sample, {size} here. Found {found}. "
+            "Return a list as long as `prompts`."
+        )
+    causes: list[str | None] = list(getattr(returned, "errors", None) or [None] * size)
+    numbers: list[float] = []
+    for i, value in enumerate(values):
+        if value is None:
+            number = math.nan
+        elif isinstance(value, (str, bytes)):
+            number = _refuse(value, name)
+        else:
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            except (TypeError, ValueError, RuntimeError):
+                number = _refuse(value, name)
+        if abs(number) > LARGEST:
+            number, causes[i] = math.nan, causes[i] or f"the reward is {number:g}"
+        numbers.append(number)
+    return numbers, causes
+
+
+def _refuse(value: Any, name: str) -> float:
+    raise ValueError(
+        f"The reward `{name}` must return numbers or None. Found {value!r} of type {type(value).__name__}. "
+        "Convert it, or return None for a sample without a reward."
+    )
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, without secrets.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.scoring import describe
+    >>> describe(KeyError("target"))
+    "KeyError: 'target'"
+
+    ```
+    """
+    try:
+        text = redacted(" ".join(str(error).split()))
+    except Exception:  # a `__str__` that fails itself
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

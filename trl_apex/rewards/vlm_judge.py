@@ -3,16 +3,16 @@
 import asyncio
 import base64
 import io
-import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
-from trl_apex.rewards.calling import describe
+from trl_apex.redact import secret_from
 from trl_apex.rewards.images import to_pil
 from trl_apex.rewards.protocol import Images, RewardList, TransientRewardError
+from trl_apex.rewards.scoring import describe, retrying
 
 INSTRUCTION = """Rate how well this generated image matches its caption and how good it looks.
 Think briefly about each point of the caption, then end with one line of the form
@@ -134,7 +134,7 @@ class VLMJudgeReward:
                 "Pass `completions` or `images` of the same length as `prompts`."
             )
         gate = asyncio.Semaphore(self.max_concurrency)
-        key = os.environ.get(self.api_key_env)
+        key = secret_from(self.api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         # Certificates are read for https alone: reading them takes longer than a request.
         verify = self.url.startswith("https://")
@@ -170,17 +170,17 @@ class VLMJudgeReward:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        for attempt in range(self.max_retries + 1):
+
+        async def ask() -> Any:
             try:
                 response = await client.post(f"{self.url}/chat/completions", json=body)
-                if response.status_code not in PASSING:
-                    break
-                cause = f"the endpoint answers {response.status_code}"
             except httpx.TransportError as error:
-                cause = describe(error)
-            if attempt == self.max_retries:
-                raise TransientRewardError(cause)
-            await asyncio.sleep(self.backoff * 2**attempt)
+                raise TransientRewardError(describe(error)) from error
+            if response.status_code in PASSING:
+                raise TransientRewardError(f"the endpoint answers {response.status_code}")
+            return response
+
+        response = await retrying(ask, self.max_retries, self.backoff)
         if response.status_code != 200:
             raise RuntimeError(f"the endpoint answers {response.status_code}: {response.text[:200]}")
         answer = response.json()["choices"][0]["message"]["content"]

@@ -1,6 +1,5 @@
 """Checks of what a user passes to a trainer, before any compute."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +8,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..policy.load import dtype_argument
+from ..rewards.scoring import reward_name
 
 
 def reward_names(reward_funcs: list[Callable]) -> list[str]:
@@ -32,10 +32,7 @@ def reward_names(reward_funcs: list[Callable]) -> list[str]:
                 f"`reward_funcs` must be functions or callable objects. Found {func!r} ({type(func).__name__}). Pass e.g. "
                 "`OCRReward()`, or a function `f(prompts, completions, **kwargs)` that returns one number per image."
             )
-        while isinstance(func, functools.partial):
-            func = func.func
-        name = getattr(func, "__name__", None)
-        names.append(name if isinstance(name, str) and not isinstance(func, nn.Module) else type(func).__name__)
+        names.append(reward_name(func))
     collisions = sorted({name for name in names if names.count(name) > 1})
     if collisions:
         raise ValueError(

@@ -20,7 +20,7 @@ from trl_apex.rewards import (
     RewardScorer,
     TransientRewardError,
 )
-from trl_apex.rewards.limits import Limits
+from trl_apex.rewards.images import to_uint8
 
 TOKEN = "a-token-of-some-length"
 PROMPTS = ["a red circle", "a blue square", "green", "with"] * 3
@@ -86,13 +86,22 @@ async def _await(coroutine):
 @pytest.mark.parametrize("name", ["pickscore", "deqa", "jpeg_compressibility", "brightness", "asynchronous"])
 def test_same_numbers_for_pictures(url, local, name, pictures):
     keywords = {"prompts": PROMPTS, "completions": pictures}
-    assert call(RemoteReward(url, name), **keywords) == call(local[name], **keywords)
+    assert call(RemoteReward(url, name, batch_size=12), **keywords) == call(local[name], **keywords)
 
 
 @pytest.mark.parametrize("name", ["pickscore", "deqa", "jpeg_compressibility", "brightness", "asynchronous"])
 def test_same_numbers_for_tensors(url, local, name, tensor):
     keywords = {"prompts": PROMPTS, "completions": [], "images": tensor}
-    assert call(RemoteReward(url, name), **keywords) == call(local[name], **keywords)
+    exact = RemoteReward(url, name, as_uint8=False, batch_size=12)
+    assert call(exact, **keywords) == call(local[name], **keywords)
+    if name != "brightness":  # which reads more than 8 bits
+        assert call(RemoteReward(url, name, batch_size=12), **keywords) == call(local[name], **keywords)
+
+
+def test_a_reward_that_takes_floats_gets_them(url, local, tensor):
+    rounded = call(RemoteReward(url, "brightness"), prompts=PROMPTS, images=tensor)
+    expected = call(local["brightness"], prompts=PROMPTS, completions=[], images=to_uint8(tensor).float() / 255)
+    assert rounded == expected
 
 
 def test_same_numbers_for_pictures_of_several_sizes_and_modes(url, local, pictures):
@@ -104,18 +113,31 @@ def test_same_numbers_for_pictures_of_several_sizes_and_modes(url, local, pictur
     assert call(RemoteReward(url, "pickscore"), **keywords) == call(local["pickscore"], **keywords)
 
 
-def test_half_precision_and_bytes(url, local, tensor):
+def test_half_precision(url, local, tensor):
     half = tensor.bfloat16()
     expected = call(local["brightness"], prompts=PROMPTS, completions=[], images=half)
-    assert call(RemoteReward(url, "brightness"), prompts=PROMPTS, images=half) == expected
-    smaller = RemoteReward(url, "pickscore", as_uint8=True)
-    expected = call(local["pickscore"], prompts=PROMPTS, images=tensor)
-    assert call(smaller, prompts=PROMPTS, images=tensor) == expected
+    assert call(RemoteReward(url, "brightness", as_uint8=False), prompts=PROMPTS, images=half) == expected
 
 
-def test_large_batches_are_sent_in_parts(url, tensor):
-    whole = call(RemoteReward(url, "brightness"), prompts=PROMPTS, images=tensor)
+def test_batches_are_sent_in_parts(url, tensor):
+    whole = call(RemoteReward(url, "brightness", batch_size=12), prompts=PROMPTS, images=tensor)
     assert call(RemoteReward(url, "brightness", batch_size=5), prompts=PROMPTS, images=tensor) == whole
+
+
+def test_large_images_are_sent_in_smaller_parts():
+    parts = RemoteReward("http://127.0.0.1:1", "x")._parts
+    assert [len(range(12)[p]) for p in parts(torch.empty(12, 3, 1024, 1024, dtype=torch.uint8))] == [8, 4]
+    assert len(parts(torch.empty(12, 3, 2048, 2048, dtype=torch.uint8))) == 6
+    assert len(parts([Image.new("L", (8, 8))] * 17)) == 3 and parts([]) == []
+    exact = RemoteReward("http://127.0.0.1:1", "x", as_uint8=False)._parts
+    assert len(exact(torch.empty(4, 3, 2048, 2048).expand(4, 3, 2048, 2048))) == 4
+
+
+def test_a_refused_part_costs_its_own_images(url, pictures):
+    prompts = ["x"] * 3 + ["y" * 10_001] + ["x"] * 2
+    rewards = asyncio.run(RemoteReward(url, "asynchronous", batch_size=2)(prompts=prompts, completions=pictures[:6]))
+    assert rewards == [1.0, 1.0, None, None, 1.0, 1.0]
+    assert "a prompt must have at most 10000 characters" in rewards.errors[2] and rewards.errors[0] is None
 
 
 def test_columns_travel(url, pictures):
@@ -193,9 +215,9 @@ class Slow:
 def test_loading_is_waited_for_and_memory_freed(pictures):
     slow = Slow()
     with running([slow]) as url:
-        with pytest.raises(TransientRewardError, match="503: the reward is not ready: loading"):
-            call(RemoteReward(url, "slow"), prompts=["x"], completions=pictures[:1])
-        assert call(RemoteReward(url, "slow", max_retries=3), prompts=["x"], completions=pictures[:1]) == [0.5]
+        with pytest.raises(RuntimeError, match="did not answer within 0.1 s: the reward is not ready: loading"):
+            call(RemoteReward(url, "slow", timeout=0.1), prompts=["x"], completions=pictures[:1])
+        assert call(RemoteReward(url, "slow"), prompts=["x"], completions=pictures[:1]) == [0.5]
         RemoteReward(url, "slow").check()
     assert slow.unloaded
 
@@ -234,6 +256,15 @@ def test_check_tells_another_kind_of_server():
         server.shutdown()
 
 
+def test_a_server_that_is_away_is_a_passing_failure(pictures):
+    with pytest.raises(TransientRewardError, match="does not answer"):
+        call(
+            RemoteReward("http://127.0.0.1:9", "x", max_retries=1, backoff=0.01),
+            prompts=["x"],
+            completions=pictures[:1],
+        )
+
+
 def test_a_refusal_is_no_passing_failure(url, pictures):
     with pytest.raises(RuntimeError, match="404: there is no such reward"):
         call(RemoteReward(url, "nothing"), prompts=["x"], completions=pictures[:1])
@@ -246,10 +277,37 @@ def test_the_token_is_never_pickled(monkeypatch):
     assert pickle.loads(pickle.dumps(reward)).__name__ == "ocr"
 
 
+def test_a_token_with_a_newline_is_sent_without_it(monkeypatch, pictures):
+    with running([Slow()], token=TOKEN) as url:
+        monkeypatch.setenv("TRL_APEX_REWARD_TOKEN", f"{TOKEN}\n")
+        RemoteReward(url, "slow").check()
+        assert call(RemoteReward(url, "slow"), prompts=["x"], completions=pictures[:1]) == [0.5]
+
+
+@pytest.mark.parametrize("token", ["tökentökentökentöken", "token token token token", "token\ntoken-token-token"])
+def test_a_token_that_cannot_be_sent_is_refused_without_its_value(token, monkeypatch, pictures):
+    monkeypatch.setenv("TRL_APEX_REWARD_TOKEN", token)
+    reward = RemoteReward("http://127.0.0.1:9", "slow")
+    for attempt in (reward.check, lambda: call(reward, prompts=["x"], completions=pictures[:1])):
+        with pytest.raises(ValueError, match="TRL_APEX_REWARD_TOKEN must be printable ASCII") as caught:
+            attempt()
+        assert token not in str(caught.value)
+
+
+def test_a_token_over_plain_http_is_warned_about_once(monkeypatch):
+    monkeypatch.setenv("TRL_APEX_REWARD_TOKEN", TOKEN)
+    reward = RemoteReward("http://reward-server.invalid:9", "slow", startup_timeout=0.1)
+    with pytest.warns(UserWarning, match="goes to reward-server.invalid unencrypted") as caught:
+        for _ in range(2):
+            with pytest.raises(RewardLoadError, match="no server answers"):
+                reward.check()
+    assert len(caught) == 1 and TOKEN not in str(caught[0].message)
+
+
 def test_options():
     with pytest.raises(ValueError, match="must start with http"):
         RemoteReward("127.0.0.1:8000", "ocr")
     with pytest.raises(ValueError, match="`batch_size`"):
         RemoteReward("http://x", "ocr", batch_size=0)
-    with pytest.raises(ValueError, match="`max_images` must be positive"):
-        Limits(max_images=0)
+    with pytest.raises(ValueError, match="`max_concurrency`"):
+        RemoteReward("http://x", "ocr", max_concurrency=0)

@@ -1,8 +1,11 @@
 """Requests that schemathesis makes up from the OpenAPI document."""
 
+import json
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
 from loopback import running
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -12,10 +15,29 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from trl_apex.rewards import JPEGCompressibilityReward
-from trl_apex.rewards.server import build_app
+from trl_apex.serving.server import Header, build_app
+from trl_apex.serving.wire import MEDIA_TYPE
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 TOKEN = "a-token-of-some-length"
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3), max_leaves=5
+)
+
+
+@st.composite
+def bodies(draw):
+    """Requests with a few small images, most of them sound."""
+    sizes = draw(st.lists(st.lists(st.integers(-1, 6), min_size=2, max_size=2), max_size=3))
+    header = {"prompts": [draw(st.text(max_size=5)) for _ in sizes], "sizes": sizes}
+    header |= draw(st.dictionaries(st.sampled_from(sorted(Header.model_fields)), JSON, max_size=1))
+    pixels = sum(3 * height * width for height, width in sizes)
+    line = draw(st.just(json.dumps(header).encode()) | st.binary(max_size=20))
+    return line + b"\n" + draw(st.just(bytes(max(0, pixels))) | st.binary(max_size=20))
+
+
+schemathesis.openapi.media_type(MEDIA_TYPE, bodies())
 schema = schemathesis.openapi.from_dict(build_app([JPEGCompressibilityReward()]).openapi())
 
 

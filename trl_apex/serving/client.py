@@ -1,44 +1,50 @@
-"""Rewards that another process or machine computes."""
+"""Rewards that a reward server computes, as an async reward function."""
 
 import asyncio
-import os
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
+import torch
 from torch import Tensor
 
-from trl_apex.rewards.calling import describe
+from trl_apex.redact import secret_from
 from trl_apex.rewards.protocol import Images, RewardList, RewardLoadError, TransientRewardError
-from trl_apex.rewards.wire import PROTOCOL, encode_request, json_columns
+from trl_apex.rewards.scoring import describe, retrying
+from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, encode_request, json_columns
 
 TOKEN_VARIABLE = "TRL_APEX_REWARD_TOKEN"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+REQUEST_BYTES = 32 * 2**20  # larger parts are split further; the server takes twice as much
 
 
 class RemoteReward:
     """A reward on a reward server, as an async reward function.
 
-    Float images travel as float32 and pictures losslessly, so the numbers are those of the same reward run locally.
+    Images travel as uint8, which every reward of this package rounds to anyway, so the numbers are those of the same
+    reward run locally. A batch is sent in small requests; a server that is busy or loading is waited for.
 
     Args:
         url (`str`): Address of the server, such as `"http://127.0.0.1:8000"`.
         name (`str`): The reward's name on the server, and of the objective.
         token_env (`str`, *optional*, defaults to `"TRL_APEX_REWARD_TOKEN"`): Environment variable with the bearer
             token, read at each call and never stored.
-        timeout (`float`, *optional*, defaults to `300`): Seconds for one request.
+        timeout (`float`, *optional*, defaults to `300`): Seconds for one request, waiting for a busy server included.
         startup_timeout (`float`, *optional*, defaults to `120`): Seconds that `check` waits for a server that is
             still loading.
-        batch_size (`int`, *optional*, defaults to `64`): Images per request; a larger batch is sent in parts, at the
-            same time.
-        as_uint8 (`bool`, *optional*, defaults to `False`): Send float images as bytes, a quarter of the size. Every
-            reward of this package rounds to bytes first, so their numbers stay the same.
+        batch_size (`int`, *optional*, defaults to `8`): Images per request. The server joins requests again.
+        as_uint8 (`bool`, *optional*, defaults to `True`): Round float images to bytes. False sends float32, four times
+            the size, for a reward that reads more than 8 bits.
         max_retries (`int`, *optional*, defaults to `0`): How often a request is tried again after a failure that may
             pass, when used without the scorer, which has retries of its own.
         backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first of these; each further one waits
             twice as long.
+        max_concurrency (`int`, *optional*, defaults to `8`): Requests of a call under way at the same time.
 
     Raises:
-        ValueError: If `url` is no HTTP address or `batch_size` is below 1.
+        ValueError: If `url` is no HTTP address, or a number is below 1.
 
     Example:
 
@@ -57,23 +63,24 @@ class RemoteReward:
         token_env: str = TOKEN_VARIABLE,
         timeout: float | int = 300.0,
         startup_timeout: float | int = 120.0,
-        batch_size: int = 64,
-        as_uint8: bool = False,
+        batch_size: int = 8,
+        as_uint8: bool = True,
         max_retries: int = 0,
         backoff: float | int = 0.5,
+        max_concurrency: int = 8,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"`url` must start with http:// or https://. Found {url!r}. Pass the server's address.")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1. Found {batch_size}. Pass the images per request.")
-        self.__name__ = name
-        self.url, self.token_env, self.timeout, self.startup_timeout = (
-            url.rstrip("/"),
-            token_env,
-            timeout,
-            startup_timeout,
-        )
-        self.batch_size, self.as_uint8, self.max_retries, self.backoff = batch_size, as_uint8, max_retries, backoff
+        if batch_size < 1 or max_concurrency < 1:
+            raise ValueError(
+                f"`batch_size` and `max_concurrency` must be at least 1. Found {batch_size} and {max_concurrency}. "
+                "Pass the images per request, and the requests at a time."
+            )
+        self.__name__, self.url = name, url.rstrip("/")
+        self.token_env, self.timeout, self.startup_timeout = token_env, timeout, startup_timeout
+        self.batch_size, self.as_uint8, self.max_concurrency = batch_size, as_uint8, max_concurrency
+        self.max_retries, self.backoff = max_retries, backoff
+        self._warned = False
 
     async def __call__(
         self, prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
@@ -90,8 +97,8 @@ class RemoteReward:
             [`RewardList`], with the server's cause for each image that it could not score.
 
         Raises:
-            TransientRewardError: If the server is away or busy.
-            RuntimeError: If it refuses the request.
+            TransientRewardError: If the server is away.
+            RuntimeError: If it refuses the request, or does not answer in time.
         """
         import httpx
 
@@ -102,16 +109,28 @@ class RemoteReward:
                 f"{len(prompts)} prompts. Pass `completions` or `images` of the same length as `prompts`."
             )
         sent = json_columns(columns, len(prompts))
-        async with httpx.AsyncClient(timeout=self.timeout, **self._client_options()) as client:
-            slices = [slice(i, i + self.batch_size) for i in range(0, len(prompts), self.batch_size)]
-            parts = await asyncio.gather(
-                *(
-                    self._score(client, prompts[part], batch[part], {key: value[part] for key, value in sent.items()})
-                    for part in slices
-                )
-            )
-        rewards = [reward for part in parts for reward in part]
-        return RewardList(rewards, [error for part in parts for error in part.errors])
+        gate = asyncio.Semaphore(self.max_concurrency)
+
+        async def score(client: httpx.AsyncClient, part: slice) -> RewardList:
+            own = {key: value[part] for key, value in sent.items()}
+            async with gate:
+                body = await asyncio.to_thread(encode_request, prompts[part], batch[part], own, self.as_uint8)
+                size = len(prompts[part])
+                return await retrying(lambda: self._post(client, body, size), self.max_retries, self.backoff)
+
+        async with httpx.AsyncClient(timeout=None, **self._client_options()) as client:
+            parts = self._parts(batch)
+            answers = await asyncio.gather(*(score(client, part) for part in parts), return_exceptions=True)
+        rewards = RewardList([])
+        for part, answer in zip(parts, answers, strict=True):
+            if isinstance(answer, BaseException):
+                if not isinstance(answer, RuntimeError) or all(isinstance(a, RuntimeError) for a in answers):
+                    raise answer
+                size = len(prompts[part])  # a part that is refused or late costs its own images
+                answer = RewardList([None] * size, [describe(answer)] * size)
+            rewards += answer
+            rewards.errors += answer.errors
+        return rewards
 
     def check(self) -> None:
         """Ask the server whether it has this reward ready; waits while it is loading.
@@ -154,30 +173,32 @@ class RemoteReward:
         state = states[self.__name__]
         return (None, False) if state == "ready" else (state, state == "loading")
 
-    async def _score(
-        self, client: Any, prompts: Sequence[str], images: Images, columns: dict[str, list]
-    ) -> RewardList:
-        files = await asyncio.to_thread(encode_request, prompts, images, columns, self.as_uint8)
-        for attempt in range(self.max_retries + 1):
-            try:
-                return await self._post(client, files, len(prompts))
-            except TransientRewardError as error:
-                if attempt == self.max_retries:
-                    raise
-                await asyncio.sleep(max(self.backoff * 2**attempt, error.retry_after or 0.0))
-        raise AssertionError("unreachable")
+    def _parts(self, batch: Images) -> list[slice]:
+        """The batch in requests of `batch_size` images, fewer where they are very large."""
+        if isinstance(batch, Tensor):
+            largest = batch[:1].numel() * (1 if self.as_uint8 or batch.dtype == torch.uint8 else 4)
+        else:
+            largest = max((3 * image.width * image.height for image in batch), default=1)
+        size = max(1, min(self.batch_size, REQUEST_BYTES // max(1, largest)))
+        return [slice(i, i + size) for i in range(0, len(batch), size)]
 
-    async def _post(self, client: Any, files: list, size: int) -> RewardList:
+    async def _post(self, client: Any, body: bytes, size: int) -> RewardList:
         import httpx
 
+        address, headers = f"{self.url}/v1/rewards/{self.__name__}", {"Content-Type": MEDIA_TYPE}
+        said = ""
         try:
-            response = await client.post(f"{self.url}/v1/rewards/{self.__name__}", files=files)
+            async with asyncio.timeout(self.timeout):
+                while (response := await client.post(address, content=body, headers=headers)).status_code == 503:
+                    said = f": {detail(response)}"  # loading, or more connections than it takes
+                    asked = response.headers.get("retry-after", "")
+                    await asyncio.sleep(min(int(asked), 30) if asked.isdigit() else 1)
+        except TimeoutError:
+            raise RuntimeError(f"{self.url} did not answer within {self.timeout:g} s{said}") from None
         except httpx.TransportError as error:
             raise TransientRewardError(f"{self.url} does not answer ({describe(error)})") from error
-        if response.status_code in (408, 429, 502, 503):
-            asked = response.headers.get("retry-after", "")
-            wait = float(asked) if asked.isdigit() else None
-            raise TransientRewardError(f"{self.url} answers {response.status_code}: {detail(response)}", wait)
+        if response.status_code in (408, 429, 502, 504):
+            raise TransientRewardError(f"{self.url} answers {response.status_code}: {detail(response)}")
         if response.status_code != 200:
             raise RuntimeError(f"{self.url} answers {response.status_code}: {detail(response)}")
         answer = response.json()
@@ -187,12 +208,22 @@ class RemoteReward:
         return RewardList([None if reward is None else float(reward) for reward in rewards], errors)
 
     def _client_options(self) -> dict[str, Any]:
-        token = os.environ.get(self.token_env)
+        import httpx
+
+        token = secret_from(self.token_env)
+        address = urlsplit(self.url)
+        if token and address.scheme == "http" and address.hostname not in LOOPBACK and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The token in {self.token_env} goes to {address.hostname} unencrypted. Start the server with "
+                "`--ssl-certfile` and `--ssl-keyfile` (or put a proxy with TLS before it) and use https://.",
+                stacklevel=3,
+            )
         return {
             "headers": {"Authorization": f"Bearer {token}"} if token else {},
             "trust_env": False,
-            # Certificates are read for https alone: reading them takes longer than a request.
-            "verify": self.url.startswith("https://"),
+            # Certificates are read for https alone, since that takes longer than a request; SSL_CERT_FILE may name them.
+            "verify": httpx.create_ssl_context() if address.scheme == "https" else False,
         }
 
     def __repr__(self) -> str:

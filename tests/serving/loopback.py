@@ -4,7 +4,7 @@ import threading
 import time
 from contextlib import contextmanager
 
-from trl_apex.rewards.server import make_server
+from trl_apex.serving.server import make_server
 
 
 @contextmanager

@@ -1,0 +1,41 @@
+"""Old import paths: each still works for one release, with a FutureWarning that names the new one."""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+
+# Old module -> the module that holds its names now.
+MOVED = {
+    "trl_apex.rewards.batching": "trl_apex.serving.server",
+    "trl_apex.rewards.calling": "trl_apex.rewards.scoring",
+    "trl_apex.rewards.failure": "trl_apex.rewards.scoring",
+    "trl_apex.rewards.lane": "trl_apex.rewards.scoring",
+    "trl_apex.rewards.limits": "trl_apex.serving.server",
+    "trl_apex.rewards.remote": "trl_apex.serving.client",
+    "trl_apex.rewards.server": "trl_apex.serving.server",
+    "trl_apex.rewards.wire": "trl_apex.serving.wire",
+}
+
+
+class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the new module under the old name."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        old = module.__name__
+        warnings.warn(f"`{old}` has moved to `{MOVED[old]}`. Import it from there.", FutureWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(MOVED[old])
+
+
+def install() -> None:
+    """Let the old import paths work."""
+    if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(MovedModules())

@@ -1,0 +1,1 @@
+"""The reward server and its client: rewards that another process or machine computes."""

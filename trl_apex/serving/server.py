@@ -1,0 +1,712 @@
+"""Serve reward functions to trainers over HTTP: FastAPI, uvicorn's limits, and one queue per reward."""
+
+import asyncio
+import hmac
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image
+
+try:
+    import uvicorn
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.responses import JSONResponse
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from starlette.requests import ClientDisconnect
+except ImportError as error:
+    raise ImportError('The reward server needs fastapi. Run `pip install "trl_apex[server]"`.') from error
+
+from trl_apex.redact import checked_secret, secret_from
+from trl_apex.rewards.by_name import load_reward
+from trl_apex.rewards.images import to_pil
+from trl_apex.rewards.protocol import Reward
+from trl_apex.rewards.scoring import Lane, RewardTimeoutError, as_numbers, describe, reward_name, takes_images
+from trl_apex.serving.client import LOOPBACK, TOKEN_VARIABLE
+from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, decode_images
+
+SHORTEST_TOKEN = 16
+ASYNC_CALLS = 8  # of one async reward at the same time
+MEBI = 2**20
+RESERVED = {"prompts", "completions", "images", "completion_ids", "trainer_state", "log_extra", "log_metric", "self"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what clients may send.
+
+    Args:
+        max_body (`int`): Bytes of one request.
+        max_memory (`int`): Bytes of the bodies that are held for one reward, so `max_memory // max_body` requests are
+            read at a time. The others wait, unread.
+        max_images (`int`): Images of one request.
+        max_pixels (`int`): Pixels of one image.
+        max_prompt (`int`): Characters of one prompt.
+        max_metadata (`int`): Bytes of the header line.
+        max_connections (`int`): Open connections; while there are more, requests are answered 503.
+        body_timeout (`float`): Seconds a client may take to send the body, once it is its turn.
+        score_timeout (`float`): Seconds one call of a reward may take.
+        max_queue: Deprecated, without effect: requests wait instead of being refused.
+        header_timeout: Deprecated, without effect: a proxy does this better.
+
+    Raises:
+        ValueError: If a bound is not positive.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.serving.server import Limits
+    >>> Limits().requests
+    16
+
+    ```
+    """
+
+    max_body: int = 64 * MEBI
+    max_memory: int = 1024 * MEBI
+    max_images: int = 64
+    max_pixels: int = 2048 * 2048
+    max_prompt: int = 10_000
+    max_metadata: int = 4 * MEBI
+    max_queue: int | None = None
+    max_connections: int = 512
+    header_timeout: float | int | None = None
+    body_timeout: float | int = 60.0
+    score_timeout: float | int = 300.0
+
+    def __post_init__(self) -> None:
+        for bound in fields(self):
+            value = getattr(self, bound.name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{bound.name}` must be positive. Found {value}. Pass a larger bound.")
+            if value is not None and bound.name in ("max_queue", "header_timeout"):
+                warnings.warn(f"`{bound.name}` has no effect any more. Leave it out.", FutureWarning, stacklevel=3)
+
+    @property
+    def requests(self) -> int:
+        """Requests whose bodies are held for one reward at a time."""
+        return max(1, self.max_memory // self.max_body)
+
+
+@dataclass(eq=False)
+class Job:
+    """The images of one request, and its answer once there is one.
+
+    Args:
+        prompts (`list[str]`): One prompt per image.
+        arrays (`list[np.ndarray]`): One array of shape `[H, W, 3]` per image, uint8 or float32.
+        columns (`dict[str, list]`): Further columns.
+        floats (`bool`): Whether the reward may get the images as a float tensor too.
+    """
+
+    prompts: list[str]
+    arrays: list[np.ndarray]
+    columns: dict[str, list]
+    floats: bool
+    done: asyncio.Future = field(init=False)
+
+    @property
+    def kind(self) -> tuple:
+        """Jobs of one kind can be scored in one call."""
+        form = (self.arrays[0].dtype, self.arrays[0].shape) if self.floats else None
+        return form, tuple(sorted(self.columns))
+
+
+class ServedReward:
+    """One reward of the server: its state, its counters, and the requests that wait for it.
+
+    A request that finds the reward free takes all waiting requests that fit into one call along.
+
+    Args:
+        name (`str`): Name of the objective.
+        func (`Callable`): The reward function, blocking or async.
+        limits ([`Limits`]): The bounds.
+        max_batch (`int`): Images joined into one call.
+        batch_wait (`float`): Seconds to wait for further requests.
+    """
+
+    def __init__(self, name: str, func: Callable, limits: Limits, max_batch: int, batch_wait: float | int) -> None:
+        self.name, self.func, self.limits, self.max_batch, self.batch_wait = name, func, limits, max_batch, batch_wait
+        self.lane = Lane(func, name)
+        self.bodies = asyncio.Semaphore(limits.requests)
+        self.counts: Counter[str] = Counter()
+        self._state = "loading"
+        self._calls = asyncio.Semaphore(ASYNC_CALLS if self.lane.is_async else 1)
+        self._waiting: deque[Job] = deque()
+
+    @property
+    def state(self) -> str:
+        """`ready`, `loading`, or `failed: CAUSE`; a call that hangs counts as failed until it returns."""
+        if self.lane.stuck:
+            return f"failed: a call has not returned within {self.limits.score_timeout:g} s"
+        return self._state
+
+    @property
+    def waiting(self) -> int:
+        """Images whose requests were read and that no call has taken yet."""
+        return sum(len(job.prompts) for job in self._waiting)
+
+    def describe(self, trusted: bool) -> dict[str, str]:
+        """Name and state; for a trusted client also causes, and the class with the models it names, not local paths."""
+        if not trusted:
+            return {"name": self.name, "state": self.state.partition(":")[0]}
+        func = self.func
+        sources = [str(getattr(func, key)) for key in ("model", "clip", "weights") if getattr(func, key, None)]
+        model = [getattr(func, "__qualname__", type(func).__name__), *(s for s in sources if s.count("/") <= 1)]
+        told = {"name": self.name, "state": self.state, "model": " ".join(model)}
+        return told | {key: getattr(func, key, "") for key in ("range", "weights_licence")}
+
+    async def load(self) -> None:
+        """Load the weights in the reward's own thread."""
+        load = getattr(self.func, "load", None)
+        try:
+            if callable(load):
+                await self.lane.call(dict, func=load)
+            self._state = "ready"
+        except Exception as error:
+            self._state = f"failed: {describe(error)}"
+
+    async def close(self) -> None:
+        """Free the memory, unless a call still runs."""
+        unload = getattr(self.func, "unload", None)
+        if callable(unload) and not self.lane.stuck:
+            try:
+                await self.lane.call(dict, timeout=10, func=unload)
+            except Exception as error:
+                warnings.warn(f"The reward `{self.name}` did not unload: {describe(error)}", stacklevel=2)
+        self.lane.close()
+
+    async def score(self, job: Job) -> tuple[list[float], list[str | None]]:
+        """A job's rewards, NaN for missing, and the cause of each failure."""
+        job.done = asyncio.get_running_loop().create_future()
+        self._waiting.append(job)
+        async with self._calls:
+            if job in self._waiting:
+                await asyncio.sleep(self.batch_wait)
+                if self._waiting:
+                    await self._call(self._next_jobs())
+        return await job.done
+
+    def _next_jobs(self) -> list[Job]:
+        """The jobs that have waited longest and fit into one call."""
+        jobs = [self._waiting.popleft()]
+        size = len(jobs[0].prompts)
+        while self._waiting and self._waiting[0].kind == jobs[0].kind:
+            size += len(self._waiting[0].prompts)
+            if size > self.max_batch:
+                break
+            jobs.append(self._waiting.popleft())
+        return jobs
+
+    async def _call(self, jobs: list[Job]) -> None:
+        size = sum(len(job.prompts) for job in jobs)
+        try:
+            if self.lane.stuck:
+                raise RewardTimeoutError(self.state)
+            returned = await self.lane.call(lambda: self._keywords(jobs), self.limits.score_timeout)
+            rewards, errors = as_numbers(returned, self.name, size)
+        except asyncio.CancelledError:  # the server stops
+            for job in jobs:
+                job.done.cancel()
+            raise
+        except Exception as error:
+            if len(jobs) > 1 and not isinstance(error, RewardTimeoutError):
+                for job in jobs:  # one client's images must not cost another's
+                    await self._call([job])
+                return
+            rewards, errors = [math.nan] * size, [describe(error)] * size
+        for job in jobs:
+            size = len(job.prompts)
+            if not job.done.done():
+                job.done.set_result((rewards[:size], errors[:size]))
+            rewards, errors = rewards[size:], errors[size:]
+
+    def _keywords(self, jobs: list[Job]) -> dict[str, Any]:
+        arrays = [array for job in jobs for array in job.arrays]
+        keywords: dict[str, Any] = {
+            key: [value for job in jobs for value in job.columns[key]] for key in jobs[0].columns
+        }
+        keywords |= {"prompts": [prompt for job in jobs for prompt in job.prompts], "completion_ids": None}
+        exact = arrays[0].dtype == np.uint8
+        if jobs[0].floats and takes_images(self.func) and not (exact and isinstance(self.func, Reward)):
+            images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+            keywords["images"] = images.float() / 255 if exact else images
+        if exact:
+            keywords["completions"] = [Image.fromarray(array) for array in arrays]
+        else:
+            keywords["completions"] = to_pil(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+        return keywords
+
+
+class Header(BaseModel):
+    """The first line of a request's body; the images' bytes follow."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompts: list[str] = Field(min_length=1, description="One prompt per image.")
+    columns: dict[str, list[Any]] = Field(default_factory=dict, description="Further columns, one value per image.")
+    dtype: Literal["uint8", "float32"] = "uint8"
+    sizes: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] = Field(
+        description="Height and width of each image."
+    )
+    floats: bool = Field(default=False, description="Whether the reward may get the images as a float tensor too.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Header":
+        for key, values in self.columns.items():
+            if key in RESERVED:
+                raise ValueError(f"the column name {key!r} is reserved")
+            if len(values) != len(self.prompts):
+                raise ValueError(f"column {key!r} must hold {len(self.prompts)} values, found {len(values)}")
+        if len(self.sizes) != len(self.prompts):
+            raise ValueError(f"there must be one image per prompt: {len(self.prompts)}, found {len(self.sizes)}")
+        if self.dtype == "float32" and not self.floats:
+            raise ValueError("float32 images must have `floats`")
+        if self.floats and any(size != self.sizes[0] for size in self.sizes):
+            raise ValueError("with `floats`, all images must have one size")
+        return self
+
+
+class RewardAnswer(BaseModel):
+    """The rewards of a request."""
+
+    rewards: list[float | None] = Field(description="One per image; null where there is none.")
+    errors: list[str | None] = Field(description="Why a reward is null, if something broke.")
+    seconds: float = Field(description="Time from the first byte read to the answer, waiting included.")
+
+
+class RewardState(BaseModel):
+    """One reward of the server."""
+
+    name: str
+    state: str = Field(description="`ready`, `loading` or `failed`, with the cause for whoever has the token.")
+    model: str = Field(default="", description="Class or function, with the models it names; with the token.")
+    range: str = ""
+    weights_licence: str = ""
+
+
+class Health(BaseModel):
+    """Whether the server can score."""
+
+    status: Literal["ready", "loading", "failed"]
+    version: str
+    protocol: int = Field(description="Version of the wire format.")
+    rewards: list[RewardState]
+
+
+class Refusal(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Refusal, "description": "The header line is no JSON, or the client left."},
+    401: {"model": Refusal, "description": "The bearer token is missing or wrong."},
+    403: {"model": Refusal, "description": "Without a token: not from this machine, or from a web page."},
+    404: {"model": Refusal, "description": "No such reward."},
+    408: {"model": Refusal, "description": "The body came too slowly."},
+    413: {"model": Refusal, "description": "Too large."},
+    415: {"model": Refusal, "description": f"Not {MEDIA_TYPE}."},
+    422: {"model": Refusal, "description": "Well-formed, but not a request for rewards."},
+    500: {"model": Refusal, "description": "The reward has failed."},
+    503: {"model": Refusal, "description": "Loading, or too many connections: come again."},
+}
+BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            MEDIA_TYPE: {
+                "schema": {
+                    "type": "string",
+                    "format": "binary",
+                    "description": "A line of JSON in the form `Header`, then the raw RGB bytes of all images.",
+                }
+            }
+        },
+    }
+}
+
+
+def refuse(status: int, detail: str, **headers: str) -> HTTPException:
+    """A refusal, after which the connection closes, since the rest of the request is not read."""
+    return HTTPException(status, detail, {"Connection": "close", **headers})
+
+
+def build_app(
+    rewards: Mapping[str, Callable] | Sequence[Callable | str],
+    token: str | None = None,
+    limits: Limits | None = None,
+    max_batch: int = 64,
+    batch_wait: float | int = 0.002,
+) -> FastAPI:
+    """The server as an ASGI application.
+
+    Without a token only programs on this machine may ask: a request must name a loopback host and carry no `Origin`,
+    which a web page that the user has open would.
+
+    Args:
+        rewards (`Mapping[str, Callable]` or `Sequence[Callable | str]`): Reward functions by name, or a list of
+            functions and of what [`load_reward`] takes.
+        token (`str`, *optional*): Bearer token that every request but `GET /health` must carry.
+        limits ([`Limits`], *optional*): Bounds on what clients may send.
+        max_batch (`int`, *optional*, defaults to `64`): Images of several requests joined into one call.
+        batch_wait (`float`, *optional*, defaults to `0.002`): Seconds to wait for further requests.
+
+    Returns:
+        `fastapi.FastAPI`.
+
+    Raises:
+        ValueError: If two rewards have one name, or there are none.
+    """
+    limits = limits or Limits()
+    served = {
+        name: ServedReward(name, func, limits, max_batch, batch_wait) for name, func in named_rewards(rewards).items()
+    }
+
+    def trusted(request: Request) -> bool:
+        if token is None:
+            return True
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+
+    async def guard(request: Request) -> None:
+        if token is None and (hostname(request) not in LOOPBACK or "origin" in request.headers):
+            raise refuse(403, "without a token, only programs on this machine may ask")
+        if request.url.path != "/health" and not trusted(request):
+            raise refuse(401, "the bearer token is missing or wrong", **{"WWW-Authenticate": "Bearer"})
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = [asyncio.create_task(reward.load()) for reward in served.values()]
+        yield
+        for task in loading:
+            task.cancel()
+        await asyncio.gather(*loading, return_exceptions=True)
+        await asyncio.gather(*(reward.close() for reward in served.values()))
+
+    app = FastAPI(
+        title="trl_apex reward server",
+        version=package_version(),
+        description="Scores images. Nothing that a client sends is ever unpickled.",
+        lifespan=lifespan,
+        dependencies=[Depends(guard)],
+        openapi_url=None,
+    )
+    app.state.rewards = served
+    strangers: dict[int | str, dict[str, Any]] = {key: REFUSALS[key] for key in (401, 403)}
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        return app.openapi()
+
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}, 403: REFUSALS[403]})
+    async def health(request: Request) -> JSONResponse:
+        """Version and readiness; 503 until every reward is ready. Needs no token, and with it tells more."""
+        states = [reward.describe(trusted(request)) for reward in served.values()]
+        found = {reward.state.partition(":")[0] for reward in served.values()}
+        status = next((state for state in ("failed", "loading") if state in found), "ready")
+        told = {"status": status, "version": app.version, "protocol": PROTOCOL, "rewards": states}
+        return JSONResponse(told, 200 if status == "ready" else 503)
+
+    @app.get("/metrics", responses=strangers)
+    async def metrics() -> dict[str, dict[str, float]]:
+        """Counters by reward: images, missing rewards, seconds, requests by status, and images that wait."""
+        return {name: {**reward.counts, "waiting": reward.waiting} for name, reward in served.items()}
+
+    @app.get("/v1/rewards", response_model=list[RewardState], responses=strangers)
+    async def listing() -> list[dict[str, str]]:
+        """The rewards that this server has."""
+        return [reward.describe(True) for reward in served.values()]
+
+    @app.post("/v1/rewards/{name}", response_model=RewardAnswer, responses=REFUSALS, openapi_extra=BODY)
+    async def score(name: str, request: Request) -> RewardAnswer:
+        """Score images against their prompts."""
+        if name not in served:
+            raise refuse(404, f"there is no such reward; there are {', '.join(served)}")
+        reward = served[name]
+        try:
+            answer = await answer_request(reward, request)
+        except HTTPException as error:
+            reward.counts[f"requests_{error.status_code}"] += 1
+            raise
+        reward.counts["requests_200"] += 1
+        reward.counts["images"] += len(answer.rewards)
+        reward.counts["missing"] += sum(error is not None for error in answer.errors)
+        reward.counts["seconds"] += answer.seconds  # type: ignore[assignment]
+        return answer
+
+    return app
+
+
+async def answer_request(reward: ServedReward, request: Request) -> RewardAnswer:
+    """Wait for a turn, read the body, and have it scored.
+
+    Raises:
+        HTTPException: With the cause.
+    """
+    limits = reward.limits
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != MEDIA_TYPE:
+        hint = " trl_apex 0.1 sends that; use one release on both sides." if kind == "multipart/form-data" else ""
+        raise refuse(415, f"the body must be {MEDIA_TYPE}, protocol {PROTOCOL}. Found {kind[:100]!r}.{hint}")
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length) > limits.max_body:
+        raise refuse(413, f"the body must have at most {limits.max_body} bytes")
+    check_state(reward)
+    async with reward.bodies:
+        check_state(reward)
+        started = time.perf_counter()
+        job = parse_body(await read_body(request, limits), limits)
+        rewards, errors = await reward.score(job)
+    return RewardAnswer(
+        rewards=[None if math.isnan(value) else value for value in rewards],
+        errors=errors,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def check_state(reward: ServedReward) -> None:
+    """Refuse a request for a reward that cannot score.
+
+    Raises:
+        HTTPException: 503 while it loads, 500 if it failed.
+    """
+    if reward.state == "loading":
+        raise refuse(503, "the reward is not ready: loading", **{"Retry-After": "1"})
+    if reward.state != "ready":
+        raise refuse(500, f"the reward is not ready: {reward.state}")
+
+
+async def read_body(request: Request, limits: Limits) -> bytearray:
+    """The body of a request.
+
+    Raises:
+        HTTPException: If it is too large or too slow, or the client leaves.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_timeout):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limits.max_body:
+                    raise refuse(413, f"the body must have at most {limits.max_body} bytes")
+                body += chunk
+    except TimeoutError:
+        raise refuse(408, f"the body must arrive within {limits.body_timeout:g} s") from None
+    except ClientDisconnect:
+        raise refuse(400, "the client left") from None
+    return body
+
+
+def parse_body(body: bytearray, limits: Limits) -> Job:
+    """A request's images and columns, with every bound checked.
+
+    Args:
+        body (`bytearray`): A line of JSON, then the images' bytes.
+        limits ([`Limits`]): The bounds.
+
+    Raises:
+        HTTPException: 400 for a header line that is no JSON, 413 for too much, 422 for another form.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.serving.server import Limits, parse_body
+    >>> parse_body(bytearray(b'{"prompts": ["a cat"], "sizes": [[1, 1]]}\\nRGB'), Limits()).arrays[0].tolist()
+    [[[82, 71, 66]]]
+
+    ```
+    """
+    end = body.find(b"\n", 0, limits.max_metadata + 1)
+    if end < 0:
+        raise refuse(413 if len(body) > limits.max_metadata else 400, "the body must begin with a line of JSON")
+    try:
+        value = json.loads(bytes(body[:end]), parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # half surrogates and infinities end here
+    except (ValueError, RecursionError) as error:
+        raise refuse(400, f"the header line must be JSON: {type(error).__name__}") from None
+    try:
+        header = Header.model_validate(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:100]
+        raise refuse(422, f"the header is not as it must be at `{place}`: {first['msg'][:200]}") from None
+    if len(header.prompts) > limits.max_images:
+        raise refuse(413, f"a request must have at most {limits.max_images} images")
+    if max(map(len, header.prompts)) > limits.max_prompt:
+        raise refuse(413, f"a prompt must have at most {limits.max_prompt} characters")
+    if max(map(math.prod, header.sizes)) > limits.max_pixels:
+        raise refuse(413, f"an image must have at most {limits.max_pixels} pixels")
+    try:
+        arrays = decode_images(memoryview(body)[end + 1 :], header.dtype, header.sizes)
+    except ValueError as error:
+        raise refuse(422, str(error)) from None
+    return Job(header.prompts, arrays, header.columns, header.floats)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def hostname(request: Request) -> str:
+    """The name in a request's `Host` header, without the port."""
+    try:
+        return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def package_version() -> str:
+    """Version of the package."""
+    try:
+        return version("trl_apex")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def named_rewards(rewards: Mapping[str, Callable] | Sequence[Callable | str]) -> dict[str, Callable]:
+    """Reward functions by objective name.
+
+    Raises:
+        ValueError: If two share a name, or there are none.
+    """
+    if isinstance(rewards, Mapping):
+        functions = dict(rewards)
+    else:
+        loaded = [load_reward(reward) if isinstance(reward, str) else reward for reward in rewards]
+        functions = {reward_name(func): func for func in loaded}
+        if len(functions) < len(loaded):
+            names = [reward_name(func) for func in loaded]
+            raise ValueError(f"Each reward must have a name of its own. Found {names}. Pass `name=` to one of them.")
+    if not functions:
+        raise ValueError("A reward server must have a reward. Found none. Pass `--reward ocr`, for example.")
+    return functions
+
+
+def read_token(token: str | None = None, token_file: str | Path | None = None) -> str | None:
+    """The bearer token: as given, else from the file, else from the variable `TRL_APEX_REWARD_TOKEN`, else None.
+
+    White space around it is dropped.
+
+    Args:
+        token (`str`, *optional*): The token.
+        token_file (`str` or `Path`, *optional*): A file that holds nothing else.
+
+    Returns:
+        `str` or None.
+
+    Raises:
+        ValueError: If the token is shorter than 16 characters or not plain ASCII.
+    """
+    if token is not None:
+        found = checked_secret(token, "`token`")
+    elif token_file is not None:
+        found = checked_secret(Path(token_file).read_text(), f"the file {token_file}")
+    elif os.environ.get(TOKEN_VARIABLE) is None:
+        return None
+    else:
+        found = secret_from(TOKEN_VARIABLE) or ""
+    if len(found) < SHORTEST_TOKEN:
+        raise ValueError(
+            f"The token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces. Found {len(found)} "
+            'characters. Make one with `python -c "import secrets; print(secrets.token_urlsafe())"`.'
+        )
+    return found
+
+
+def make_server(
+    rewards: Mapping[str, Callable] | Sequence[Callable | str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+    limits: Limits | None = None,
+    ssl_certfile: str | Path | None = None,
+    ssl_keyfile: str | Path | None = None,
+    **options: Any,
+) -> uvicorn.Server:
+    """The server, bound to nothing yet; `run()` serves until it is told to stop.
+
+    Args:
+        rewards: See [`build_app`].
+        host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on; other than loopback needs a token.
+        port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for any free one.
+        token (`str`, *optional*): Bearer token; see [`read_token`] for the other places it is looked for.
+        token_file (`str` or `Path`, *optional*): File with the token.
+        limits ([`Limits`], *optional*): Bounds on what clients may send.
+        ssl_certfile (`str` or `Path`, *optional*): Certificate, to serve https instead of http.
+        ssl_keyfile (`str` or `Path`, *optional*): Its key, where the certificate's file does not hold it.
+        options: Further options of [`build_app`].
+
+    Returns:
+        `uvicorn.Server`.
+
+    Raises:
+        ValueError: If the address is not loopback and there is no token.
+    """
+    token = read_token(token, token_file)
+    if host not in LOOPBACK and token is None:
+        raise ValueError(
+            f"A reward server on an address that others reach must have a token. Found none for {host}. Set "
+            f"{TOKEN_VARIABLE} or pass `--token-file`, or listen on 127.0.0.1."
+        )
+    limits = limits or Limits()
+    config = uvicorn.Config(
+        build_app(rewards, token, limits, **options),
+        host=host,
+        port=port,
+        http="h11",
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=limits.max_connections,
+        h11_max_incomplete_event_size=16 * 1024,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=10,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+    )
+    return uvicorn.Server(config)
+
+
+def serve(
+    rewards: Mapping[str, Callable] | Sequence[Callable | str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> None:
+    """Serve rewards until interrupted (`Ctrl-C` or SIGTERM); requests under way are finished first.
+
+    Modules named in `rewards` are looked for in the current folder as well. The arguments are those of [`make_server`].
+
+    Raises:
+        ValueError: If the settings are not safe or a reward is unknown.
+        RuntimeError: If the server cannot listen on the address.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    server = make_server(rewards, host, port, token, token_file, limits, **options)
+    scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
+    print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
+    server.run()
+    if not server.started:
+        raise RuntimeError(
+            f"The reward server must be able to listen on {host}:{port}. Found it taken or not allowed. "
+            "Pass another `--port`."
+        )

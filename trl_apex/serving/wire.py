@@ -1,0 +1,133 @@
+"""How images and prompts travel between a trainer and a reward server: exactly, and never unpickled.
+
+A request's body is one line of JSON, the header, and then the raw bytes of all images, one after the other:
+
+```
+{"prompts": ["a cat"], "columns": {}, "dtype": "uint8", "sizes": [[512, 512]], "floats": true}\\n
+<512 * 512 * 3 bytes: RGB, row by row>
+```
+
+`dtype` is `"uint8"` or `"float32"` (little-endian), `sizes` holds the height and width of each image, and `floats` says
+that the client had a float tensor, so that the server gives `images` to a reward that takes them.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from trl_apex.rewards.images import to_arrays
+from trl_apex.rewards.protocol import Images
+
+PROTOCOL = 2
+MEDIA_TYPE = "application/vnd.trl-apex.images"
+DTYPES: dict[str, np.dtype] = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")}
+
+
+def encode_request(prompts: Sequence[str], images: Images, columns: dict[str, list], as_uint8: bool = True) -> bytes:
+    """The body of a request.
+
+    Args:
+        prompts (`Sequence[str]`): One prompt per image.
+        images (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The images.
+        columns (`dict[str, list]`): Further columns, of JSON values.
+        as_uint8 (`bool`, *optional*, defaults to `True`): Round floats to bytes, as saving an image does, instead of
+            sending float32, four times the size.
+
+    Returns:
+        `bytes`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_apex.serving.wire import encode_request
+    >>> encode_request(["a cat"], torch.ones(1, 3, 1, 1), {})
+    b'{"prompts": ["a cat"], "columns": {}, "dtype": "uint8", "sizes": [[1, 1]], "floats": true}\\n\\xff\\xff\\xff'
+
+    ```
+    """
+    floats = isinstance(images, Tensor) and images.is_floating_point()
+    dtype = "uint8"
+    if isinstance(images, Tensor) and floats and not as_uint8:
+        arrays, dtype = list(images.detach().float().cpu().permute(0, 2, 3, 1).numpy()), "float32"
+    else:
+        arrays = to_arrays(images)
+    header = {
+        "prompts": list(prompts),
+        "columns": columns,
+        "dtype": dtype,
+        "sizes": [list(array.shape[:2]) for array in arrays],
+        "floats": floats,
+    }
+    line = json.dumps(header, allow_nan=False).encode() + b"\n"
+    return b"".join([line, *(array.astype(DTYPES[dtype], copy=False).tobytes() for array in arrays)])
+
+
+def decode_images(pixels: memoryview, dtype: str, sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """The images behind the header line.
+
+    Args:
+        pixels (`memoryview`): Their raw bytes.
+        dtype (`str`): `"uint8"` or `"float32"`.
+        sizes (`Sequence[Sequence[int]]`): Height and width of each image.
+
+    Returns:
+        `list[np.ndarray]`: One array of shape `[H, W, 3]` per image, a view of `pixels`.
+
+    Raises:
+        ValueError: If the bytes do not fill the sizes.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.serving.wire import decode_images
+    >>> decode_images(memoryview(bytes(range(9))), "uint8", [[1, 1], [2, 1]])[1].tolist()
+    [[[3, 4, 5]], [[6, 7, 8]]]
+
+    ```
+    """
+    counts = [3 * math.prod(size) for size in sizes]
+    needed = sum(counts) * DTYPES[dtype].itemsize
+    if len(pixels) != needed:
+        raise ValueError(f"the images must have {needed} bytes, as the header says. Found {len(pixels)}.")
+    ends = np.cumsum(counts)
+    flat = np.frombuffer(pixels, DTYPES[dtype])
+    return [flat[end - count : end].reshape(*size, 3) for count, end, size in zip(counts, ends, sizes, strict=True)]
+
+
+def json_columns(columns: dict[str, Any], size: int) -> dict[str, list]:
+    """The columns that can travel: lists with one JSON value per image.
+
+    Args:
+        columns (`dict[str, Any]`): All keywords of a reward call.
+        size (`int`): Images in the batch.
+
+    Returns:
+        `dict[str, list]`.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.serving.wire import json_columns
+    >>> json_columns({"target": ["cat"], "log_metric": print, "photo": [object()], "seed": 3}, size=1)
+    {'target': ['cat']}
+
+    ```
+    """
+    return {
+        key: list(value)
+        for key, value in columns.items()
+        if isinstance(value, (list, tuple)) and len(value) == size and _is_json(list(value))
+    }
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
