@@ -10,6 +10,7 @@ import pytest
 import torch
 from loopback import running
 from PIL import Image
+from rewards_tiny_models import save_clip, save_llava
 
 from trl_apex.rewards import (
     DeQAReward,
@@ -43,10 +44,10 @@ async def asynchronous(prompts, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def local(clip_folder, llava_folder):
+def local(tmp_path_factory):
     return {
-        "pickscore": PickScoreReward(str(clip_folder), processor=None),
-        "deqa": DeQAReward(str(llava_folder)),
+        "pickscore": PickScoreReward(str(save_clip(tmp_path_factory.mktemp("clip"))), processor=None),
+        "deqa": DeQAReward(str(save_llava(tmp_path_factory.mktemp("llava")))),
         "jpeg_compressibility": JPEGCompressibilityReward(),
         "brightness": brightness,
         "by_column": by_column,
