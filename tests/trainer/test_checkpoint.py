@@ -88,6 +88,18 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-5"]
 
 
+def test_rotation_spares_the_last_that_can_be_resumed_from(tmp_path):
+    checkpoint = save(tmp_path, 1)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        (checkpoint / name).write_text("state")
+    publish(checkpoint.rename(tmp_path / "staged"), checkpoint, engine="ddp")
+    for step in (2, 3):
+        save(tmp_path, step, engine="ddp")  # weights alone
+    rotate(tmp_path, 1)
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert last_whole(tmp_path) == checkpoint
+
+
 def test_engines_and_numbers_of_processes(tmp_path):
     checkpoint = save(tmp_path, 1, engine="zero3", world_size=8)
     check_engine(checkpoint, "zero3", 8)

@@ -17,29 +17,32 @@ logger = logging.getLogger(__name__)
 
 
 class IterationCallback(TrainerCallback):
-    """Keeps checkpoints on iteration boundaries, where no rollout is in flight, and the step counter right on resume.
+    """Keeps saves, stops and the evaluations that pick a best model on the ends of iterations.
 
-    A rollout belongs to the weights that sampled it and is not saved. A save that falls inside an iteration is therefore
-    made at its end, a few updates later; a stop waits for the same moment.
+    A rollout belongs to the weights that sampled it and is not saved. What falls inside an iteration happens at its end, a
+    few updates later, or at the end of the run.
     """
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self._save_pending = self._stop_pending = False
+        self._postponed: set[str] = set()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        self._postponed = set()
 
     def on_step_end(self, args, state, control, **kwargs):
-        boundary = state.global_step % self.trainer.updates_per_iteration == 0 or state.global_step >= state.max_steps
-        self._save_pending |= control.should_save
         if self.trainer.save_and_stop:
-            self._save_pending = self._stop_pending = True
-        control.should_save = self._save_pending and boundary
-        if self._stop_pending and boundary:
-            control.should_training_stop = True
-        if control.should_save:
-            self._save_pending = False
+            control.should_save = control.should_training_stop = True
+        boundary = state.global_step % self.trainer.updates_per_iteration == 0 or state.global_step >= state.max_steps
+        events = {"should_save", "should_training_stop"} | (
+            {"should_evaluate"} if args.metric_for_best_model else set()
+        )
+        self._postponed |= {event for event in events if getattr(control, event)}
+        for event in events:
+            setattr(control, event, boundary and event in self._postponed)
+        if boundary:
+            self._postponed = set()
 
 
 class GradientGuardCallback(TrainerCallback):

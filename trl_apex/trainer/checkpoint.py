@@ -102,6 +102,22 @@ def defects(checkpoint: str | Path) -> list[str]:
     return [f"{n} has another hash" for n, a, b in zip(content["files"], hashes, expected, strict=True) if a != b]
 
 
+def lacks(checkpoint: str | Path) -> list[str]:
+    """Which parts of a run's state a checkpoint does not hold, one line each; empty for one that can be resumed from.
+
+    A run with `save_only_model` writes the weights alone: the learning rate and AdamW would start again.
+    """
+    checkpoint = Path(checkpoint)
+    engine = (manifest(checkpoint) or {}).get("engine")
+    if engine is None:
+        return []
+    optimizer = {"ddp": "optimizer.pt", "fsdp": "optimizer*"}.get(engine, "latest")
+    parts = {"optimizer": optimizer, "random state": "rng_state*.pth", "progress": "trainer_state.json"}
+    if not engine.startswith("zero"):
+        parts["schedule"] = "scheduler.pt"
+    return [f"no {part} ({pattern})" for part, pattern in parts.items() if not any(checkpoint.glob(pattern))]
+
+
 def checkpoints(run: str | Path) -> list[Path]:
     """The directories `checkpoint-N` of a run, whole or not, the latest step first."""
     run = Path(run)
@@ -116,9 +132,9 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def last_whole(run: str | Path) -> Path | None:
-    """The whole checkpoint of the latest step; says which later ones it passes over, and why."""
+    """The latest checkpoint that can be resumed from; says which later ones it passes over, and why."""
     for checkpoint in checkpoints(run):
-        found = defects(checkpoint)
+        found = defects(checkpoint) or lacks(checkpoint)
         if not found:
             return checkpoint
         logger.warning("%s is not whole and is passed over: %s.", checkpoint, "; ".join(found[:3]))
@@ -138,6 +154,7 @@ def to_resume_from(wanted: str | Path | Literal[True], run: str | Path) -> Path:
     if wanted is True:
         found = last_whole(run)
         if found is None:
+            _refuse_partial_state([c for c in checkpoints(run) if not defects(c)])
             raise ValueError(
                 f"`resume_from_checkpoint=True` needs a whole checkpoint in {run}. Found "
                 f"{[c.name for c in checkpoints(run)] or 'none'}, none of them whole. Start anew without it."
@@ -157,7 +174,18 @@ def to_resume_from(wanted: str | Path | Literal[True], run: str | Path) -> Path:
                 else "There is no whole one beside it; start anew."
             )
         )
+    _refuse_partial_state([Path(wanted)])
     return Path(wanted)
+
+
+def _refuse_partial_state(found: list[Path]) -> None:
+    """Raise for the first of these whole checkpoints if it holds a part of the state only."""
+    if found and lacks(found[0]):
+        raise ValueError(
+            f"A checkpoint to resume from must hold the run's whole state. Found {found[0]}, saved with `save_only_model` or "
+            f"by another program: {'; '.join(lacks(found[0]))}. To go on from its weights, load its adapter as the model and "
+            "start a new run."
+        )
 
 
 def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
@@ -202,14 +230,16 @@ def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
 
 
 def rotate(run: str | Path, limit: int | None, keep: str | Path | None = None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, but neither `keep` (the best one) nor the last whole one."""
+    """Delete the oldest checkpoints beyond `limit`, but not `keep` (the best one) nor the last that can be resumed from."""
     if not limit or limit < 0:
         return
-    spared = {Path(keep).name} if keep else set()
     found = checkpoints(run)
-    for checkpoint in [c for c in found if c.name not in spared][
-        max(limit - len(spared & {c.name for c in found}), 1) :
-    ]:
+    resumable = [c for c in found if manifest(c) and not lacks(c)]
+    spared = {c for c in found if keep and c.name == Path(keep).name} | set(resumable[:1] or found[:1])
+    for checkpoint in found:
+        if len(spared) < limit:
+            spared.add(checkpoint)
+    for checkpoint in set(found) - spared:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 

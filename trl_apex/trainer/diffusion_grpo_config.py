@@ -1,12 +1,15 @@
 """Arguments of the diffusion GRPO trainer."""
 
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
 from .field_types import check_types
+
+logger = logging.getLogger(__name__)
 
 STATIC_RULES = ("sum_then_normalize", "normalize_then_sum")
 
@@ -215,7 +218,11 @@ class DiffusionGRPOConfig(GRPOConfig):
                 f"Found generation_batch_size={self.generation_batch_size} and "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}. Pass the first and leave out the other."
             )
+        self._plan_best_model()
         super().__post_init__()
+        if self._follows_plateaus():  # PyTorch's default waits for a loss that no longer falls
+            mode = "max" if self.greater_is_better else "min"
+            self.lr_scheduler_kwargs: Any = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
         self._check_choices()
         if updates is not None:
             self.gradient_accumulation_steps = self._accumulation_for(updates)
@@ -230,6 +237,15 @@ class DiffusionGRPOConfig(GRPOConfig):
                 f"{self.timestep_batch_size}. Found {updates}. Use a divisor, e.g. 1."
             )
         return steps // updates
+
+    def _plan_best_model(self: Any) -> None:
+        """Pick the best model by the reward, where the user asks for one and names no metric."""
+        asked = self.load_best_model_at_end or self.save_strategy == "best"
+        if (asked or self._follows_plateaus()) and self.metric_for_best_model is None:
+            self.metric_for_best_model = "reward"
+
+    def _follows_plateaus(self) -> bool:
+        return self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
 
     def _reject_language_fields(self) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
@@ -295,6 +311,19 @@ class DiffusionGRPOConfig(GRPOConfig):
         )
         self._check(not self.sync_ref_model, "`sync_ref_model` must be False", self.sync_ref_model, "Remove it.")
 
+        self._check(
+            not self.save_on_each_node,
+            "`save_on_each_node` must be False: checkpoints are written once, to a disk that all nodes see",
+            self.save_on_each_node,
+            "Leave it out, and put `output_dir` on a shared disk.",
+        )
+        self._check(
+            not (self.load_best_model_at_end or self.save_strategy == "best") or self.eval_strategy != "no",
+            "Picking the best model needs evaluations, set by `eval_strategy` and `eval_steps`",
+            f"eval_strategy={self.eval_strategy.value!r}",
+            "Use e.g. eval_strategy='steps' and eval_steps=10.",
+        )
+
     @classmethod
     def allowed_rules(cls) -> tuple[str, ...]:
         """Values of `multi_objective_aggregation` that this trainer knows."""
@@ -313,11 +342,15 @@ class DiffusionGRPOConfig(GRPOConfig):
             config (`trl.GRPOConfig`): or a subclass of it.
         """
         values = {}
+        replaced = {}
+        own_defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         for f in dataclasses.fields(config):
             value = getattr(config, f.name)
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if f.init and value != default:
                 values[f.name] = value
+            elif f.init and own_defaults.get(f.name, value) != value and f.name in DiffusionGRPOConfig.__annotations__:
+                replaced[f.name] = f"{f.name} {value!r} -> {own_defaults[f.name]!r}"
         if "generation_batch_size" in values:  # both are filled in after construction; either one determines the other
             values.pop("steps_per_generation", None)
         if "updates_per_iteration" in values:
@@ -328,4 +361,14 @@ class DiffusionGRPOConfig(GRPOConfig):
             values.pop("bf16", None) if config.bf16 and not config.fp16 and config.use_cpu else None
             if values.get("remove_unused_columns") is True:
                 values.pop("remove_unused_columns")
+            if values.get("metric_for_best_model") == "loss":
+                del values["metric_for_best_model"]
+                values.pop("greater_is_better", None)
+            if replaced:
+                logger.warning(
+                    "Fields at GRPOConfig's default take %s's: %s. Pass a %s to set them.",
+                    cls.__name__,
+                    ", ".join(replaced.values()),
+                    cls.__name__,
+                )
         return cls(**{name: value for name, value in values.items() if name in known})

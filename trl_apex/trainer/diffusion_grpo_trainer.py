@@ -43,7 +43,15 @@ from .diffusion_grpo_config import DiffusionGRPOConfig
 from .disk import check_writable
 from .ema import EMACallback
 from .evaluating import EvaluatingMixin
-from .inputs import as_list, check_dataset, check_weights, check_whole, loading_arguments, reward_names
+from .inputs import (
+    as_list,
+    check_best_metric,
+    check_dataset,
+    check_weights,
+    check_whole,
+    loading_arguments,
+    reward_names,
+)
 from .logs import LogsMixin
 from .lora import add_adapter, take_adapter
 from .monitor import RewardHackingWatch
@@ -131,6 +139,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         reward_funcs, self.monitor_funcs = as_list(reward_funcs), as_list(monitor_funcs)
         names = reward_names([*reward_funcs, *self.monitor_funcs])[: len(reward_funcs)]
         weights = check_weights(args.reward_weights, names)
+        check_best_metric(args, [*names, *reward_names(self.monitor_funcs)], eval_dataset, callbacks)
         if quantization_config is not None:
             raise ValueError(
                 "`quantization_config` must be None: quantized denoisers are not supported. Found "
@@ -336,9 +345,11 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         position = self._step % self.steps_per_iteration
         if position == 0 or self._iteration_rollout is None:
             if position:
-                raise RuntimeError(
-                    f"Step {self._step} lies inside an iteration of {self.steps_per_iteration} steps, but its rollout "
-                    "is gone. Resume from a checkpoint that this trainer saved, with the same batch settings."
+                logger.warning(
+                    "The checkpoint lies inside an iteration: update %d of %d. Its rollout is gone, so the rest of the "
+                    "iteration trains on a fresh one.",
+                    position // self.args.gradient_accumulation_steps,
+                    self.updates_per_iteration,
                 )
             self._iteration_rollout = self._generate_and_score_completions(generation_batch)
         return self._rows(self._iteration_rollout, position)
@@ -468,7 +479,9 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         update, micro = divmod(step, args.gradient_accumulation_steps)
         key = (args.seed, ROW_ORDER, self._iteration, pass_number)
         first = self.accelerator.process_index * samples
-        if step == 0:  # once a pass: dealing again for every micro-batch would grow with the square of the images
+        if (
+            step == 0 or "dealt" not in rollout
+        ):  # once a pass: dealing again for every micro-batch would grow with the square of the images
             rollout["dealt"] = update_rows(samples, len(rollout["window"]), self.updates_per_pass, first, key)
         count = args.per_device_train_batch_size * args.timestep_batch_size
         rows = rollout["dealt"][update][micro * count : (micro + 1) * count]

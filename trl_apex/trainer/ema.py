@@ -33,18 +33,24 @@ class EMACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._ema = EMAModel(self._parameters(), decay=self.decay, min_decay=self.decay)
-        checkpoint = self.trainer.resumed_from
-        if checkpoint is not None and (Path(checkpoint) / EMA_FILE).is_file():
-            stored = load_file(Path(checkpoint) / EMA_FILE)
-            self._ema.optimization_step = int(stored.pop("optimization_step"))
-            self._ema.store(self._parameters())
-            set_trainable_weights(self.trainer.model, stored)
-            self._ema.shadow_params = [p.detach().clone() for p in self._parameters()]
-            self._ema.restore(self._parameters())
+        if self.trainer.resumed_from is not None:
+            self.load(self.trainer.resumed_from)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
             self._ema.step(self._parameters())
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Take the average that a checkpoint holds, if it holds one; every rank must call it."""
+        file = Path(checkpoint, EMA_FILE)
+        if self._ema is None or not file.is_file():
+            return
+        stored = load_file(file)
+        self._ema.optimization_step = int(stored.pop("optimization_step"))
+        self._ema.store(self._parameters())
+        set_trainable_weights(self.trainer.model, stored)
+        self._ema.shadow_params = [p.detach().clone() for p in self._parameters()]
+        self._ema.restore(self._parameters())
 
     def save(self, directory: str) -> None:
         """Write the whole average; every rank must call it, the main process writes."""

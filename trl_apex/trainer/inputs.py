@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import EarlyStoppingCallback
 
 from ..policy.load import dtype_argument
 from ..rewards.scoring import reward_name
@@ -61,6 +62,32 @@ def check_weights(weights: list[float] | None, names: list[str]) -> list[float]:
             "return its negative from the reward function; to only watch it, use weight 0."
         )
     return [float(weight) for weight in weights]
+
+
+def check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks: Any = None) -> None:
+    """Raise unless evaluation reports the metric that picks the best model.
+
+    Args:
+        args ([`DiffusionGRPOConfig`]): its `metric_for_best_model` becomes "reward" where early stopping needs one.
+        names (`list[str]`): of all rewards, monitored ones included.
+        eval_dataset: a dataset, a dict of them, or None.
+        callbacks (`list`, *optional*): the user's.
+
+    Raises:
+        ValueError: lists the keys.
+    """
+    if args.metric_for_best_model is None and any(isinstance(c, EarlyStoppingCallback) for c in callbacks or []):
+        args.metric_for_best_model, args.greater_is_better = "reward", True
+    if args.metric_for_best_model is None:
+        return
+    own = ["reward", "reward_std"] + [f"rewards/{name}/{of}" for name in names for of in ("mean", "se")]
+    prefixes = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    known = [prefix + key for prefix in prefixes for key in own]
+    if args.metric_for_best_model.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"`metric_for_best_model` must be a number that evaluation reports. Found {args.metric_for_best_model!r}. Use "
+            f"one of {', '.join(known)}."
+        )
 
 
 def check_dataset(dataset: Any, name: str) -> None:

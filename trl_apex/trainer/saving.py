@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from ..distributed import check_equal, failing_together, gather_list, wait_for_all
-from .checkpoint import PARTIAL, check_engine, clear_partial, defects, publish, rotate, to_resume_from
+from .checkpoint import PARTIAL, check_engine, clear_partial, defects, last_whole, publish, rotate, to_resume_from
 from .denoiser import save_denoiser
 from .disk import SaveError, saving
 from .fit import check_fit, nothing_but_tensors
@@ -38,6 +38,63 @@ class SavingMixin(Trainer):
         self.resumed_from = checkpoint
         if checkpoint is not None and (Path(checkpoint) / MONITOR_FILE).is_file():
             self._watch.load_state_dict(json.loads((Path(checkpoint) / MONITOR_FILE).read_text()))
+
+    def _load_callback_state(self) -> None:
+        """Trainer's own, and how long early stopping has waited already."""
+        super()._load_callback_state()
+        stored = self.state.stateful_callbacks.get("EarlyStoppingCallback", [])
+        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        for callback, state in zip(callbacks, stored if isinstance(stored, list) else [stored], strict=False):
+            waited = state.get("attributes", {}).get("early_stopping_patience_counter", 0)
+            callback.early_stopping_patience_counter = waited
+
+    # The ends of a run
+
+    def _finished(self) -> bool:
+        """Whether a resumed run has nothing left to do."""
+        return self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._finished():  # Trainer would take a step before it looks
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """Trainer's own; with `load_best_model_at_end` a new best is saved, whatever `save_steps` says."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if self.args.metric_for_best_model and name not in metrics:
+            logger.warning("%s could not be measured at step %d: no score is there.", name, self.state.global_step)
+            return False
+        best = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        with failing_together("loading the best model"):
+            found = defects(best) if self.accelerator.is_main_process else []
+            if found:
+                raise ValueError(
+                    f"The best checkpoint must be whole to be loaded. Found {best}: {'; '.join(found[:3])}. The trained "
+                    f"weights are those of the last step; {last_whole(self.args.output_dir)} holds them too."
+                )
+        super()._load_best_model()
+        if self._ema is not None:
+            self._ema.load(best)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any):
+        """Trainer's own, without its last rotation, which would leave the best checkpoint alone."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_rng_state(self, checkpoint) -> None:
         with nothing_but_tensors(checkpoint):
