@@ -23,7 +23,7 @@ COLUMNS, ROWS = 8, 8
 PICTURES = COLUMNS * ROWS
 """The main process keeps no more than these, all of its own rows: pictures are not gathered."""
 COUNTS = ("reward_failures/", "skipped_updates/dead", "skipped_updates/nonfinite")
-"""Metrics that a log line sums, where TRL would average them. Each has a `..._rate` beside it."""
+"""Metrics that a log line sums, where TRL would average them. A share is logged beside each."""
 PATIENCE = 3
 """Iterations without any score after which an objective is named in a warning."""
 
@@ -90,7 +90,7 @@ class LogsMixin(Trainer):
         for name, failures in zip(names, all_failures, strict=True):  # of all ranks, so that they stop together
             self._metrics["train"][f"time/reward/{name}"].append(sum(s.seconds.get(name, 0.0) for s in scored))
             self._metrics["train"][f"reward_failures/{name}"].append(float(failures))
-            self._metrics["train"][f"reward_failures/{name}_rate"].append(failures / samples)
+            self._metrics["train"][f"reward_failure_rate/{name}"].append(failures / samples)
             if failures > self.args.max_reward_failure_rate * samples:
                 self.request_stop(
                     f"reward {name!r} failed for {failures} of {samples} images, more than max_reward_failure_rate="
