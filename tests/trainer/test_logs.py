@@ -5,8 +5,8 @@ import logging
 
 import pytest
 import torch
-from conftest import PROMPTS, contrast, redness
 from datasets import Dataset
+from toy_rewards import PROMPTS, contrast, redness
 
 from trl_apex import APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 
