@@ -72,8 +72,8 @@ def test_failures_are_counted_over_all_iterations_of_a_log_line(pipeline, datase
     args = make_args(max_steps=4, logging_steps=4, max_reward_failure_rate=1.0)
     trainer = APEXTrainer(pipeline, [redness, breaks], args, dataset, peft_config=lora)
     trainer.train()
-    assert line(trainer)["reward_failures/breaks"] == 16 and line(trainer)["reward_failures/breaks_rate"] == 1.0
-    assert line(trainer)["reward_failures/redness_rate"] == 0.0
+    assert line(trainer)["reward_failures/breaks"] == 16 and line(trainer)["reward_failure_rate/breaks"] == 1.0
+    assert line(trainer)["reward_failure_rate/redness"] == 0.0
 
 
 def test_clip_ratios_have_trls_names(pipeline, dataset, lora, make_args):
