@@ -12,7 +12,7 @@ import diffusers
 import torch
 import transformers
 from _bench import cpu_seconds
-from _plain_loop import Work, lora
+from _loops import Work, lora
 from datasets import Dataset
 from probe_cost import transformer
 from torch import nn

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import arguments, machine, write
-from _plain_loop import Work
+from _loops import Work
 from _speed import Model, TrainerRun, prompts, quiet, timed
 from torch import Tensor
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from _bench import arguments, machine, write
-from _plain_loop import Work
+from _loops import Work
 from _speed import SMOKE, WORK, Model, TrainerRun, prompts, quiet, timed
 from aggregation_scale import TYPICAL, measure
 from probe_cost import compare

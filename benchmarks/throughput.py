@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from _bench import arguments, machine, ratio, write
-from _plain_loop import Parts, PlainLoop, Work
+from _loops import ExchangedLoop, Parts, Work
 from _speed import SMOKE, WORK, Model, PassCounter, Phases, TrainerRun, prompts, quiet, serial_rewards, timed
 
 from trl_apex.tiny.world import tiny_rewards
@@ -76,7 +76,7 @@ MEANING = {
 }
 
 
-def same_mathematics(loop: PlainLoop, run: TrainerRun) -> dict[str, float]:
+def same_mathematics(loop: ExchangedLoop, run: TrainerRun) -> dict[str, float]:
     """Largest differences between the first iteration of the plain loop and that of the trainer, same seed."""
     rollout = run.trainer._iteration_rollout
     assert rollout is not None
@@ -132,7 +132,7 @@ class Race:
         texts = prompts(work.groups * (rounds + 1))
         for name in settings:
             if name in PARTS:
-                run = PlainLoop(model.fresh(), serial_rewards(), texts, work, parts_for(name, work), seed=0)
+                run = ExchangedLoop(model.fresh(), serial_rewards(), texts, work, parts_for(name, work), seed=0)
                 run.mark = self._marker(run)
                 self.counters[name] = PassCounter(run.pipeline.transformer)
             else:
@@ -162,7 +162,7 @@ class Race:
 
     def _turn(self, name: str, turn: int) -> dict[str, Any]:
         run = self.runs[name]
-        if isinstance(run, PlainLoop):
+        if isinstance(run, ExchangedLoop):
             run.phases.start()
         cpu, wall = timed(lambda: run.iteration(turn))
         return {"cpu": cpu, "wall": wall, **self.counters[name].take(), "phases": dict(run.phases.seconds)}
@@ -220,12 +220,12 @@ def half_precision(model: Model, work: Work) -> dict[str, Any]:
     seconds, rows = {}, 2
     for half in (False, True):
         small = replace(work, groups=1, group=2, batch=rows, steps=2, guidance=1.0)
-        loop = PlainLoop(model.fresh_copy(), [], prompts(1), small, Parts(half_precision=half), seed=0)
-        text = loop._encode(prompts(1) * rows)
+        loop = ExchangedLoop(model.fresh_copy(), [], prompts(1), small, Parts(half_precision=half), seed=0)
+        text = loop.encode(prompts(1) * rows)
         x, step = torch.randn(rows, *loop.shape), torch.zeros(rows, dtype=torch.long)
 
         def once(loop=loop, x=x, step=step, text=text) -> None:
-            loop._velocity(x, step, text).square().mean().backward()
+            loop.velocity(x, step, text).square().mean().backward()
 
         seconds[half] = timed(once)[0]
     return {

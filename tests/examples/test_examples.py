@@ -10,10 +10,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from trl import TrlParser
 
 from trl_apex.cli import main, train_options
+from trl_apex.tiny.pipeline import build_pipeline
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -49,6 +51,33 @@ def test_the_aggregator_alone():
     priorities = load("aggregator_alone").main(iterations=30)
     assert sum(priorities.values()) == pytest.approx(1)
     assert priorities["quiet"] < 1 / 3, "the objective that rises by itself needs no help"
+
+
+def test_the_plain_loop_trains():
+    loop = load("plain_loop").main(["--iterations", "2", "--groups", "2", "--group", "2"])
+    assert loop.scores.shape == (4, 4) and loop.scores.isfinite().all()
+    assert loop.advantages.abs().max() > 0
+    assert any(parameter.abs().max() > 0 for name, parameter in loop.model.named_parameters() if "lora_B" in name)
+
+
+def test_the_plain_loops_first_ratio_is_one():
+    module = load("plain_loop")
+    ratios = []
+
+    class Watched(module.PlainLoop):
+        def update(self, text):
+            with torch.no_grad():
+                for image, position in self.micro_batches():
+                    x, after = self.latents[image, position], self.latents[image, position + 1]
+                    velocity = self.velocity(x, position, (text[0][image], text[1][image]))
+                    log_prob = self.log_prob(after, *self.transition(x, velocity, position))
+                    ratios.append(torch.exp(log_prob - self.log_probs[image, position]))
+
+    work = module.Work(groups=1, group=4, batch=2, side=32, steps=4, guidance=1.5, rank=4)
+    rewards = [lambda prompts, completions: [float(picture.getpixel((0, 0))[0]) for picture in completions]]
+    loop = Watched(build_pipeline(0), rewards, ["a red circle"], work, lambda scores, groups: (scores[:, 0], {}))
+    loop.iteration(0)
+    assert (torch.cat(ratios) - 1).abs().max() < 1e-5
 
 
 def test_a_language_model_keeps_both_rewards_up(tmp_path):
