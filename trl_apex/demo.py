@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,21 @@ from .tiny.world import load_tiny_pipeline, tiny_rewards
 from .trainer.apex_config import APEXConfig
 from .trainer.apex_trainer import APEXTrainer
 from .trainer.progress import ProgressCallback
+from .trainer.run_record import record_arguments
 
 HELD_OUT = ("exact_word", "attributes")
 LORA_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
     "ff.net.0.proj", "ff.net.2",
 )  # fmt: skip
+
+
+@dataclass
+class DemoArguments:
+    """What the demo adds to [`APEXConfig`] in the record of its run."""
+
+    model: str = "tiny"
+    dataset: str = "tiny"
 
 
 def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEXConfig:
@@ -137,7 +147,7 @@ def run_demo(
     seconds["total"] = time.perf_counter() - started
     summary = summarize(trainer.reward_func_names, base, tuned, seconds)
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
-    (output / "config.json").write_text(config.to_json_string())
+    record_arguments(output, [DemoArguments(), config], "trl-apex demo")
     save_samples(output / "samples", base, tuned, count=24)
     figures = write_figures(output)
     report = write_report([output])

@@ -16,8 +16,7 @@ from .policy.base import DiffusionPolicy
 from .policy.load import dtype_argument, load_policy
 from .policy.sampler import Sampler
 from .prompts import PromptEmbeddings, load_prompts
-from .report.grid import image_grid
-from .report.samples import save_samples
+from .report.figures import image_grid, save_samples
 from .rewards.scoring import RewardScorer, reward_name
 from .rollout.noise import evaluation_noise
 from .rollout.sample import sample_deterministic

@@ -58,15 +58,25 @@ def write_run(path: Path, steps: int = 60, seed: int = 0, samples: int = 6, **co
         history.append(entry)
     history.append({"step": 2 * steps, "train_runtime": 131.4})
     _write(path / "trainer_state.json", {"global_step": 2 * steps, "max_steps": 2 * steps, "log_history": history})
-    objectives = {n: {"base": s, "tuned": s + g, "se": d / 12, "gain": g / d} for n, (s, g, d) in LEVELS.items()}
+    objectives = {
+        n: {"base": s, "tuned": s + g, "se": d / 12, "gain": g / d, "n": 96} for n, (s, g, d) in LEVELS.items()
+    }
     held_out = {
-        "exact_word": {"base": 0.41, "tuned": 0.47, "se": 0.04},
+        "exact_word": {"base": 0.41, "tuned": 0.47, "se": 0.04, "gain": 0.12, "gain_se": 0.08},
         "attributes": {"base": 0.88, "tuned": 0.87, "se": 0.02},
     }
-    _write(path / "summary.json", {"objectives": objectives, "held_out": held_out, "seconds": {"train": 131.4}})
+    summary = {"objectives": objectives, "held_out": held_out, "seconds": {"train": 131.4}}
+    _write(path / "summary.json", {**summary, "domination": {"all_at_least_as_good": 0.45}})
     _write(
         path / "config.json",
-        {"model": "tiny", "num_generations": 8, "seed": seed, "multi_objective_aggregation": "apex", **config},
+        {
+            "model": "tiny",
+            "num_generations": 8,
+            "generation_batch_size": 64,
+            "seed": seed,
+            "multi_objective_aggregation": "apex",
+            **config,
+        },
     )
     prompts = []
     for index in range(samples):

@@ -63,6 +63,8 @@ def test_it_shows_every_part(page: Page) -> None:
         assert words in page.text
     assert "+0.14 ± 0.02" in page.text and "+0.58 ± 0.08" in page.text and "never trained on" in page.text
     assert "Not found" not in page.text and "No " not in page.text
+    assert "Of 4 objectives, 3 rose, 1 stayed within noise. On 45% of the test prompts" in page.text
+    assert "test prompts 96" in page.text and "images an iteration 8 prompts × 8" in page.text
     labels = [svg["aria-label"] or "" for svg in page.all("svg")]
     for title in (
         "ocr",
@@ -71,6 +73,10 @@ def test_it_shows_every_part(page: Page) -> None:
         "Conflict penalty",
         "Progress need",
         "pickscore against ocr",
+        "gain +0.58",
+        "ocr · deqa",
+        "Whose advantage it is",
+        "Gradient norm",
     ):
         assert any(label.startswith(title) for label in labels), title
     assert sum("against" in label.split(".")[0] for label in labels) == 6  # pairs of four objectives
@@ -102,7 +108,7 @@ def test_text_of_a_prompt_stays_text(tmp_path: Path) -> None:
     ]
     (run / "samples" / "prompts.json").write_text(json.dumps(prompts))
     page = Page(write_report([run]))
-    assert len(page.all("script")) == 1 and not page.all("b")[2:]
+    assert len(page.all("script")) == 1 and '<th scope="row">&lt;b&gt;</th>' in page.source
     assert "<script>alert(1)</script>" in page.text
 
 
@@ -150,12 +156,51 @@ def test_the_state_of_the_newest_checkpoint_will_do(tmp_path: Path) -> None:
     assert "optimizer steps 10" in Page(write_report([tmp_path])).text
 
 
+def test_a_run_that_was_continued_and_killed_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
+    for folder, step in ((tmp_path, 8), (tmp_path / "checkpoint-60", 60)):
+        folder.mkdir(exist_ok=True)
+        state = {"global_step": step, "log_history": [{"step": step, "rewards/ocr/mean": 0.5}]}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    assert "optimizer steps 60" in Page(write_report([tmp_path])).text
+
+
+@pytest.mark.parametrize(
+    "foreign", [{"_class_name": "SD3Transformer2DModel"}, {"model_type": "qwen3", "vocab_size": 7}]
+)
+def test_the_configuration_of_a_network_is_not_taken_for_the_runs(tmp_path: Path, foreign: dict) -> None:
+    run = write_run(tmp_path / "run", steps=3)
+    (run / "config.json").write_text(json.dumps(foreign))
+    assert "No arguments: this run has no config.json" in Page(write_report([run])).text
+
+
+def test_arguments_that_were_set_come_before_the_defaults(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=3, learning_rate=1e-4, vllm_mode="server")
+    (run / "environment.json").write_text(
+        json.dumps({"changed": ["learning_rate", "seed"], "date": "2026-01-02 03:04"})
+    )
+    page = Page(write_report([run]))
+    assert "2 arguments that were set learning_rate 0.0001 seed 0" in page.text.replace(
+        "learning_ rate", "learning_rate"
+    )
+    assert "arguments at their defaults" in page.text and "date 2026-01-02 03:04" in page.text
+    assert not any("open" in details for details in page.all("details"))
+
+
+def test_long_names_and_negative_rewards_are_written_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("jpeg_compressibility", "negative_brightness_of_background", "vlm_judge_composition", "hps")
+    monkeypatch.setattr("example_run.LEVELS", dict.fromkeys(names, (-12.5, 1.2, 2.0)))
+    page = Page(write_report([write_run(tmp_path / "run", steps=4)]))
+    assert "\N{HORIZONTAL ELLIPSIS}" not in page.text
+    for name in names:
+        assert page.text.replace("_ ", "_").count(name) > 6, name
+
+
 def test_several_runs_are_compared(complete_run: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "runs" / "demo", seed=1, learning_rate=1e-4)
     path = write_report([complete_run, other], tmp_path / "comparison.html")
     page = Page(path)
     assert path == tmp_path / "comparison.html"
-    assert "arguments differ" in page.text and "0.0003 0.0001" in page.text
+    assert "3 arguments differ" in page.text and "learning_ rate 0.0003 0.0001 seed 0 1" in page.text
     assert "runs/demo" in page.text  # two folders of one name
 
 

@@ -1,14 +1,12 @@
-"""PNG figures, the image grid, and the trend with its band."""
+"""PNG figures and the image grid."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from trl_apex.report import image_grid, write_figures
-from trl_apex.report.smooth import trend
 
 
 def test_figures_are_pictures(complete_run: Path) -> None:
@@ -16,7 +14,11 @@ def test_figures_are_pictures(complete_run: Path) -> None:
     assert [p.name for p in paths] == ["rewards.png", "priorities.png", "samples.png"]
     for path in paths:
         with Image.open(path) as image:
-            assert min(image.size) > 200 and len(image.convert("RGB").getcolors(1 << 24) or []) > 10
+            colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24)}
+        if path.stem != "samples":  # each objective has a curve in its own colour
+            assert {(36, 99, 201), (196, 80, 27), (20, 128, 94), (138, 63, 179)} <= colours, path.name
+    with Image.open(paths[2]) as image:
+        assert image.size == (6 * 164 - 4, 2 * 164 - 4)  # base above tuned
 
 
 def test_figures_without_data_are_left_out(tmp_path: Path) -> None:
@@ -32,13 +34,3 @@ def test_grid_puts_images_in_order() -> None:
     assert [grid.getpixel(p) for p in ((1, 1), (7, 1), (1, 7), (7, 7))] == [*colours, (255, 255, 255)]
     with pytest.raises(ValueError, match="at least one image"):
         image_grid([], 2)
-
-
-def test_the_band_covers_the_truth() -> None:
-    rng = np.random.default_rng(0)
-    truth = np.linspace(0, 1, 200)
-    inside = []
-    for _ in range(40):
-        mean, error = (np.array(v) for v in trend((truth + rng.normal(0, 0.3, 200)).tolist()))
-        inside.append((np.abs(mean - truth) < 2 * error)[20:-20].mean())
-    assert 0.9 < np.mean(inside) < 0.99

@@ -13,7 +13,7 @@ from toy_rewards import contrast, redness
 from transformers import ProgressCallback as TqdmCallback
 
 from trl_apex import APEXTrainer
-from trl_apex.report.grid import reward_grid
+from trl_apex.report.figures import reward_grid
 from trl_apex.trainer.progress import ProgressCallback
 
 DOCS = Path(__file__).parents[2] / "docs" / "trainer.md"

@@ -4,12 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .figures import write_figures
-    from .grid import image_grid
+    from .figures import image_grid, save_samples, write_figures
     from .page import write_report
-    from .samples import save_samples
 
-_HOMES = {"image_grid": "grid", "save_samples": "samples", "write_figures": "figures", "write_report": "page"}
+_HOMES = {"image_grid": "figures", "save_samples": "figures", "write_figures": "figures", "write_report": "page"}
 __all__ = ["image_grid", "save_samples", "write_figures", "write_report"]
 
 

@@ -1,16 +1,18 @@
-"""The main curves of a run as PNG files, for a README or a model card."""
+"""Pictures of a run as files: PNG curves for a model card, grids of images, and samples before and after."""
 
+import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from .axis import dodge
-from .grid import image_grid
-from .run import Run, read_run
-from .smooth import trend
+from .page import Run, read_run
+from .svg import trend
 
 COLOURS = ("#2463c9", "#c4501b", "#14805e", "#8a3fb3", "#92690a", "#c02b62", "#0f7f94", "#5d6470")
+LINE = 12  # pixels from one line of a caption to the next
 
 
 def write_figures(run_dir: Path | str) -> list[Path]:
@@ -33,7 +35,7 @@ def write_figures(run_dir: Path | str) -> list[Path]:
     return [path for path in written if path is not None]
 
 
-def _figure(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def _axes(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -55,18 +57,20 @@ def _figure(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
+def _curves(run: Run, key: str) -> list[tuple[str, str, list[float], list[float]]]:
+    curves = [(name, *run.series(key.format(name))) for name in run.objectives]
+    return [(name, COLOURS[i % len(COLOURS)], x, y) for i, (name, x, y) in enumerate(curves) if x]
+
+
 def _rewards(run: Run, folder: Path) -> Path | None:
-    curves = [(name, *run.series(f"rewards/{name}/mean")) for name in run.objectives]
-    curves = [curve for curve in curves if curve[1]]
+    curves = _curves(run, "rewards/{}/mean")
     if not curves:
         return None
-    figure, axes = _figure(len(curves), 2.7 * len(curves), 2.3)
-    for index, (axis, (name, steps, values)) in enumerate(zip(axes, curves, strict=True)):
-        colour = COLOURS[index % len(COLOURS)]
+    figure, axes = _axes(len(curves), 2.7 * len(curves), 2.3)
+    for axis, (name, colour, steps, values) in zip(axes, curves, strict=True):
         mean, error = trend(values)
         axis.plot(steps, values, ".", color=colour, alpha=0.35, markersize=3)
-        low = [m - 2 * e for m, e in zip(mean, error, strict=True)]
-        high = [m + 2 * e for m, e in zip(mean, error, strict=True)]
+        low, high = ([m + s * 2 * e for m, e in zip(mean, error, strict=True)] for s in (-1, 1))
         axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
         axis.plot(steps, mean, color=colour, linewidth=1.8)
         axis.set_title(name, fontsize=10, fontweight="bold", loc="left")
@@ -74,52 +78,120 @@ def _rewards(run: Run, folder: Path) -> Path | None:
 
 
 def _priorities(run: Run, folder: Path) -> Path | None:
-    curves = [(i, name, *run.series(f"priority/{name}")) for i, name in enumerate(run.objectives)]
-    curves = [curve for curve in curves if curve[2]]
+    curves = _curves(run, "priority/{}")
     if not curves:
         return None
-    figure, (axis,) = _figure(1, 5.4, 2.9)
+    figure, (axis,) = _axes(1, 5.4, 2.9)
     axis.axhline(1 / len(curves), color="#9aa0aa", linewidth=1, linestyle=(0, (4, 4)))
-    for index, _, steps, values in curves:
-        axis.plot(steps, values, color=COLOURS[index % len(COLOURS)], linewidth=1.8)
-    top = max(max(values) for *_, values in curves) * 1.12
-    axis.set_ylim(0, top)
+    for name, colour, steps, values in curves:
+        axis.plot(steps, values, color=colour, linewidth=1.8, label=f"{name} {values[-1]:.2f}")
+    axis.set_ylim(bottom=0)
     axis.margins(x=0.01)
-    places = dodge([values[-1] for *_, values in curves], 0.075 * top, 0.03 * top, 0.98 * top)
-    for (index, name, _, values), place in zip(curves, places, strict=True):
-        colour = COLOURS[index % len(COLOURS)]
-        axis.annotate(
-            f"{name} {values[-1]:.2f}",
-            (1.01, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=colour,
-            fontsize=9,
-            fontweight="bold",
-        )
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, labelcolor="linecolor")
     axis.set_title("Priority of each objective", fontsize=10, fontweight="bold", loc="left")
     return _save(figure, folder / "priorities.png")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, facecolor="white", metadata={"Software": None})
+    return path
 
 
 def _samples(run: Run, folder: Path, most: int = 8, side: int = 160) -> Path | None:
     samples = run.samples[:most]
     if not samples:
         return None
-    images = [_opened(s.base, side) for s in samples] + [_opened(s.tuned, side) for s in samples]
+    images = []
+    for path in [*(s.base for s in samples), *(s.tuned for s in samples)]:
+        with Image.open(path) as image:
+            images.append(_scaled(image.convert("RGB"), side))
     path = folder / "samples.png"
     image_grid(images, columns=len(samples), gap=4).save(path)
     return path
 
 
-def _opened(path: Path, side: int) -> Image.Image:
-    with Image.open(path) as image:
-        small = max(image.size) < side
-        return image.convert("RGB").resize(
-            (side, round(side * image.height / image.width)),
-            Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS,
+def _scaled(image: Image.Image, side: int) -> Image.Image:
+    """The image with a longer side of `side` pixels."""
+    scale = side / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Lay images out row by row, on white.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): of any sizes; a cell is as large as the largest.
+        columns (`int`): images in a row.
+        gap (`int`): pixels between cells.
+
+    Raises:
+        ValueError: if there is no image or no column.
+
+    Example:
+        >>> image_grid([Image.new("RGB", (8, 8))] * 3, columns=2, gap=1).size
+        (17, 17)
+    """
+    if not images or columns < 1:
+        raise ValueError(
+            f"A grid needs at least one image and one column. Found {len(images)} images and {columns} columns. "
+            "Pass a list of PIL images."
         )
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        grid.paste(image.convert("RGB"), (column * (width + gap), row * (height + gap)))
+    return grid
 
 
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, facecolor="white", metadata={"Software": None})
-    return path
+def reward_grid(samples: Sequence[Mapping[str, Any]], columns: int, side: int = 160) -> Image.Image:
+    """Images with their prompt and rewards beneath each, as one picture.
+
+    Args:
+        samples (`Sequence[Mapping]`): each with `prompt`, `image` (PIL) and `rewards` (name to number or None).
+        columns (`int`): images in a row.
+        side (`int`): pixels of the longer side of an image.
+
+    Example:
+        >>> sample = {"prompt": "a cat", "image": Image.new("RGB", (8, 8)), "rewards": {"ocr": 0.5}}
+        >>> reward_grid([sample] * 3, columns=2, side=64).size
+        (130, 178)
+    """
+    cells = []
+    for sample in samples:
+        image = _scaled(sample["image"].convert("RGB"), side)
+        lines = [sample["prompt"]]
+        for name, value in sample["rewards"].items():
+            lines.append(f"{name} -" if value is None or not math.isfinite(value) else f"{name} {value:.3g}")
+        cell = Image.new("RGB", (image.width, image.height + LINE * len(lines)), "white")
+        cell.paste(image)
+        pen = ImageDraw.Draw(cell)
+        for i, line in enumerate(lines):  # the font that every Pillow has knows the letters of Latin-1
+            pen.text((1, image.height + LINE * i), line.encode("latin-1", "replace").decode("latin-1"), fill="black")
+        cells.append(cell)
+    return image_grid(cells, columns)
+
+
+def save_samples(folder: str | Path, base: Sequence[dict], tuned: Sequence[dict], count: int) -> None:
+    """Write images for the same prompts and noise one by one, and as two grids beside the folder.
+
+    Args:
+        folder (`str` or `Path`): usually `samples` of a run directory; made if needed.
+        base, tuned (sequences of `dict`): records with `prompt`, `image` (PIL) and `rewards`, in the same order.
+        count (`int`): write the first `count`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts: list[dict[str, Any]] = []
+    for i, pair in enumerate(zip(base[:count], tuned[:count], strict=True)):
+        entry: dict[str, Any] = {"prompt": pair[0]["prompt"]}
+        for name, record in zip(("base", "tuned"), pair, strict=True):
+            record["image"].save(folder / f"{name}_{i:03d}.png")
+            entry[name] = {k: v if math.isfinite(v) else None for k, v in record["rewards"].items()}
+        prompts.append(entry)
+    (folder / "prompts.json").write_text(json.dumps(prompts, indent=1))
+    for name, records in (("base", base), ("tuned", tuned)):
+        image_grid([record["image"] for record in records[:count]], 8).save(folder.parent / f"{name}_grid.png")

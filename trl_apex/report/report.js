@@ -12,6 +12,17 @@ for (const gallery of document.querySelectorAll(".gallery")) {
   };
   all.addEventListener("input", () => moveAll(all.value));
   for (const button of controls.querySelectorAll("button")) button.addEventListener("click", () => moveAll(button.dataset.to));
+  const drawn = [...gallery.children], order = controls.querySelector(".order");
+  order.addEventListener("change", () => {
+    const way = Number(order.value);
+    gallery.replaceChildren(...(way ? drawn.slice().sort((a, b) => way * (a.dataset.gain - b.dataset.gain)) : drawn));
+  });
+  const more = gallery.nextElementSibling;
+  if (more && more.classList.contains("more")) {
+    gallery.classList.add("short");
+    more.hidden = false;
+    more.firstElementChild.addEventListener("click", () => { gallery.classList.remove("short"); more.hidden = true; });
+  }
 }
 
 // Values of a chart under the pointer, or by arrow keys.
@@ -30,10 +41,10 @@ for (const chart of document.querySelectorAll("[data-chart]")) {
       const row = document.createElement("div"); row.textContent = text; return row;
     }));
     tip.hidden = false;
-    const left = svg.offsetLeft + 14 + share * svg.clientWidth;
+    const left = svg.getBoundingClientRect().left - chart.getBoundingClientRect().left + share * svg.clientWidth;
     const room = chart.clientWidth - tip.offsetWidth - 4;
     tip.style.left = Math.max(4, Math.min(left + 12 > room ? left - tip.offsetWidth - 12 : left + 12, room)) + "px";
-    tip.style.top = chart.querySelector("figcaption").offsetHeight + 18 + "px";
+    tip.style.top = svg.getBoundingClientRect().top - chart.getBoundingClientRect().top + 4 + "px";
   };
   const hide = () => { tip.hidden = true; cross.style.visibility = "hidden"; };
   svg.addEventListener("pointermove", (event) => {

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from ..distributed import all_reduce_sum, gather_list, gather_rows
 from ..loss.surrogate import Surrogate
-from ..report.grid import reward_grid
+from ..report.figures import reward_grid
 from ..rewards.images import to_pil
 from ..rewards.scoring import ScoredBatch
 from ..types import Rollout

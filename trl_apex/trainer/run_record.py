@@ -3,8 +3,10 @@
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,16 +30,28 @@ def versions() -> dict[str, str]:
     return found
 
 
-def record_arguments(output_dir: Path, arguments: dict[str, Any], command: str) -> None:
-    """Write `config.json` (every argument) and `environment.json` (command and versions), without secrets.
+def record_arguments(output_dir: Path, groups: Sequence[Any], command: str) -> None:
+    """Write `config.json` (every argument) and `environment.json`, without secrets.
+
+    `environment.json` holds the command, the date, the versions, and the names of the arguments that differ from their
+    defaults.
 
     Args:
         output_dir (`Path`): the run directory; made if needed.
-        arguments (`dict`): every argument by name.
+        groups (`Sequence`): dataclass instances, such as an [`APEXConfig`].
         command (`str`): the command line.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    record = {"command": command, "versions": versions()}
+    arguments: dict[str, Any] = {}
+    changed = []
+    for group in groups:
+        arguments |= group.to_dict() if hasattr(group, "to_dict") else vars(group)
+        for f in fields(group):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if getattr(group, f.name, default) != default:
+                changed.append(f.name)
+    date = datetime.now().astimezone().isoformat(" ", "minutes")
+    record = {"command": command, "date": date, "changed": changed, "versions": versions()}
     for name, content in (("config.json", dict(sorted(arguments.items()))), ("environment.json", record)):
         (output_dir / name).write_text(json.dumps(redacted(content), indent=1, default=str))
 
