@@ -90,3 +90,15 @@ def test_updates_that_are_not_finite_are_left_out(engine, tmp_path):
     runs = run(train_with_a_bad_gradient, 2, environment(engine), output_dir=str(tmp_path), bad_rank=1, bad_step=1)
     assert runs[0]["finite"] and runs[0]["skipped"] == [0.0, 1.0, 0.0]
     assert runs[0]["moved"][0] > 0 and runs[0]["moved"][1] == 0 and runs[0]["moved"][2] > 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_evaluation_before_training_makes_the_images_of_one_after(engine, tmp_path):
+    options = {"evaluate": True, "evaluate_first": True, "eval_prompts": ["red"], "learning_rate": 0.0, "max_steps": 1}
+    result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
+    assert result["engine"] == STAGE.get(engine, engine)
+    before, after = result["evaluation_before"], result["evaluation"]
+    assert {k: v for k, v in before.items() if "rewards/" in k} == pytest.approx(
+        {k: v for k, v in after.items() if "rewards/" in k}, rel=1e-6
+    )

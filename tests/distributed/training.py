@@ -132,6 +132,7 @@ def train(
     resume=None,
     save: str | None = None,
     evaluate: bool = False,
+    evaluate_first: bool = False,
     count_gathers: bool = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
@@ -149,6 +150,7 @@ def train(
 
     trainer._compute_advantages = record
     gathers = _count_gathers(trainer) if count_gathers else None
+    first = trainer.evaluate() if evaluate_first else None
     trainer.train(resume_from_checkpoint=resume)
     result = {
         "world": PartialState().num_processes,
@@ -162,6 +164,7 @@ def train(
         "gathers": gathers,
         "output_dir": output_dir,
     }
+    result["evaluation_before"] = first
     if evaluate:
         result["evaluation"] = trainer.evaluate()
         records = trainer.eval_records

@@ -271,6 +271,23 @@ def test_updates_per_iteration_sets_the_accumulation(pipeline, dataset, lora, ma
     assert APEXConfig.from_grpo_config(static).gradient_accumulation_steps == 4 // updates
 
 
+def test_evaluation_in_mixed_precision_gives_the_same_numbers_before_and_after_training(
+    pipeline, dataset, lora, make_args
+):
+    trainer = APEXTrainer(
+        model=pipeline,
+        reward_funcs=[redness, contrast],
+        args=make_args(bf16=True, learning_rate=0.0, max_steps=1),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(2)),
+        peft_config=lora,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_reward"] == after["eval_reward"]
+
+
 def test_evaluation_during_training_keeps_the_training_as_it_was(pipeline, dataset, lora, make_args):
     after = []
     for strategy in ("no", "steps"):

@@ -39,10 +39,28 @@ def guided_prediction(
         Guidance is part of the policy: the update must differentiate the same guided prediction that sampled. Some
         training scripts sample with guidance and train without; the importance ratio then starts away from 1.
     """
+    branches = with_negative(embeddings, negative, guidance_scale)
+    return predict_branches(policy, model, latents, timesteps, branches, guidance_scale)
+
+
+def with_negative(embeddings: Embeddings, negative: Embeddings | None, guidance_scale: float) -> Embeddings:
+    """Embeddings `[2R, ...]` of both branches, the unconditional one first; `[R, ...]` where there is only one."""
     if guidance_scale == 1.0 or negative is None:
-        return policy.predict(model, latents, timesteps, embeddings, guidance_scale).float()
-    rows = len(latents)
-    both = {k: torch.cat([negative[k].expand(rows, *negative[k].shape[1:]), embeddings[k]]) for k in embeddings}
-    prediction = policy.predict(model, latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both, guidance_scale)
+        return embeddings
+    return {k: torch.cat([negative[k].expand(len(v), *v.shape[1:]), v]) for k, v in embeddings.items()}
+
+
+def predict_branches(
+    policy: DiffusionPolicy,
+    model: nn.Module,
+    latents: Float[Tensor, "R C H W"],
+    timesteps: Float[Tensor, "R"],
+    branches: Embeddings,
+    guidance_scale: float,
+) -> Float[Tensor, "R C H W"]:
+    """[`guided_prediction`] from the embeddings that [`with_negative`] made: a rollout makes them once for all steps."""
+    if len(next(iter(branches.values()))) == len(latents):
+        return policy.predict(model, latents, timesteps, branches, guidance_scale).float()
+    prediction = policy.predict(model, latents.repeat(2, 1, 1, 1), timesteps.repeat(2), branches, guidance_scale)
     without, with_prompt = prediction.float().chunk(2)
     return without + guidance_scale * (with_prompt - without)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..policy.base import DiffusionPolicy
 from ..policy.sampler import Sampler
-from ..policy.velocity import guided_prediction
+from ..policy.velocity import predict_branches, with_negative
 from ..types import Embeddings, Rollout
 from .denoise import denoise
 
@@ -41,15 +41,22 @@ def sample(
     """
     device = next(iter(embeddings.values())).device
     was_training = model.training
-    model.eval()
+    chosen: Tensor | None = None
+    branches: Embeddings = {}
 
     def predict(latents: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        own = {name: value[rows] for name, value in embeddings.items()}
-        return guided_prediction(policy, model, latents, timesteps, own, negative, guidance_scale)
+        nonlocal chosen, branches
+        if rows is not chosen:  # they change at most once in a rollout, and are large to copy
+            chosen = rows
+            branches = with_negative({k: v[rows] for k, v in embeddings.items()}, negative, guidance_scale)
+        return predict_branches(policy, model, latents, timesteps, branches, guidance_scale)
 
     initial = policy.scale_initial_noise(initial).to(device)
-    latents, trajectory = denoise(predict, sampler, initial, window, noise.to(device), representative)
-    model.train(was_training)
+    model.eval()
+    try:
+        latents, trajectory = denoise(predict, sampler, initial, window, noise.to(device), representative)
+    finally:
+        model.train(was_training)
     return Rollout(policy.decode(latents), trajectory)
 
 

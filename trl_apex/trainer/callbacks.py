@@ -1,6 +1,7 @@
 """What has to happen between Trainer's own events."""
 
 import logging
+import math
 import signal
 import sys
 import warnings
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 
 from ..distributed import any_rank, local_shard
@@ -53,36 +55,45 @@ class GradientGuardCallback(TrainerCallback):
         self.update_is_dead = True  # until a micro-batch of it has an advantage
         self._nonfinite_in_a_row = 0
         self._warned_of_epsilon = False
-        self._culprits: list[str] = []
+        self._ratios: list[tuple[torch.Tensor, dict[str, Any]]] = []  # of each micro-batch of the update
 
-    def name_samples(self, ratio: torch.Tensor, inputs: dict[str, Any]) -> None:
-        """Remember which rows of a micro-batch have a ratio that is not a number."""
-        trainer = self.trainer
+    def remember(self, ratio: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Keep the ratios of a micro-batch, to name its samples should the update fail."""
+        self._ratios.append((ratio.detach(), {"samples": inputs["samples"], "steps": inputs["steps"]}))
+
+    def _culprits(self) -> list[str]:
+        """The rows of this update whose ratio is not a number."""
+        trainer, culprits = self.trainer, []
         prompts = trainer._iteration_rollout["prompts"]
         first = trainer.accelerator.process_index * len(prompts)
-        for row in (~ratio.isfinite()).nonzero().flatten().tolist():
-            sample, step = int(inputs["samples"][row]), int(inputs["steps"][row])
-            self._culprits.append(f"image {sample} ({prompts[sample - first]!r:.60}) at denoising step {step}")
+        for ratio, rows in self._ratios:
+            for row in (~ratio.isfinite()).nonzero().flatten().tolist():
+                sample, step = int(rows["samples"][row]), int(rows["steps"][row])
+                culprits.append(f"image {sample} ({prompts[sample - first]!r:.60}) at denoising step {step}")
+        return culprits
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         trainer = self.trainer
         device = trainer.accelerator.device
         if trainer.is_deepspeed_enabled:  # has stepped already, unless a gradient was not finite
             if self.update_is_dead:
+                self._ratios = []
                 self._count(dead=True)
                 return
             finite = trainer.model_wrapped.was_step_applied()
         else:
             gradients = [local_shard(p.grad) for p in model.parameters() if p.grad is not None]
-            finite = all(bool(torch.isfinite(g).all()) for g in gradients)
+            norm = get_total_norm(gradients).item()  # the one time that an update waits for the device
+            finite = math.isfinite(norm)
         if any_rank(not finite, device):
             self._nonfinite_in_a_row += 1
             if not trainer.is_deepspeed_enabled:
                 model.zero_grad(set_to_none=True)
             self._count(nonfinite=True)
-            where = "; ".join(self._culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
-            more = f" and {len(self._culprits) - 3} more" if len(self._culprits) > 3 else ""
-            self._culprits, self.update_is_dead = [], True
+            culprits = self._culprits()
+            where = "; ".join(culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
+            more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
+            self._ratios, self.update_is_dead = [], True
             logger.warning(
                 "Update %d has non-finite gradients and is skipped (%d in a row): %s%s.",
                 state.global_step + 1,
@@ -97,7 +108,7 @@ class GradientGuardCallback(TrainerCallback):
                     "look for a reward that returns huge values."
                 )
             return
-        self._nonfinite_in_a_row, self._culprits = 0, []
+        self._nonfinite_in_a_row, self._ratios = 0, []
         if trainer.is_deepspeed_enabled:
             self._count()
             return
@@ -108,7 +119,7 @@ class GradientGuardCallback(TrainerCallback):
             self._count(dead=True)
             return
         self._count()
-        self._compare_with_epsilon(gradients, args.adam_epsilon)
+        self._compare_with_epsilon(norm, sum(g.numel() for g in gradients), args.adam_epsilon)
 
     def _count(self, *, dead: bool = False, nonfinite: bool = False) -> None:
         """Log one update: a log line gives the number skipped since the last one, and their share."""
@@ -116,13 +127,11 @@ class GradientGuardCallback(TrainerCallback):
             self.trainer._metrics["train"][f"skipped_updates/{name}"].append(float(skipped))
             self.trainer._metrics["train"][f"skipped_updates/{name}_rate"].append(float(skipped))
 
-    def _compare_with_epsilon(self, gradients: list[torch.Tensor], epsilon: float) -> None:
-        """Log the gradient's root mean square, and warn where AdamW's epsilon is not far below it."""
-        count = sum(g.numel() for g in gradients)
+    def _compare_with_epsilon(self, norm: float, count: int, epsilon: float) -> None:
+        """Log the root mean square of the gradient's `count` numbers; warn where AdamW's epsilon is not far below it."""
         if not count:
             return
-        squares = torch.stack([g.float().square().sum() for g in gradients]).sum().item()
-        rms = (squares / count) ** 0.5
+        rms = norm / count**0.5
         self.trainer._metrics["train"]["grad_rms"].append(rms)
         if 0 < rms < 10 * epsilon and not self._warned_of_epsilon:
             self._warned_of_epsilon = True

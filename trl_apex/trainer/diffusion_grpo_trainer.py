@@ -440,9 +440,24 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
 
     def _rollout_model(self) -> nn.Module:
         """The model to sample with: through an engine's wrapper where it shards weights, else without DDP's."""
+        if self.model_wrapped is self.model and all(model is not self.model for model in self.accelerator._models):
+            self._prepare_untrained()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return self.model_wrapped
         return self.model
+
+    def _prepare_untrained(self) -> None:
+        """Before training: place the model and give it training's mixed precision, so that it makes the same images.
+
+        Engines shard weights only when they train: until then every rank holds them whole, DeepSpeed's in the type that
+        its engine will cast them to.
+        """
+        if self.is_deepspeed_enabled:
+            dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            self.model.to(self.accelerator.device, dtypes.get(self.accelerator.mixed_precision))
+        else:
+            self.accelerator.prepare_model(self.model.to(self.accelerator.device), evaluation_mode=True)
+            del self.model._is_accelerate_prepared  # by this mark, training would not wrap it in DDP
 
     def _submit(self, scorer: RewardScorer, rows: list[dict[str, Any]], images: Tensor):
         completions = to_pil(images)
@@ -516,8 +531,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             kl = self._kl(model, inputs, transition)
             loss = loss + self.beta * kl
         self._guard.update_is_dead &= inputs["dead"]
-        if not self._log_update(surrogate, kl):
-            self._guard.name_samples(surrogate.ratio, inputs)
+        self._log_update(surrogate, kl)
+        self._guard.remember(surrogate.ratio, inputs)
         return loss / self.current_gradient_accumulation_steps
 
     def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:

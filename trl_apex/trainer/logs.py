@@ -33,9 +33,11 @@ class LogsMixin(Trainer):
 
     _unsent_images = False
     _iterations_logged = 0
+    _unread: list[dict[str, Tensor]] = []
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's own, and with `log_completions` a picture of the newest images with their rewards."""
+        self._read_updates()
         for name, values in self._metrics["train"].items():
             if name.startswith(COUNTS) and not name.endswith("_rate"):
                 values[:] = [sum(values)]
@@ -60,9 +62,8 @@ class LogsMixin(Trainer):
             picture = reward_grid(samples[: columns * ROWS], columns)
             send_picture(self.callback_handler.callbacks, name, picture, self.state.global_step)
 
-    def _log_update(self, surrogate: Surrogate, kl: Tensor | None) -> bool:
-        """Log one micro-batch; returns whether the ratios of all ranks are numbers."""
-        metrics = self._metrics["train"]
+    def _log_update(self, surrogate: Surrogate, kl: Tensor | None) -> None:
+        """Keep what one micro-batch tells on the device: reading it now would wait for the whole queue."""
         values = {
             "clip_ratio/low_mean": surrogate.low.float().mean(),
             "clip_ratio/high_mean": surrogate.high.float().mean(),
@@ -72,13 +73,19 @@ class LogsMixin(Trainer):
         }
         if kl is not None:
             values["kl"] = kl.detach()
-        ranks = gather_rows(torch.stack(list(values.values()))[None])
-        for name, column in zip(values, ranks.T, strict=True):
-            metrics[name].append((column.max() if name == "ratio/max_deviation" else column.mean()).item())
-        low, high = ranks.T[0], ranks.T[1]
-        metrics["clip_ratio/low_min"].append(low.min().item())
-        metrics["clip_ratio/high_max"].append(high.max().item())
-        return math.isfinite(metrics["ratio/mean"][-1])
+        self._unread = [*self._unread, {name: value.detach() for name, value in values.items()}]
+
+    def _read_updates(self) -> None:
+        """Turn what micro-batches told into metrics, over all ranks."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        metrics = self._metrics["train"]
+        ranks = gather_rows(torch.stack([torch.stack(list(values.values())) for values in unread])[None]).cpu()
+        for name, told in zip(unread[0], ranks.unbind(2), strict=True):
+            metrics[name] += (told.amax(0) if name == "ratio/max_deviation" else told.mean(0)).tolist()
+        metrics["clip_ratio/low_min"] += ranks[:, :, 0].amin(0).tolist()
+        metrics["clip_ratio/high_max"] += ranks[:, :, 1].amax(0).tolist()
 
     def _log_scoring(self, scored: list[ScoredBatch]) -> None:
         names = self.reward_func_names
