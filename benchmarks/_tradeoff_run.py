@@ -114,7 +114,8 @@ def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str
         weights = [float(weight) for weight in method.split("_")[1:]]
         return objectives, {"multi_objective_aggregation": "sum_then_normalize", "reward_weights": weights}
     if method.startswith("apex"):
-        return objectives, {**APEX, **ABLATIONS[method.partition(":")[2] or "apex"]}
+        part = ABLATIONS[method.partition(":")[2] or "apex"]
+        return objectives, {"aggregation_options": {**APEX, **part}}
     return objectives, {"multi_objective_aggregation": method}
 
 

@@ -153,7 +153,7 @@ def train(
     problem = Problem(seed, conflict)
     columns = slice(None) if only is None else slice(only, only + 1)
     names = OBJECTIVES[columns]
-    aggregator = MultiObjectiveRewardAggregator(names, rule=rule, warn_after=10**9, **options)
+    aggregator = MultiObjectiveRewardAggregator(names, rule=rule, options={"warn_after": 10**9, **options})
     population = PopulationConflict(len(names), decay=0.98)
     probed = rule in GRADIENT_RULES or options.get("conflict_source", "advantage") != "advantage"
     start = problem.expected()

@@ -22,7 +22,7 @@ from _bench import arguments, machine, write
 from _tradeoff_figure import SHOWN, draw, objectives, shown_condition
 from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, OBJECTIVES, run
 
-from trl_apex.aggregation.options import RULES
+from trl_apex.aggregation import RULES
 
 ONLY = [f"only_{name}" for name in OBJECTIVES]
 # What a user tries by hand: more and more weight on the two objectives that lag, in the order of OBJECTIVES.

@@ -18,7 +18,9 @@ def batch(iteration: int, generator: torch.Generator) -> torch.Tensor:
 
 def main(iterations: int = 30) -> dict[str, float]:
     generator, group_ids = torch.Generator().manual_seed(0), torch.arange(PROMPTS).repeat_interleave(GROUP)
-    aggregator = MultiObjectiveRewardAggregator(["loud", "quiet", "sparse"], warmup_iterations=5, ramp_iterations=5)
+    aggregator = MultiObjectiveRewardAggregator(
+        ["loud", "quiet", "sparse"], options={"warmup_iterations": 5, "ramp_iterations": 5}
+    )
     for iteration in range(iterations):
         advantages, metrics = aggregator(batch(iteration, generator), group_ids)
         if iteration % 10 == 9:

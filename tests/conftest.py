@@ -11,7 +11,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-STAGES = ("aggregation", "evaluation", "loss", "policy", "prompts", "rewards", "rollout", "serving", "tiny", "types")
+AGGREGATION = (
+    "aggregator",
+    "conflict",
+    "metrics",
+    "normalize",
+    "priority",
+    "rules",
+    "state",
+)  # options check themselves
+STAGES = ("evaluation", "loss", "policy", "prompts", "rewards", "rollout", "serving", "tiny", "types")
 TRAINER = ("apex_trainer", "diffusion_grpo_trainer", "gradient_probe", "rows")
 MODULES = [f"trl_apex.{stage}" for stage in STAGES] + [f"trl_apex.trainer.{name}" for name in TRAINER]
+MODULES += [f"trl_apex.aggregation.{name}" for name in AGGREGATION]
 install_import_hook(["tools.tiny_world", *MODULES], "beartype.beartype")

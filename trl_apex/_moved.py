@@ -10,6 +10,14 @@ from collections.abc import Sequence
 
 # Old module -> the module that holds its names now.
 MOVED = {
+    "trl_apex.aggregation.checks": "trl_apex.aggregation.options",
+    "trl_apex.aggregation.diagnostics": "trl_apex.aggregation.metrics",
+    "trl_apex.aggregation.outliers": "trl_apex.aggregation.normalize",
+    "trl_apex.aggregation.population": "trl_apex.aggregation.conflict",
+    "trl_apex.aggregation.potential": "trl_apex.aggregation.priority",
+    "trl_apex.aggregation.progress": "trl_apex.aggregation.priority",
+    "trl_apex.aggregation.schedule": "trl_apex.aggregation.priority",
+    "trl_apex.aggregation.surgery": "trl_apex.aggregation.rules",
     "trl_apex.rewards.batching": "trl_apex.serving.server",
     "trl_apex.rewards.calling": "trl_apex.rewards.scoring",
     "trl_apex.rewards.failure": "trl_apex.rewards.scoring",

@@ -419,6 +419,8 @@ def all_options() -> str:
         for f in dataclasses.fields(TrainArguments if owner is TrainArguments else APEXConfig):
             if owners.get(f.name, TrainArguments) is not owner or f.name in LANGUAGE_FIELDS or not f.init:
                 continue
+            if f.metadata.get("help") == argparse.SUPPRESS:  # an old name
+                continue
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             lines.append(f"  --{f.name} ({'empty' if default in ('', [], {}) else default})")
             text = " ".join(f.metadata.get("help", "").split())

@@ -53,7 +53,7 @@ PINNED = [
 @pytest.mark.parametrize(("options", "values", "ids", "expected"), PINNED)
 def test_pinned_values(options, values, ids, expected):
     columns = len(values[0])
-    aggregator = MultiObjectiveRewardAggregator(NAMES[:columns], **options)
+    aggregator = MultiObjectiveRewardAggregator(NAMES[:columns], options=options)
     advantages, _ = aggregator(torch.tensor(values, dtype=torch.float64), torch.tensor(ids))
     torch.testing.assert_close(advantages, torch.tensor(expected), rtol=0, atol=8e-4)
 
@@ -72,7 +72,9 @@ def test_zero_variance_group_is_zero_and_counted_and_others_still_train_it():
 
 
 def test_objective_constant_in_the_batch_holds_its_scale_drifts_to_the_floor_and_recovers():
-    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=2, ramp_iterations=2, warn_after=1000)
+    aggregator = MultiObjectiveRewardAggregator(
+        NAMES, options={"warmup_iterations": 2, "ramp_iterations": 2, "warn_after": 1000}
+    )
     run(aggregator, 30)
     scale = aggregator._state.scale[0].item()
 
@@ -149,7 +151,7 @@ def test_group_with_fewer_than_two_valid_rewards_is_dead():
 
 
 def test_absent_objective_holds_its_state_and_shares_its_weight_out():
-    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=2)
+    aggregator = MultiObjectiveRewardAggregator(NAMES, options={"warmup_iterations": 2})
     run(aggregator, 5)
     before = aggregator._state
 
@@ -162,12 +164,12 @@ def test_absent_objective_holds_its_state_and_shares_its_weight_out():
     for name in ("variance", "fast", "slow", "error"):
         assert getattr(after, name).value[1] == getattr(before, name).value[1]
     assert after.dead_fraction[1] == before.dead_fraction[1]
-    assert metrics["effective_weight/pickscore"] == 0.0
+    assert metrics["effective_weight/pickscore"] == 0.0 and metrics["live_groups/pickscore"] == 0.0
     assert sum(aggregator.effective_weights.values()) == pytest.approx(1.0)
 
 
 def test_one_objective_has_all_the_weight():
-    aggregator = MultiObjectiveRewardAggregator(["only"], warmup_iterations=1)
+    aggregator = MultiObjectiveRewardAggregator(["only"], options={"warmup_iterations": 1})
     for step in range(15):
         _, metrics = aggregator(rewards(step)[:, :1], groups())
     assert aggregator.priorities == {"only": 1.0}
@@ -183,7 +185,7 @@ def test_without_history_it_uses_the_users_weights_and_this_batchs_scale():
 
 
 def test_objective_without_spread_at_the_start_takes_its_baseline_at_its_first_live_batch():
-    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=3)
+    aggregator = MultiObjectiveRewardAggregator(NAMES, options={"warmup_iterations": 3})
 
     def late(step, values):
         if step < 6:
@@ -199,7 +201,7 @@ def test_objective_without_spread_at_the_start_takes_its_baseline_at_its_first_l
 
 
 def test_weight_zero_is_watched_but_not_trained_on():
-    aggregator = MultiObjectiveRewardAggregator(NAMES, [1.0, 1.0, 0.0], warmup_iterations=1)
+    aggregator = MultiObjectiveRewardAggregator(NAMES, [1.0, 1.0, 0.0], options={"warmup_iterations": 1})
     _, metrics = run(aggregator, 20)
     assert aggregator.priorities["deqa"] == 0.0 and metrics["hijack_share/deqa"] == 0.0
     assert metrics["advantage_std/deqa"] > 0.5 and metrics["live_groups/deqa"] == 1.0
@@ -212,7 +214,9 @@ def test_weight_zero_is_watched_but_not_trained_on():
 @pytest.mark.parametrize("rule", RULES)
 def test_resumed_run_goes_on_bit_for_bit(rule):
     def make():
-        return MultiObjectiveRewardAggregator(NAMES, rule=rule, warmup_iterations=2, ramp_iterations=3, warn_after=500)
+        return MultiObjectiveRewardAggregator(
+            NAMES, rule=rule, options={"warmup_iterations": 2, "ramp_iterations": 3, "warn_after": 500}
+        )
 
     whole, first = make(), make()
     gramian = torch.tensor([[2.0, -0.5, 0.1], [-0.5, 1.0, 0.3], [0.1, 0.3, 0.7]])
@@ -250,6 +254,72 @@ def test_state_of_other_objectives_or_order_or_rule_is_refused():
         MultiObjectiveRewardAggregator(NAMES, rule="mgda").load_state_dict(state)
 
 
+def test_a_state_that_is_incomplete_or_damaged_is_refused_by_name():
+    state = MultiObjectiveRewardAggregator(NAMES).state_dict()
+    for name in ("objectives", "rule", "priorities", "owned"):
+        cut = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(ValueError, match=f"saved state must hold.*{name}"):
+            MultiObjectiveRewardAggregator(NAMES).load_state_dict(cut)
+    for name, value in (("variance", {"total": [1.0]}), ("priorities", [0.5]), ("iteration", "many"), ("margin", {})):
+        with pytest.raises(ValueError, match=f"`{name}` of the saved state must hold"):
+            MultiObjectiveRewardAggregator(NAMES).load_state_dict({**state, name: value})
+
+
+def test_a_state_of_0_1_0_is_read():
+    whole, resumed = (MultiObjectiveRewardAggregator(NAMES, [2.0, 1.0, 1.0]) for _ in range(2))
+    run(whole, 15)
+    old = {k: v for k, v in whole.state_dict().items() if k not in ("weights", "effective", "measured", "absent")}
+    resumed.load_state_dict(old)
+    assert torch.equal(whole(rewards(15), groups())[0], resumed(rewards(15), groups())[0])
+    assert whole.state_dict() == resumed.state_dict()
+
+
+def test_what_was_measured_and_the_last_weights_survive_a_resume():
+    first, second = MultiObjectiveRewardAggregator(NAMES), MultiObjectiveRewardAggregator(NAMES)
+    values = rewards()
+    values[:, 1] = NAN
+    first(values, groups())
+    first.observe_conflict(torch.eye(3) - 0.25)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+    assert second.effective_weights == first.effective_weights == {"ocr": 0.5, "pickscore": 0.0, "deqa": 0.5}
+    assert second(rewards(1), groups())[1]["gradient_conflict/ocr/deqa"] == pytest.approx(-1 / 3)
+
+
+# Weights that the user changes
+
+
+def test_changed_weights_count_from_the_next_batch_on():
+    aggregator = MultiObjectiveRewardAggregator(NAMES, rule="sum_then_normalize")
+    aggregator.weights = [1.0, 0.0, 0.0]
+    alone = MultiObjectiveRewardAggregator(NAMES, [1.0, 0.0, 0.0], "sum_then_normalize")
+    assert torch.equal(aggregator(rewards(), groups())[0], alone(rewards(), groups())[0])
+    with pytest.raises(ValueError, match="must have one number per objective"):
+        aggregator.weights = [1.0]
+
+
+def test_annealed_weights_scale_the_priorities_and_keep_the_floor():
+    options = {"warmup_iterations": 2, "ramp_iterations": 1}
+    aggregator = MultiObjectiveRewardAggregator(NAMES, options=options)
+    aggregator.weights = [8.0, 1.0, 1.0]
+    assert list(aggregator.priorities.values()) == pytest.approx(
+        [0.8, 0.1, 0.1]
+    )  # before the warm-up ends: the user's
+    run(aggregator, 12, lambda step, values: values + 0.1 * step * torch.tensor([0.0, 1.0, 0.0]))
+    before = aggregator.priorities
+    for weights in ([1.0, 1.0, 8.0], [0.0, 1.0, 1.0], [1.0, 98.0, 1.0]):
+        aggregator.weights = weights
+        after = aggregator.priorities
+        assert sum(after.values()) == pytest.approx(1.0)
+        assert all(after[name] >= 0.2 * w / sum(weights) - 1e-12 for name, w in zip(NAMES, weights, strict=True))
+    aggregator.weights = [8.0, 1.0, 1.0]
+    assert aggregator.priorities == pytest.approx(before)  # nothing was seen in between, so nothing was learned
+    aggregator.weights = [4.0, 5.0, 1.0]
+    saved, resumed = aggregator.state_dict(), MultiObjectiveRewardAggregator(NAMES, options=options)
+    resumed.load_state_dict(saved)
+    resumed.weights = [4.0, 5.0, 1.0]
+    assert resumed.priorities == pytest.approx(aggregator.priorities)
+
+
 def test_evaluation_leaves_no_trace():
     aggregator = MultiObjectiveRewardAggregator(NAMES)
     run(aggregator, 3)
@@ -262,7 +332,7 @@ def test_evaluation_leaves_no_trace():
 
 
 def test_the_lagging_objective_gains_priority():
-    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=3, ramp_iterations=3)
+    aggregator = MultiObjectiveRewardAggregator(NAMES, options={"warmup_iterations": 3, "ramp_iterations": 3})
 
     def rising(step, values):
         values[:, 1:] += torch.tensor([0.2, 0.08]) * step  # pickscore and deqa rise, ocr does not
@@ -275,7 +345,7 @@ def test_the_lagging_objective_gains_priority():
 
 def test_targets_end_the_need():
     options = {"need_mode": "target", "reward_targets": [0.5, 25.0, NAN]}
-    aggregator = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=2, **options)
+    aggregator = MultiObjectiveRewardAggregator(NAMES, options={"warmup_iterations": 2, **options})
 
     def met(step, values):
         values[:, 0] += 0.2 if step > 3 else -0.2
@@ -289,7 +359,7 @@ def test_targets_end_the_need():
 @pytest.mark.parametrize(("attribution", "payer"), [("lag", "pickscore"), ("plain", "both"), ("victim", "pickscore")])
 def test_who_pays_for_a_conflict(attribution, payer):
     aggregator = MultiObjectiveRewardAggregator(
-        NAMES[:2], warmup_iterations=2, conflict_attribution=attribution, warn_after=1000
+        NAMES[:2], options={"warmup_iterations": 2, "conflict_attribution": attribution, "warn_after": 1000}
     )
     for step in range(30):
         values = rewards(step)[:, :2]
@@ -311,20 +381,29 @@ def test_a_weak_correlation_is_no_conflict():
 
 def test_measured_conflict_drives_the_penalty_when_asked_to():
     measured = torch.tensor([[1.0, -0.8, 0.0], [-0.8, 1.0, NAN], [0.0, NAN, 1.0]])
-    by_gradient = MultiObjectiveRewardAggregator(NAMES, conflict_source="gradient", conflict_attribution="plain")
-    by_scores = MultiObjectiveRewardAggregator(NAMES, conflict_attribution="plain")
+    by_gradient = MultiObjectiveRewardAggregator(
+        NAMES, options={"conflict_source": "gradient", "conflict_attribution": "plain"}
+    )
+    by_scores = MultiObjectiveRewardAggregator(NAMES, options={"conflict_attribution": "plain"})
     for aggregator in (by_gradient, by_scores):
         aggregator.observe_conflict(measured, samples=10_000)
         _, metrics = run(aggregator, 1)
         assert metrics["gradient_conflict/ocr/pickscore"] == pytest.approx(-0.8)
         assert "gradient_conflict/pickscore/deqa" not in metrics
+    baseline = MultiObjectiveRewardAggregator(NAMES, rule="dvao", options={"conflict_source": "gradient"})
+    baseline.observe_conflict(measured, samples=10_000)
+    assert (
+        "conflict/ocr/pickscore" not in baseline(torch.ones(24, 3), groups())[1]
+    )  # a log of scores stays one of scores
     assert by_gradient._state.conflict.value[0, 1] == pytest.approx(-0.8)
     assert by_gradient(rewards(), groups())[1]["conflict_penalty/ocr"] > 0.3
     assert by_scores(rewards(), groups())[1]["conflict_penalty/ocr"] == 0.0
 
 
 def test_an_uncertain_measurement_does_not_count():
-    aggregator = MultiObjectiveRewardAggregator(NAMES[:2], conflict_source="population", conflict_attribution="plain")
+    aggregator = MultiObjectiveRewardAggregator(
+        NAMES[:2], options={"conflict_source": "population", "conflict_attribution": "plain"}
+    )
     measured = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
     for error, expected in ((0.3, 0.0), (0.1, (0.5 - 0.2) / 0.8)):
         aggregator.observe_conflict(measured, standard_error=torch.full((2, 2), error))
@@ -333,7 +412,9 @@ def test_an_uncertain_measurement_does_not_count():
 
 
 def test_priorities_start_after_the_warm_up_and_fade_in():
-    aggregator = MultiObjectiveRewardAggregator(NAMES[:2], warmup_iterations=5, ramp_iterations=5, priority_ema=0.0)
+    aggregator = MultiObjectiveRewardAggregator(
+        NAMES[:2], options={"warmup_iterations": 5, "ramp_iterations": 5, "priority_ema": 0.0}
+    )
     seen = []
     for step in range(15):
         values = rewards(step)[:, :2]
@@ -346,7 +427,8 @@ def test_priorities_start_after_the_warm_up_and_fade_in():
 
 def test_the_floor_holds_however_far_an_objective_is_ahead():
     aggregator = MultiObjectiveRewardAggregator(
-        NAMES[:2], warmup_iterations=2, ramp_iterations=1, priority_ema=0.0, priority_temperature=0.01
+        NAMES[:2],
+        options={"warmup_iterations": 2, "ramp_iterations": 1, "priority_ema": 0.0, "priority_temperature": 0.01},
     )
     for step in range(10):
         values = rewards(step)[:, :2]
@@ -356,7 +438,9 @@ def test_the_floor_holds_however_far_an_objective_is_ahead():
 
 
 def test_multiplicative_combination_also_favours_who_lags():
-    aggregator = MultiObjectiveRewardAggregator(NAMES[:2], warmup_iterations=2, combination="multiplicative")
+    aggregator = MultiObjectiveRewardAggregator(
+        NAMES[:2], options={"warmup_iterations": 2, "combination": "multiplicative"}
+    )
     for step in range(25):
         values = rewards(step)[:, :2]
         values[:, 1] += 0.2 * step
@@ -411,6 +495,32 @@ def test_a_dead_objective_is_warned_about_once():
     run(aggregator, 3, dead)
 
 
+def test_an_objective_that_never_has_a_reward_is_named_early_and_nobody_else_is_blamed():
+    aggregator = MultiObjectiveRewardAggregator(NAMES[:2])
+
+    def without(step, values):
+        values[:, 0] = NAN
+        return values[:, :2]
+
+    run(aggregator, 4, without)
+    with pytest.warns(UserWarning, match="'ocr' has had no reward at all for 5 iterations"):
+        _, metrics = run(aggregator, 1, without)
+    assert metrics["live_groups/ocr"] == 0.0 and metrics["missing/ocr"] == 1.0
+    run(aggregator, 30, without)  # 'pickscore' owns all the variance, as it must
+
+
+def test_only_the_rule_that_clips_counts_clipped_advantages():
+    values = torch.zeros(64, 1)
+    values[0] = 1.0
+    shares = {
+        rule: MultiObjectiveRewardAggregator(["only"], rule=rule)(values, torch.zeros(64, dtype=torch.int64))
+        for rule in ("apex", "sum_then_normalize")
+    }
+    assert shares["apex"][1]["advantage_clipped"] == 1 / 64
+    advantages, metrics = shares["sum_then_normalize"]
+    assert advantages.max() > 5 and metrics["advantage_clipped"] == 0.0
+
+
 # What it accepts
 
 
@@ -433,21 +543,41 @@ def test_what_the_user_is_told():
     [
         ({"rule": "magic"}, "`rule` must be one of apex"),
         ({"weights": [1.0]}, "one number per objective"),
-        ({"weights": [1.0, -1.0, 1.0]}, "must not be negative"),
+        (
+            {"weights": [1.0, -1.0, 1.0]},
+            "reward_weights.*must not be negative.*sum_then_normalize, normalize_then_sum",
+        ),
         ({"weights": [0.0, 0.0, 0.0]}, "not all zero"),
-        ({"tau": 1.0}, "Options must be fields of ApexOptions. Found tau"),
-        ({"scale_blend": -1.0}, "`scale_blend` must lie in"),
-        ({"priority_ema": 1.0}, "must be below 1"),
-        ({"z_clip": 0.0}, "pass inf"),
-        ({"need_mode": "absolute"}, "`need_mode` must be one of"),
-        ({"need_mode": "target"}, "`reward_targets` must be given"),
-        ({"need_mode": "target", "reward_targets": [1.0]}, "`reward_targets` must have one number"),
-        ({"conflict_attribution": "nobody"}, "'lag', 'victim', 'plain'"),
+        ({"options": {"tau": 1.0}}, "Options must be fields of ApexOptions. Found tau"),
+        ({"options": {"scale_blend": -1.0}}, "`scale_blend` must lie in"),
+        ({"options": {"priority_ema": 1.0}}, "must be below 1"),
+        ({"options": {"adaptive_priorities": "no"}}, "must be True or False"),
+        ({"options": {"warmup_iterations": 2.5}}, "whole number"),
+        ({"options": {"reward_targets": "high"}}, "list of numbers"),
+        ({"options": {"z_clip": 0.0}}, "pass inf"),
+        ({"options": {"need_mode": "absolute"}}, "`need_mode` must be one of"),
+        ({"options": {"need_mode": "target"}}, "`reward_targets` must be given"),
+        ({"options": {"need_mode": "target", "reward_targets": [1.0]}}, "`reward_targets` must have one number"),
+        ({"options": {"conflict_attribution": "nobody"}}, "'lag', 'victim', 'plain'"),
     ],
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         MultiObjectiveRewardAggregator(NAMES, **arguments)
+
+
+def test_options_are_an_object_or_a_dictionary():
+    with pytest.raises(ValueError, match=r"must be an ApexOptions or a dictionary of its fields. Found \[0.5\]"):
+        ApexOptions.read([0.5])
+    assert ApexOptions.read({"scale_blend": 0.5}) == ApexOptions(scale_blend=0.5)
+    one = MultiObjectiveRewardAggregator(NAMES, options=ApexOptions(warmup_iterations=3))
+    with pytest.warns(FutureWarning, match=r"Pass options=ApexOptions\(warmup_iterations=...\)"):
+        two = MultiObjectiveRewardAggregator(NAMES, warmup_iterations=3)  # as in 0.1.0
+    assert one.options == two.options
+    with pytest.raises(ValueError, match="in one place"):
+        MultiObjectiveRewardAggregator(NAMES, options={"need_coef": 2.0}, warmup_iterations=3)
+    for name in AGGREGATION_OPTIONS:
+        assert f"{name} (" in MultiObjectiveRewardAggregator.__doc__ and f"{name} (" in ApexOptions.__doc__
 
 
 def test_repeated_names_are_refused():
@@ -456,7 +586,9 @@ def test_repeated_names_are_refused():
 
 
 def test_negative_weights_are_fine_where_trl_has_them():
-    aggregator = MultiObjectiveRewardAggregator(NAMES[:2], [1.0, -1.0], "sum_then_normalize", scale_rewards=False)
+    aggregator = MultiObjectiveRewardAggregator(
+        NAMES[:2], [1.0, -1.0], "sum_then_normalize", options={"scale_rewards": False}
+    )
     advantages, _ = aggregator(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))
     assert advantages.tolist() == [1.0, -1.0]
 

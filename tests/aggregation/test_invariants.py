@@ -57,7 +57,7 @@ def batches(draw, missing: bool = True, equal: bool = False, objectives: tuple[i
 @given(batches())
 @fast
 def test_finite_for_any_mask(rule, batch):
-    aggregator = MultiObjectiveRewardAggregator(batch.names, batch.weights, rule, warmup_iterations=1)
+    aggregator = MultiObjectiveRewardAggregator(batch.names, batch.weights, rule, options={"warmup_iterations": 1})
     for _ in range(3):
         advantages, metrics = aggregator(batch.rewards, batch.groups)
         assert advantages.isfinite().all() and advantages.dtype == torch.float32
@@ -72,7 +72,9 @@ def test_finite_for_any_mask(rule, batch):
 def test_priorities_are_a_distribution_above_the_floor(data, floor):
     first = data.draw(batches())
     aggregator = MultiObjectiveRewardAggregator(
-        first.names, first.weights, priority_floor=floor, warmup_iterations=1, ramp_iterations=1, priority_ema=0.0
+        first.names,
+        first.weights,
+        options={"priority_floor": floor, "warmup_iterations": 1, "ramp_iterations": 1, "priority_ema": 0.0},
     )
     omega = torch.tensor(first.weights) / sum(first.weights)
     g = torch.Generator().manual_seed(0)
@@ -104,9 +106,9 @@ def test_scores_do_not_change_under_a_positive_affine_map(batch, exponent, shift
 @fast
 def test_permuting_the_objectives_permutes_everything(rule, batch, seed):
     order = torch.randperm(len(batch.names), generator=torch.Generator().manual_seed(seed)).tolist()
-    first = MultiObjectiveRewardAggregator(batch.names, batch.weights, rule, warmup_iterations=1)
+    first = MultiObjectiveRewardAggregator(batch.names, batch.weights, rule, options={"warmup_iterations": 1})
     second = MultiObjectiveRewardAggregator(
-        [batch.names[k] for k in order], [batch.weights[k] for k in order], rule, warmup_iterations=1
+        [batch.names[k] for k in order], [batch.weights[k] for k in order], rule, options={"warmup_iterations": 1}
     )
     for step in range(3):
         rewards = batch.rewards * (1 + step)
@@ -122,7 +124,7 @@ def test_permuting_the_objectives_permutes_everything(rule, batch, seed):
 @given(batches())
 @fast
 def test_groups_have_zero_mean_before_the_last_clip(batch):
-    aggregator = MultiObjectiveRewardAggregator(batch.names, batch.weights, advantage_clip=math.inf)
+    aggregator = MultiObjectiveRewardAggregator(batch.names, batch.weights, options={"advantage_clip": math.inf})
     advantages, _ = aggregator(batch.rewards, batch.groups)
     for group in batch.groups.unique():
         assert abs(float(advantages[batch.groups == group].double().mean())) < 1e-5
@@ -146,13 +148,15 @@ def test_with_everything_off_it_is_gdpo_up_to_the_bessel_factor(batch):
     plain = MultiObjectiveRewardAggregator(
         batch.names,
         weights,
-        scale_blend=0.0,
-        norm_floor=0.0,
-        z_clip=math.inf,
-        advantage_clip=math.inf,
-        adaptive_priorities=False,
+        options={
+            "scale_blend": 0.0,
+            "norm_floor": 0.0,
+            "z_clip": math.inf,
+            "advantage_clip": math.inf,
+            "adaptive_priorities": False,
+        },
     )
-    gdpo = MultiObjectiveRewardAggregator(batch.names, weights, "normalize_then_sum", std_epsilon=0.0)
+    gdpo = MultiObjectiveRewardAggregator(batch.names, weights, "normalize_then_sum", options={"std_epsilon": 0.0})
     ours, _ = plain(batch.rewards, batch.groups)
     theirs, _ = gdpo(batch.rewards, batch.groups)
     rows = len(batch.groups)
@@ -168,7 +172,7 @@ def test_with_everything_off_it_is_gdpo_up_to_the_bessel_factor(batch):
 @fast
 def test_one_objective_without_blend_and_clips_is_grpo(batch):
     aggregator = MultiObjectiveRewardAggregator(
-        ["only"], scale_blend=0.0, z_clip=math.inf, advantage_clip=math.inf, norm_floor=0.0
+        ["only"], options={"scale_blend": 0.0, "z_clip": math.inf, "advantage_clip": math.inf, "norm_floor": 0.0}
     )
     ours, metrics = aggregator(batch.rewards, batch.groups)
     grouped = torch.stack([batch.rewards[batch.groups == group, 0] for group in batch.groups.unique()])

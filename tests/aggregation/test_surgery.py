@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trl_apex.aggregation import GRADIENT_RULES, MultiObjectiveRewardAggregator
-from trl_apex.aggregation.surgery import gramian_weights
+from trl_apex.aggregation.rules import gramian_weights
 
 EVEN = torch.full((3,), 1 / 3, dtype=torch.float64)
 
@@ -67,7 +67,7 @@ def test_objectives_without_gradient_or_weight_take_no_part(rule):
 
 @pytest.mark.parametrize("rule", GRADIENT_RULES)
 def test_the_aggregator_follows_the_observed_gramian_with_memory(rule):
-    aggregator = MultiObjectiveRewardAggregator(["a", "b"], rule=rule, gradient_ema=0.5)
+    aggregator = MultiObjectiveRewardAggregator(["a", "b"], rule=rule, options={"gradient_ema": 0.5})
     g = torch.Generator().manual_seed(0)
     rewards, groups = torch.randn(24, 2, generator=g), torch.arange(4).repeat_interleave(6)
     before, _ = aggregator(rewards, groups)

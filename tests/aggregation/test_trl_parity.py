@@ -109,14 +109,16 @@ def test_equals_trl(language_model, tmp_path, monkeypatch, rewards, rule, scale,
     )
     matrix = torch.tensor([[math.nan if value is None else value for value in row] for row in rewards])
     groups = torch.arange(PROMPTS).repeat_interleave(GROUP)
-    aggregator = MultiObjectiveRewardAggregator(["ocr", "pickscore", "deqa"], weights, rule, scale_rewards=scale)
+    aggregator = MultiObjectiveRewardAggregator(
+        ["ocr", "pickscore", "deqa"], weights, rule, options={"scale_rewards": scale}
+    )
     ours, _ = aggregator(matrix, groups)
     assert theirs.abs().max() > 0.5
     assert (ours - theirs).abs().max() <= 1e-6
 
     shuffled = torch.randperm(len(matrix), generator=torch.Generator().manual_seed(0))
-    moved, _ = MultiObjectiveRewardAggregator(["ocr", "pickscore", "deqa"], weights, rule, scale_rewards=scale)(
-        matrix[shuffled], groups[shuffled] * 10 - 7
-    )
+    moved, _ = MultiObjectiveRewardAggregator(
+        ["ocr", "pickscore", "deqa"], weights, rule, options={"scale_rewards": scale}
+    )(matrix[shuffled], groups[shuffled] * 10 - 7)
     # The order of summation differs, so TRL's float32 rounding (rewards of 20, spreads of 0.3) shows.
     assert (moved - theirs[shuffled]).abs().max() <= 2e-5

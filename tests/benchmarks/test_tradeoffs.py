@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_apex.aggregation.options import RULES
+from trl_apex.aggregation import RULES
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -65,7 +65,13 @@ def test_kl_to_a_frozen_copy_of_all_weights(engine, reference, tmp_path):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("engine", OTHERS)
 def test_the_gradient_probe_sees_the_same_conflict(engine, lora, reference, tmp_path):
-    options = {"gradient_probe": True, "probe_every": 1, "conflict_source": "gradient", "max_steps": 3, "lora": lora}
+    options = {
+        "gradient_probe": True,
+        "probe_every": 1,
+        "aggregation_options": {"conflict_source": "gradient"},
+        "max_steps": 3,
+        "lora": lora,
+    }
     options["probe_layers"] = [r"attn\.to_[qk]"]
     result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
     for ddp in (reference(**options)[0], reference(world=1, **options)[0]):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -17,24 +18,25 @@ def test_a_checkpoint_of_0_1_0_resumes_to_the_weights_of_0_1_0(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(KEPT / "checkpoint-2", run / "checkpoint-2")
     torch.set_num_threads(1)
-    trainer = tiny_trainer(
-        run,
-        evaluate=True,
-        lora=LoraConfig(r=2, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]),
-        # The script of 0.1.0, its flat options included.
-        ema_decay=0.9,
-        ema_update_steps=1,
-        sde_window_size=1,
-        beta=0.01,
-        save_strategy="steps",
-        save_steps=2,
-        max_steps=4,
-        need_coef=2.0,
-        scale_blend=0.5,
-        gradient_probe=True,
-        probe_every=1,
-        lr_scheduler_type="cosine",
-    )
+    with pytest.warns(FutureWarning, match="scale_blend"):
+        trainer = tiny_trainer(
+            run,
+            evaluate=True,
+            lora=LoraConfig(r=2, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]),
+            # The script of 0.1.0, its flat options included.
+            ema_decay=0.9,
+            ema_update_steps=1,
+            sde_window_size=1,
+            beta=0.01,
+            save_strategy="steps",
+            save_steps=2,
+            max_steps=4,
+            need_coef=2.0,
+            scale_blend=0.5,
+            gradient_probe=True,
+            probe_every=1,
+            lr_scheduler_type="cosine",
+        )
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train(resume_from_checkpoint=True)
 

@@ -11,11 +11,12 @@ import torch
 import trl
 from datasets import Dataset
 from tiny_language_models import tiny_causal_lm, tiny_tokenizer, tiny_vlm
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from trl_apex import APEXGRPOConfig, APEXGRPOTrainer
-from trl_apex.aggregation.options import ApexOptions
-from trl_apex.trainer.apex_grpo_config import SHARED_FIELDS
+from trl_apex import APEXConfig, APEXGRPOConfig, APEXGRPOTrainer
+from trl_apex.aggregation import ApexOptions
+from trl_apex.trainer.aggregation_fields import OF_TRL
 
 
 def share_of(word: str, scale: float):
@@ -205,20 +206,53 @@ def test_every_field_of_trls_config_is_there_with_trls_default():
     }  # fmt: skip
     assert changed == {"multi_objective_aggregation"}
     both = set(theirs) & {f.name for f in ApexOptions.__dataclass_fields__.values()}
-    assert both == set(SHARED_FIELDS), f"trl {trl.__version__} has an option of the aggregator's name: {both}"
+    assert both == set(OF_TRL), f"trl {trl.__version__} has an option of the aggregator's name: {both}"
+
+
+def test_the_output_directory_is_the_first_argument(tmp_path):
+    for config in (APEXGRPOConfig, APEXConfig, GRPOConfig):
+        assert config(str(tmp_path), use_cpu=True, bf16=False).output_dir == str(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")
+def test_the_folder_is_named_after_the_model_and_the_card_cites_apex(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Without arguments TRL asks for bf16, and transformers for a GPU that has it.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    model = tiny_causal_lm()
+    model.config._name_or_path = "somebody/tiny-talker"
+    run = APEXGRPOTrainer(model, [LOUD, QUIET], None, prompts(), processing_class=tiny_tokenizer())
+    assert run.args.output_dir == "tiny-talker-APEX"
+    run.create_model_card()
+    card = Path("tiny-talker-APEX/README.md").read_text()
+    assert "2601.06574" in card and "DeepSeekMath" not in card
+
+
+def test_weights_that_a_callback_changes_count_in_the_next_update(tmp_path):
+    class Annealing(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            run.reward_weights = torch.tensor([1.0, 9.0])
+
+    for rule in ("apex", "sum_then_normalize"):
+        run = trainer(tmp_path / rule, multi_objective_aggregation=rule, generation_batch_size=16, max_steps=3)
+        run.add_callback(Annealing())
+        run.train()
+        used = column(run.state.log_history, "priority/many_b")
+        assert used[0] == pytest.approx(0.5) and used[1] == pytest.approx(0.9) and used[2] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"reward_weights": [1.0, -1.0]}, "`reward_weights` of a trainer.*rule that takes negative weights: sum_then"),
         ({"multi_objective_aggregation": "sum"}, "must be one of apex, sum_then_normalize"),
-        ({"conflict_source": "gradient"}, "has no gradient probe"),
+        ({"aggregation_options": {"conflict_source": "gradient"}}, "has no gradient probe"),
         ({"priority_floor": 3.0}, r"must lie in \[0, 1\]"),
     ],
 )
 def test_wrong_options_say_what_to_do(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        APEXGRPOConfig(**settings(tmp_path, **changes))
+        trainer(tmp_path, **changes)
 
 
 def test_two_rewards_of_one_name_are_refused(tmp_path):

@@ -79,7 +79,8 @@ def test_gradient_rules_take_their_weights_from_the_probe(pipeline, dataset, lor
 
 
 def test_population_estimate_is_saved_and_restored(pipeline, dataset, lora, make_args, tmp_path):
-    config = {"conflict_source": "population", "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+    options = {"conflict_source": "population"}
+    config = {"aggregation_options": options, "save_strategy": "steps", "save_steps": 4, "max_steps": 8}
     whole = trained(pipeline, dataset, lora, make_args(**config))
     resumed = APEXTrainer(
         copy.deepcopy(pipeline), [redness, contrast],
@@ -93,7 +94,10 @@ def test_population_estimate_is_saved_and_restored(pipeline, dataset, lora, make
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"conflict_source": "gradient", "gradient_probe": False}, "`gradient_probe` must not be False"),
+        (
+            {"aggregation_options": {"conflict_source": "gradient"}, "gradient_probe": False},
+            "`gradient_probe` must not be False",
+        ),
         ({"probe_every": 0}, "`probe_every` must be at least 1"),
     ],
 )

@@ -76,7 +76,7 @@ def test_settings_that_do_not_fit_the_model_or_the_rewards(pipeline, dataset, lo
         ({"noise_level": 0.0}, "`noise_level` must be positive"),
         ({"timestep_batch_size": 0}, "`timestep_batch_size`"),
         ({"ema_decay": 1.5}, "`ema_decay`"),
-        ({"priority_temperature": -1.0}, "priority_temperature"),
+        ({"aggregation_options": {"priority_temperature": -1.0}}, "priority_temperature"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"updates_per_iteration": 2, "generation_batch_size": None}, "needs `generation_batch_size`"),
         ({"updates_per_iteration": 2, "gradient_accumulation_steps": 2}, "leave out the other"),

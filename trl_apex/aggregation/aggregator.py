@@ -11,17 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from . import rules
-from .checks import checked_batch, checked_options, checked_weights
 from .conflict import cosines, score_correlation
-from .diagnostics import (
-    Aggregated,
-    batch_metrics,
-    complaints,
-    hijack_shares,
-    intended_shares,
-    pair_metrics,
-    streaks,
-)
+from .metrics import Aggregated, batch_metrics, complaints, hijack_shares, next_report
 from .normalize import (
     GroupMoments,
     Groups,
@@ -30,21 +21,22 @@ from .normalize import (
     centre_in_group,
     group_moments,
     group_rows,
+    implausible,
     pooled_variance,
     share_weights,
 )
-from .options import GRADIENT_RULES, RULES
-from .outliers import implausible
-from .schedule import observe_batch, presence, reprioritize
-from .state import AggregatorState
-from .surgery import gramian_weights
+from .options import ApexOptions, checked_batch, checked_options, checked_weights, option_table
+from .priority import observe_batch, presence, reprioritize, reweighted
+from .rules import GRADIENT_RULES, RULES
+from .state import PriorityState, ReportState, from_plain, to_plain
 
 
 class MultiObjectiveRewardAggregator:
-    r"""Turns several rewards per sample into one advantage per sample, by APEX or by a baseline rule.
+    r"""Turns several rewards per sample into one advantage per sample, by APEX or by another rule.
 
     It needs no trainer and gathers nothing itself: give it the rewards of all ranks, on every rank, and all ranks hold
-    the same state. The arithmetic runs in float64 on the CPU, so that it is the same on every device.
+    the same state. Rewards are moved to the CPU once and statistics are float64, so the result is the same on every
+    device; the advantages come back on the device of the rewards.
 
     Args:
         objectives (`list[str]`): a name for each column of the rewards.
@@ -53,13 +45,13 @@ class MultiObjectiveRewardAggregator:
             does. A weight of 0 means: watch, but do not train on it.
         rule (`str`): "apex", "sum_then_normalize", "normalize_then_sum", "weighted_advantages", "dvao", "mgda",
             "upgrad", "pcgrad" or "cagrad".
-        **options: the fields of [`ApexOptions`].
+        options ([`ApexOptions`] or `dict`, *optional*): everything else; listed below.
 
     Raises:
         ValueError: for unknown rules and options, or weights that do not fit.
 
     Example:
-        >>> aggregator = MultiObjectiveRewardAggregator(["ocr", "pickscore"])
+        >>> aggregator = MultiObjectiveRewardAggregator(["ocr", "pickscore"], options={"warmup_iterations": 5})
         >>> rewards = torch.tensor([[0.0, 21.0], [1.0, 21.5], [0.5, 22.0], [0.5, 20.0]])
         >>> advantages, metrics = aggregator(rewards, torch.tensor([0, 0, 1, 1]))
         >>> [round(value, 2) for value in advantages.tolist()]
@@ -76,7 +68,8 @@ class MultiObjectiveRewardAggregator:
         objectives: list[str],
         weights: list[float] | None = None,
         rule: str = "apex",
-        **options: Any,
+        options: ApexOptions | dict[str, Any] | None = None,
+        **flat: Any,
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"`rule` must be one of {', '.join(RULES)}. Found {rule!r}. Pass one of these.")
@@ -86,26 +79,33 @@ class MultiObjectiveRewardAggregator:
             )
         self.objectives = list(objectives)
         self.rule = rule
-        self.options = checked_options(self.objectives, options)
+        self.options = checked_options(self.objectives, options, flat)
         self._raw_weights = checked_weights(self.objectives, weights, rule)
-        self._weights = self._raw_weights / self._raw_weights.abs().sum()
-        self._state = AggregatorState.initial(self._weights, self.options.conflict_margin)
+        self._state = PriorityState.initial(self._weights, self.options.conflict_margin)
+        self._report = ReportState.initial(self._weights)
         self._scores: Tensor | None = None
-        self._effective = self._weights
-        self._measured: Tensor | None = None
-        self._warned: set[str] = set()
+        self._warned: set[str] = set()  # of this process: a resumed run warns again, in its own log
 
     # What it knows
 
     @property
+    def weights(self) -> list[float]:
+        """The user's weights. Setting them between two batches, as annealing does, counts from the next batch on."""
+        return self._raw_weights.tolist()
+
+    @weights.setter
+    def weights(self, weights: list[float]) -> None:
+        self._raw_weights = checked_weights(self.objectives, weights, self.rule)
+
+    @property
     def priorities(self) -> dict[str, float]:
         """The weight of each objective in the next batch, summing to one."""
-        return dict(zip(self.objectives, self._current_weights().tolist(), strict=True))
+        return self._named(self._current_weights(self._reweighted(self._state)))
 
     @property
     def effective_weights(self) -> dict[str, float]:
         """The mean weight of each objective over the rows of the last batch, the weights of the missing shared out."""
-        return dict(zip(self.objectives, self._effective.tolist(), strict=True))
+        return self._named(self._report.effective)
 
     @property
     def normalized(self) -> Float[Tensor, "B K"] | None:
@@ -119,40 +119,33 @@ class MultiObjectiveRewardAggregator:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers, lists and strings, exact through JSON."""
-        return {"objectives": list(self.objectives), "rule": self.rule, **self._state.to_dict()}
+        names = {"objectives": list(self.objectives), "rule": self.rule}
+        return {**names, **to_plain(self._state), **to_plain(self._report)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state.
+        """Take over a state, of this version or of 0.1.0. The weights stay those of this aggregator.
 
         Raises:
-            ValueError: if it was saved for other objectives, another order of them, or another rule.
+            ValueError: if it was saved for other objectives, another order of them, or another rule, or is incomplete.
         """
-        if list(state["objectives"]) != self.objectives:
-            raise ValueError(
-                f"The saved state must be for the objectives {self.objectives}, in that order. "
-                f"Found {list(state['objectives'])}. Pass the rewards in the saved order, or start without the state."
-            )
-        if state["rule"] != self.rule:
-            raise ValueError(
-                f"The saved state must be for the rule {self.rule!r}. Found {state['rule']!r}. "
-                "Resume with the saved rule, or start without the state."
-            )
-        missing = sorted(self._state.to_dict().keys() - state.keys())
-        if missing:
-            raise ValueError(
-                f"The saved state must hold every field of {type(self._state).__name__}. Found none of "
-                f"{', '.join(missing)}. It was cut, or saved by another version: start without the state."
-            )
-        self._state = self._state.loaded(state)
+        for name, own in (("objectives", self.objectives), ("rule", self.rule)):
+            if name not in state:
+                raise ValueError(
+                    f"The saved state must hold `{name}`. Found {', '.join(state) or 'nothing'}. Pass what "
+                    "`state_dict()` returned, or start without the state."
+                )
+            if state[name] != own:
+                raise ValueError(
+                    f"The saved state must be for the {name} {own!r}. Found {state[name]!r}. "
+                    f"Resume with the saved {name}{', in that order' if name == 'objectives' else ''}, or start without "
+                    "the state."
+                )
+        self._state, self._report = from_plain(self._state, state), from_plain(self._report, state)
 
     # What happens
 
     def __call__(
-        self,
-        rewards: Tensor,
-        group_ids: Tensor,
-        mask: Tensor | None = None,
-        update: bool = True,
+        self, rewards: Tensor, group_ids: Tensor, mask: Tensor | None = None, update: bool = True
     ) -> tuple[Float[Tensor, " B"], dict[str, float]]:
         """Aggregate one batch.
 
@@ -169,44 +162,55 @@ class MultiObjectiveRewardAggregator:
         Raises:
             ValueError: if the shapes do not fit.
         """
+        options, apex = self.options, self.rule == "apex"
         values, valid = checked_batch(self.objectives, rewards, group_ids, mask)
-        apex, absurd = self.rule == "apex", torch.zeros_like(valid)
+        state, absurd = self._reweighted(self._state), torch.zeros_like(valid)
         if apex:
-            absurd = implausible(values.double(), valid, self._state, self.options.outlier_limit)
+            absurd = implausible(values.double(), valid, state.slow.value, state.widest, options.outlier_limit)
             valid = valid & ~absurd
             values = torch.where(valid, values, torch.nan)
+
         groups = group_rows(group_ids.cpu())
-        moments = group_moments(values.double(), valid, groups, self.options.dead_tolerance)
-        present = presence(moments, groups.sizes.double(), self.options.max_missing)
-        state = observe_batch(self._state, moments, present.held, self.options)
-        batch = self._apex(state, moments, groups, valid, state.priorities) if apex else self._baseline(values, groups)
-        state = self._observe_correlation(state, batch.scores, valid & ~moments.dead[groups.index], present.held)
+        moments = group_moments(values.double(), valid, groups, options.dead_tolerance)
+        present = presence(moments, groups.sizes.double(), options.max_missing)
+        state = observe_batch(state, moments, present.held, options)
+        batch = self._apex(state, moments, groups, valid) if apex else self._baseline(state, values, groups)
+        if not (apex and options.conflict_source != "advantage"):
+            state = self._observe_correlation(state, batch.scores, valid & ~moments.dead[groups.index], present.held)
+
         shares = hijack_shares(batch.contributions)
-        state = self._count_streaks(state, batch, shares, present.absent)
-        state, terms = reprioritize(state, self._weights, self.options) if apex else (state, None)
         effective = share_weights(batch.weights.abs(), valid).mean(0)
+        report = next_report(self._report, shares, effective, state.dead_fraction, present.absent, options.warn_share)
+        scores = batch.scores.double()
+        columns = {
+            "priority": batch.weights,
+            "effective_weight": effective,
+            "hijack_share": shares,
+            "advantage_std": ((scores * scores).sum(0) / valid.sum(0).clamp(min=1)).sqrt(),
+            "live_groups": present.live_groups,
+            "missing": 1 - valid.double().mean(0),
+        }
+        if apex:
+            state, terms = reprioritize(state, options)
+            columns |= {"potential": terms.potential, "conflict_penalty": terms.penalty, "need": terms.need}
         if update:
-            self._state, self._effective = state, effective
+            self._state, self._report = state, report
             self._scores = batch.scores.to(rewards.device, torch.float32)
-            for text in complaints(self.objectives, self.options, state, present.sparse, absurd.any(0)):
+            texts = complaints(self.objectives, self.rule, options, state, report, present.sparse, absurd.any(0))
+            for text in texts:
                 if text not in self._warned:
                     self._warned.add(text)
                     warnings.warn(text, UserWarning, stacklevel=2)
-        metrics = batch_metrics(self.objectives, self.options, state, batch, shares, effective, valid, terms)
-        if self._measured is not None:
-            metrics |= pair_metrics("gradient_conflict", self.objectives, self._measured)
+        metrics = batch_metrics(self.objectives, batch, columns, state.conflict.value, report)
         return batch.advantages.to(rewards.device, torch.float32), metrics
 
     def observe_conflict(
-        self,
-        matrix: Tensor,
-        standard_error: Tensor | None = None,
-        samples: int | None = None,
+        self, matrix: Tensor, standard_error: Tensor | None = None, samples: int | None = None
     ) -> None:
         r"""Take in a Gram matrix of the objectives' gradients, or its cosines.
 
-        With `conflict_source` "gradient" or "population" it drives the conflict penalty; with "mgda", "upgrad",
-        "pcgrad" and "cagrad" it gives the weights; otherwise it is only logged, as `gradient_conflict/{a}/{b}`.
+        With the rule "apex" and `conflict_source` "gradient" or "population" it drives the conflict penalty; with "mgda",
+        "upgrad", "pcgrad" and "cagrad" it gives the weights; otherwise it is only logged, as `gradient_conflict/{a}/{b}`.
 
         Args:
             matrix (`Tensor` of shape `[K, K]`): inner products or cosines; NaN = not known, held.
@@ -224,15 +228,13 @@ class MultiObjectiveRewardAggregator:
             )
         gramian = matrix.detach().to("cpu", torch.float64)
         measured = cosines(gramian) if bool((gramian.diagonal() > 0).any()) else torch.full_like(gramian, torch.nan)
-        self._measured = measured
+        self._report = replace(self._report, measured=measured)
         options, state = self.options, self._state
         if self.rule in GRADIENT_RULES:
             if bool(gramian.isfinite().all()):
-                weights = self._solve(gramian)
-                self._state = replace(
-                    state, gradient_weights=state.gradient_weights.update(weights, options.gradient_ema)
-                )
-        elif options.conflict_source != "advantage":
+                known = state.gradient_weights.update(self._solve(gramian), options.gradient_ema)
+                self._state = replace(state, gradient_weights=known)
+        elif self.rule == "apex" and options.conflict_source != "advantage":
             decay = 0.0 if options.conflict_source == "population" else options.conflict_ema
             noise = torch.zeros_like(measured)
             if standard_error is not None:
@@ -248,33 +250,39 @@ class MultiObjectiveRewardAggregator:
 
     # The steps of one batch
 
-    def _current_weights(self) -> Float[Tensor, " K"]:
-        if self.rule == "apex":
-            return self._state.priorities
-        if self.rule in GRADIENT_RULES and self._gradient_known:
-            return self._state.gradient_weights.value / self._state.gradient_weights.value.sum()
-        return self._weights
-
     @property
-    def _gradient_known(self) -> bool:
-        return bool(self._state.gradient_weights.value.isfinite().all())
+    def _weights(self) -> Float[Tensor, " K"]:
+        return self._raw_weights / self._raw_weights.abs().sum()
+
+    def _named(self, values: Float[Tensor, " K"]) -> dict[str, float]:
+        return dict(zip(self.objectives, values.tolist(), strict=True))
+
+    def _reweighted(self, state: PriorityState) -> PriorityState:
+        """The state for the user's weights of now, which may have changed since the last batch."""
+        weights = self._weights
+        if torch.equal(weights, state.weights):
+            return state
+        priorities = weights
+        if self.rule == "apex":
+            priorities = reweighted(state.priorities, state.weights, weights, self.options.priority_floor)
+        return replace(state, weights=weights, priorities=priorities)
+
+    def _current_weights(self, state: PriorityState) -> Float[Tensor, " K"]:
+        if self.rule == "apex":
+            return state.priorities
+        known = state.gradient_weights.value
+        return known / known.sum() if self.rule in GRADIENT_RULES and bool(known.isfinite().all()) else self._weights
 
     def _solve(self, gramian: Float[Tensor, "K K"]) -> Float[Tensor, " K"]:
         options = self.options
-        return gramian_weights(
+        return rules.gramian_weights(
             self.rule, gramian, self._weights, options.unit_gradients, options.cagrad_c, self._state.iteration
         )
 
     def _apex(
-        self,
-        state: AggregatorState,
-        moments: GroupMoments,
-        groups: Groups,
-        valid: Bool[Tensor, "B K"],
-        weights: Float[Tensor, " K"],
+        self, state: PriorityState, moments: GroupMoments, groups: Groups, valid: Bool[Tensor, "B K"]
     ) -> Aggregated:
-        options = self.options
-        scores = moments.centred
+        options, weights, scores = self.options, state.priorities, moments.centred
         if options.normalize_objectives:
             scale = torch.where(state.scale.isnan(), pooled_variance(moments).sqrt().nan_to_num(nan=0.0), state.scale)
             scores = adaptive_normalize(moments, groups, scale, options.scale_blend, options.z_clip)
@@ -284,44 +292,32 @@ class MultiObjectiveRewardAggregator:
         advantages = contributions.sum(1)
         if options.normalize_advantages:
             advantages = batch_normalize(advantages, present, weights, options.norm_floor)
+        clipped = advantages.abs() >= options.advantage_clip
         advantages = advantages.clamp(-options.advantage_clip, options.advantage_clip)
-        return Aggregated(scores, contributions, advantages, weights)
+        return Aggregated(scores, contributions, advantages, weights, clipped)
 
-    def _baseline(self, values: Float[Tensor, "B K"], groups: Groups) -> Aggregated:
-        values = rules.wide_enough(values)
-        options, raw = self.options, self._raw_weights.to(values.dtype)
-        if self.rule == "sum_then_normalize":
-            scores, advantages = rules.sum_then_normalize(
-                values, raw, groups, options.scale_rewards, options.std_epsilon
-            )
-        elif self.rule == "weighted_advantages":
-            scores, advantages = rules.weighted_advantages(
-                values, raw, groups, options.scale_rewards, options.std_epsilon
-            )
-        elif self.rule == "dvao":
-            scores, advantages = rules.dvao(values, raw, groups, options.std_epsilon)
-        else:
-            scores, advantages = rules.normalize_then_sum(values, raw, groups, options.std_epsilon)
-        weights = self._weights
-        if self.rule in GRADIENT_RULES:
-            # Before a Gram matrix is measured, that of the scores stands in: a batch's gradients are as correlated as
-            # its scores.
-            wide = scores.double()
-            weights = self._current_weights() if self._gradient_known else self._solve(wide.T @ wide)
+    def _baseline(self, state: PriorityState, values: Float[Tensor, "B K"], groups: Groups) -> Aggregated:
+        values, rule = rules.wide_enough(values), rules.TABLE[self.rule]
+        extra = {name: getattr(self.options, name) for name in rule.options}
+        scores, advantages = rule.function(values, self._raw_weights.to(values.dtype), groups, **extra)
+        weights = self._current_weights(state)
+        if rule.solver:
+            if not bool(state.gradient_weights.value.isfinite().all()):
+                # Before a Gram matrix is measured, that of the scores stands in: a batch's gradients are as correlated
+                # as its scores.
+                weights = self._solve(scores.double().T @ scores.double())
             used = (weights * len(weights)).to(values.dtype)
-            advantages = rules.normalize_then_sum(values, used, groups, options.std_epsilon)[1]
-        contributions = scores.double() * weights
-        return Aggregated(scores, contributions, advantages, weights)
+            advantages = rule.function(values, used, groups, **extra)[1]
+        never = torch.zeros_like(advantages, dtype=torch.bool)
+        return Aggregated(scores, scores.double() * weights, advantages, weights, never)
 
     def _observe_correlation(
         self,
-        state: AggregatorState,
+        state: PriorityState,
         scores: Float[Tensor, "B K"],
         live: Bool[Tensor, "B K"],
         held: Bool[Tensor, " K"],
-    ) -> AggregatorState:
-        if self.rule == "apex" and self.options.conflict_source != "advantage":
-            return state
+    ) -> PriorityState:
         correlation, shared = score_correlation(scores.double(), live)
         known = correlation.isfinite() & ~(held[:, None] | held[None, :])
         margin = (2 / shared.clamp(min=1.0).sqrt()).clamp(self.options.conflict_margin, 0.99)
@@ -331,10 +327,5 @@ class MultiObjectiveRewardAggregator:
             margin=torch.where(known, margin, state.margin),
         )
 
-    def _count_streaks(
-        self, state: AggregatorState, batch: Aggregated, shares: Float[Tensor, " K"], absent: Bool[Tensor, " K"]
-    ) -> AggregatorState:
-        intended = intended_shares(batch.weights)
-        owned = (shares > self.options.warn_share) & (intended <= self.options.warn_share)
-        silent = torch.where(absent, state.silent, streaks(state.silent, state.dead_fraction == 1))
-        return replace(state, owned=streaks(state.owned, owned), silent=silent)
+
+MultiObjectiveRewardAggregator.__doc__ = f"{MultiObjectiveRewardAggregator.__doc__}\n    Options:{option_table()}\n"

@@ -1,4 +1,7 @@
-"""Dual-stage normalization: each objective inside its group, then the weighted sum over the batch."""
+"""Dual-stage normalization: each objective inside its group, then the weighted sum over the batch.
+
+Shapes: B rows in P groups (one per prompt), K objectives. Everything is computed where the inputs are, in their dtype.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +43,10 @@ class Groups:
 
 
 def group_rows(group_ids: Int[Tensor, " B"]) -> Groups:
-    """Number the groups of a batch from the ids of its rows.
+    """Number the groups of a batch from the ids of its rows, in ascending order of id.
 
     Args:
         group_ids (`Tensor` of shape `[B]`): any integers; rows with the same id were made from the same prompt.
-
-    Returns:
-        [`Groups`]: with groups in ascending order of id.
 
     Example:
         >>> group_rows(torch.tensor([7, 7, 3])).index.tolist()
@@ -54,6 +54,47 @@ def group_rows(group_ids: Int[Tensor, " B"]) -> Groups:
     """
     _, index, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
     return Groups(index, sizes)
+
+
+def implausible(
+    rewards: Float[Tensor, "B K"],
+    valid: Bool[Tensor, "B K"],
+    centre: Float[Tensor, " K"],
+    unit: Float[Tensor, " K"],
+    limit: float,
+) -> Bool[Tensor, "B K"]:
+    r"""Find rewards more than `limit` spreads away from what their objective has been like: \(|r_{ik} - q_k| > L S_k\).
+
+    One reward of 1e30 among values near 1 would own the moving averages for more than a thousand iterations.
+
+    Args:
+        rewards (`Tensor` of shape `[B, K]`): anything where not valid.
+        valid (`Tensor` of shape `[B, K]`): true where there is a finite reward.
+        centre (`Tensor` of shape `[K]`): \(q\), the objective's mean so far. Where it is NaN or `unit` is 0, the batch's
+            median stands in, and for `unit` the lower quartile of the distances from it that are not zero.
+        unit (`Tensor` of shape `[K]`): \(S\), the largest spread so far.
+        limit (`float`): \(L\); infinite to keep everything.
+
+    Returns:
+        `Tensor` of shape `[B, K]`
+
+    Example:
+        >>> rewards, unknown = torch.tensor([[1.0], [2.0], [3.0], [1e30]], dtype=torch.float64), torch.zeros(1).double()
+        >>> implausible(rewards, rewards.isfinite(), unknown, unknown, 1e9).flatten().tolist()
+        [False, False, False, True]
+    """
+    if limit == math.inf:
+        return torch.zeros_like(valid)
+    known = torch.where(valid, rewards, torch.nan)
+    remembered = (unit > 0) & centre.isfinite()
+    if not bool(remembered.all()):
+        middle = known.nanmedian(0).values
+        distance = (known - middle).abs()
+        ordered = torch.where(distance > 0, distance, torch.nan).sort(0).values  # NaN last
+        quarter = ((ordered.isfinite().sum(0) - 1).clamp(min=0) // 4)[None]
+        centre = torch.where(remembered, centre, middle)
+        unit = torch.where(remembered, unit, ordered.gather(0, quarter)[0])
+    return (known - centre).abs() > limit * unit
 
 
 @dataclass(frozen=True)
@@ -92,9 +133,6 @@ def group_moments(
         groups ([`Groups`]): the groups of the rows.
         tolerance (`float`): spread below which a group counts as constant, relative to its mean.
 
-    Returns:
-        [`GroupMoments`]
-
     Example:
         >>> rewards = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
         >>> moments = group_moments(rewards, torch.ones(2, 2, dtype=torch.bool), group_rows(torch.tensor([0, 0])))
@@ -113,15 +151,9 @@ def group_moments(
 
 
 def pooled_variance(moments: GroupMoments) -> Float[Tensor, " K"]:
-    r"""Within-group variance pooled over the live groups; NaN where an objective has none.
+    r"""Within-group variance pooled over the live groups, in squared reward units; NaN where an objective has none.
 
     $$\frac{\sum_{p\,\text{live}} n_{pk} s^2_{pk}}{\sum_{p\,\text{live}} n_{pk}}$$
-
-    Args:
-        moments ([`GroupMoments`]): the groups' statistics.
-
-    Returns:
-        `Tensor` of shape `[K]`, in squared reward units.
 
     Example:
         >>> mask, groups = torch.ones(4, 1, dtype=torch.bool), group_rows(torch.tensor([0, 0, 1, 1]))
@@ -140,9 +172,9 @@ def adaptive_normalize(
     $$\sigma_{pk} = \sqrt{\frac{n_{pk} s^2_{pk} + \nu_p S_k^2}{n_{pk} + \nu_p}}, \qquad
     z_{ik} = \mathrm{clip}\left(\frac{d_{ik}}{\sigma_{pk} + 10^{-4} S_k}, \pm c\right), \qquad \nu_p = \beta G_p$$
 
-    with \(\beta\) = `blend`, \(G_p\) the size of the group, \(S_k\) = `scale`, \(c\) = `clip`. At `blend = 0` this is
-    the group's standard deviation; at infinity the pooled within-group one. In between, a nearly constant group keeps
-    nearly zero scores instead of having its noise blown up to unit variance.
+    with \(G_p\) the size of the group. At \(\beta = 0\) the scale is the group's standard deviation; at infinity it is the
+    pooled within-group one. In between, a nearly constant group keeps nearly zero scores instead of having its noise
+    blown up to unit variance.
 
     Args:
         moments ([`GroupMoments`]): the groups' statistics.
@@ -177,13 +209,9 @@ def adaptive_normalize(
 
 
 def share_weights(weights: Float[Tensor, " K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-    r"""Each row's weights over the objectives it has: the weights of the missing are shared out.
+    r"""Each row's weights over the objectives it has; the weights of the missing are shared out.
 
     $$w_{ik} = \frac{w_k M_{ik}}{\sum_j w_j M_{ij}}$$
-
-    Args:
-        weights (`Tensor` of shape `[K]`): non-negative.
-        mask (`Tensor` of shape `[B, K]`): true where the reward is valid.
 
     Returns:
         `Tensor` of shape `[B, K]`: rows sum to one, or to zero where no weighted objective is there.
@@ -202,14 +230,6 @@ def centre_in_group(
 ) -> Float[Tensor, "B K"]:
     """Subtract each group's mean over the rows that are present; absent rows become 0.
 
-    Args:
-        contributions (`Tensor` of shape `[B, K]`): what each objective adds to each row's advantage.
-        present (`Tensor` of shape `[B]`): true where the row has a weighted objective.
-        groups ([`Groups`]): the groups of the rows.
-
-    Returns:
-        `Tensor` of shape `[B, K]`
-
     Example:
         >>> groups = group_rows(torch.tensor([0, 0]))
         >>> centre_in_group(torch.tensor([[1.0], [3.0]]), torch.tensor([True, True]), groups).tolist()
@@ -221,27 +241,20 @@ def centre_in_group(
 
 
 def batch_normalize(
-    total: Float[Tensor, " B"],
-    present: Bool[Tensor, " B"],
-    weights: Float[Tensor, " K"],
-    floor: float = 0.5,
+    total: Float[Tensor, " B"], present: Bool[Tensor, " B"], weights: Float[Tensor, " K"], floor: float = 0.5
 ) -> Float[Tensor, " B"]:
-    r"""Stage 2: bring the weighted sum to unit size over the batch, but never by blowing up what has cancelled.
+    r"""Stage 2: bring the weighted sum to unit size over the batch, with a floor under the divisor.
 
-    $$D = \max(\mathrm{rms}_{batch}(A),\ \kappa \lVert w \rVert_2,\ 10^{-12}), \qquad
-    \hat A_i = A_i / D$$
+    $$\hat A_i = A_i / D, \qquad D = \max(\mathrm{rms}_{batch}(A),\ \kappa \lVert w \rVert_2,\ 10^{-12})$$
 
-    \(\lVert w \rVert_2\) is the size that the sum has when the objectives are uncorrelated; when they oppose
-    each other the sum shrinks below it, and an unfloored division would train on what noise is left.
+    \(\lVert w \rVert_2\) is the size that the sum has when the objectives are uncorrelated. When they oppose each other
+    the sum shrinks below it, and a division without a floor would train on the noise that is left.
 
     Args:
         total (`Tensor` of shape `[B]`): \(A\), the weighted sum, with group means removed.
         present (`Tensor` of shape `[B]`): true where the row has a weighted objective.
         weights (`Tensor` of shape `[K]`): \(w\), summing to one.
         floor (`float`): \(\kappa \ge 0\).
-
-    Returns:
-        `Tensor` of shape `[B]`
 
     Example:
         >>> total, there = torch.tensor([-2.0, 2.0]), torch.tensor([True, True])

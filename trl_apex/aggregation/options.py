@@ -1,25 +1,20 @@
-"""The options of the aggregator: flat, with their defaults, checked once."""
+"""The options of the aggregator in one object, and what is asked of everything that a user passes to it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-RULES = (
-    "apex",
-    "sum_then_normalize",
-    "normalize_then_sum",
-    "weighted_advantages",
-    "dvao",
-    "mgda",
-    "upgrad",
-    "pcgrad",
-    "cagrad",
-)
-GRADIENT_RULES = ("mgda", "upgrad", "pcgrad", "cagrad")
-SIGNED_RULES = ("sum_then_normalize", "normalize_then_sum", "weighted_advantages")  # negative weights make sense
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .rules import GRADIENT_RULES, RULES, SIGNED_RULES
+
+__all__ = ["AGGREGATION_OPTIONS", "GRADIENT_RULES", "RULES", "SIGNED_RULES", "ApexOptions", "option_table"]
 
 
 def _option(default: Any, doc: str) -> Any:
@@ -29,8 +24,6 @@ def _option(default: Any, doc: str) -> Any:
 @dataclass(kw_only=True)
 class ApexOptions:
     """Every choice that the abstract of arXiv 2601.06574 leaves open, and the settings of the baseline rules.
-
-    The `help` text of each field is in its metadata, so that a configuration class can mirror the fields one to one.
 
     Raises:
         ValueError: where a value is out of its range.
@@ -127,6 +120,8 @@ class ApexOptions:
     warn_share: float = _option(0.7, "Share of the advantage's variance above which one objective owns the training.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.scale_rewards, bool):  # as TRL accepts it
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -135,10 +130,17 @@ class ApexOptions:
                 )
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or math.isnan(value) or not low <= value <= high:
                 raise ValueError(
                     f"`{name}` must lie in [{low:g}, {high:g}]. Found {value!r}. Pass a value in that range."
                 )
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if isinstance(option.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"`{option.name}` must be True or False. Found {value!r}. Pass one of the two.")
+            if type(option.default) is int and not isinstance(value, int):
+                raise ValueError(f"`{option.name}` must be a whole number. Found {value!r}. Pass e.g. 10.")
         for name in ("scale_ema", "fast_ema", "slow_ema", "conflict_ema", "priority_ema", "gradient_ema"):
             if getattr(self, name) == 1:
                 raise ValueError(f"`{name}` must be below 1, or nothing is ever learned. Found 1. Pass e.g. 0.99.")
@@ -149,6 +151,40 @@ class ApexOptions:
             raise ValueError(
                 "`reward_targets` must be given with `need_mode='target'`. Found None. Pass one number per objective."
             )
+        if isinstance(self.reward_targets, list | tuple):
+            numbers = [isinstance(target, int | float) for target in self.reward_targets]
+        else:
+            numbers = [self.reward_targets is None]
+        if not all(numbers):
+            raise ValueError(
+                f"`reward_targets` must be a list of numbers. Found {self.reward_targets!r}. Pass one per objective."
+            )
+
+    @classmethod
+    def read(cls, given: ApexOptions | dict[str, Any] | None) -> ApexOptions:
+        """The options from an object, a dictionary of its fields, or None for the defaults.
+
+        Raises:
+            ValueError: for an unknown name or a value out of its range.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, dict | None):
+            raise ValueError(
+                f"The options must be an ApexOptions or a dictionary of its fields. Found {given!r}. "
+                "Pass e.g. {'scale_blend': 0.5}."
+            )
+        known = [option.name for option in dataclasses.fields(cls)]
+        unknown = sorted(map(str, set(given or {}) - set(known)))
+        if unknown:
+            raise ValueError(
+                f"Options must be fields of ApexOptions. Found {', '.join(unknown)}. Use one of: {', '.join(known)}."
+            )
+        return cls(**(given or {}))
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -192,3 +228,95 @@ _RANGES: dict[str, tuple[float, float]] = {
 AGGREGATION_OPTIONS: dict[str, tuple[Any, str]] = {
     option.name: (option.default, option.metadata["help"]) for option in dataclasses.fields(ApexOptions)
 }
+
+
+def option_table(indent: str = "    ") -> str:
+    """Every option with its default and what it does, for `help()`."""
+    rows = [f"{name} ({default!r}): {text}" for name, (default, text) in AGGREGATION_OPTIONS.items()]
+    return "".join(f"\n{indent}    {row}" for row in rows)
+
+
+ApexOptions.__doc__ = f"{ApexOptions.__doc__}\n    Args:{option_table()}\n"
+
+
+# What is asked of the aggregator's inputs
+
+
+def checked_options(
+    objectives: list[str], given: ApexOptions | dict[str, Any] | None, flat: dict[str, Any]
+) -> ApexOptions:
+    """The options as one object; a ValueError says what is wrong with them.
+
+    Args:
+        objectives (`list[str]`): the names.
+        given ([`ApexOptions`] or `dict`, *optional*): the options.
+        flat (`dict`): options passed as keywords of their own, as in 0.1.0.
+    """
+    if flat:
+        if given is not None:
+            raise ValueError(
+                f"Options must be passed in one place. Found `options` and {', '.join(flat)}. Pass all in `options`."
+            )
+        result = ApexOptions.read(flat)
+        warnings.warn(
+            f"Options of MultiObjectiveRewardAggregator are passed as one object. Found the keywords {', '.join(flat)}, "
+            f"which the next release will refuse. Pass options=ApexOptions({', '.join(f'{n}=...' for n in flat)}).",
+            FutureWarning,
+            stacklevel=3,
+        )
+    else:
+        result = ApexOptions.read(given)
+    targets = result.reward_targets
+    if targets is not None and len(targets) != len(objectives):
+        raise ValueError(
+            f"`reward_targets` must have one number per objective ({len(objectives)}). Found {len(targets)}. "
+            "Pass nan for an objective without a target."
+        )
+    return result
+
+
+def checked_weights(objectives: list[str], weights: list[float] | None, rule: str) -> Float[Tensor, " K"]:
+    """The user's weights as they were given, 1 each if they were not; a ValueError if they do not fit."""
+    if weights is None:
+        return torch.ones(len(objectives), dtype=torch.float64)
+    name = "`weights` (`reward_weights` of a trainer)"
+    given = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
+    if len(given) != len(objectives):
+        raise ValueError(
+            f"{name} must have one number per objective ({len(objectives)}). Found {len(given)}. "
+            f"Pass them in the order {objectives}."
+        )
+    if not bool(given.isfinite().all()) or not bool((given != 0).any()):
+        raise ValueError(f"{name} must be finite and not all zero. Found {given.tolist()}. Pass positive numbers.")
+    if rule not in SIGNED_RULES and bool((given < 0).any()):
+        raise ValueError(
+            f"{name} must not be negative with the rule {rule!r}. Found {given.tolist()}. Negate the reward instead, so "
+            f"that larger is better, or use a rule that takes negative weights: {', '.join(SIGNED_RULES)}."
+        )
+    return given
+
+
+def checked_batch(
+    objectives: list[str], rewards: Tensor, group_ids: Tensor, mask: Tensor | None
+) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
+    """The rewards on the CPU with NaN where missing, and where they are valid; a ValueError if shapes do not fit."""
+    size = len(objectives)
+    if rewards.ndim != 2 or rewards.shape[1] != size or not len(rewards):
+        raise ValueError(
+            f"`rewards` must have shape [B, K] with K = {size} ({', '.join(map(repr, objectives))}). "
+            f"Found {list(rewards.shape)}. Pass one column per objective, in that order."
+        )
+    if group_ids.ndim != 1 or len(group_ids) != len(rewards) or group_ids.is_floating_point():
+        raise ValueError(
+            f"`group_ids` must be integers of shape [{len(rewards)}], one per row of `rewards`. "
+            f"Found {list(group_ids.shape)} of {group_ids.dtype}. Pass the number of each row's prompt."
+        )
+    if mask is not None and mask.shape != rewards.shape:
+        raise ValueError(
+            f"`mask` must have the shape of `rewards`, {list(rewards.shape)}. Found {list(mask.shape)}. "
+            "Pass one boolean per reward."
+        )
+    values = rewards.detach().cpu()
+    values = values if values.dtype == torch.float64 else values.float()
+    valid = values.isfinite() if mask is None else values.isfinite() & mask.cpu()
+    return torch.where(valid, values, torch.nan), valid

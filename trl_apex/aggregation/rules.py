@@ -1,10 +1,17 @@
-"""The baseline rules: fixed weights, and weights from the gradients' Gram matrix.
+"""The rules that APEX is compared with: one function each, and one table that names them.
 
-Each static rule returns `(scores, advantages)`: what it sums per objective, and the result. They work in the dtype of
-the rewards and in TRL's order of operations, so that `sum_then_normalize` and `normalize_then_sum` give TRL's numbers.
+A rule takes `rewards` of shape `[B, K]` (NaN = missing), the user's `weights` of shape `[K]` as they were given, and the
+[`Groups`] of the rows. It returns the scores of shape `[B, K]`, which are what it sums per objective, and the advantages
+of shape `[B]`. The rules work on the device and in the dtype of the rewards and in TRL's order of operations, so that
+`sum_then_normalize` and `normalize_then_sum` give TRL's numbers to the last digits of float32.
+
+To add a rule, write its function here and give it a row in `TABLE`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -14,15 +21,248 @@ from .normalize import Groups
 
 LARGEST_SQUARED = 1e15  # in float32, the squares of much larger rewards overflow
 
+Scored = tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]
+
+
+def sum_then_normalize(
+    rewards: Float[Tensor, "B K"],
+    weights: Float[Tensor, " K"],
+    groups: Groups,
+    scale_rewards: str = "group",
+    std_epsilon: float = 1e-4,
+) -> Scored:
+    r"""Weighted sum of the raw rewards, normalized as one reward.
+
+    $$R_i = \sum_k w_k r_{ik}, \qquad A_i = \frac{R_i - \bar R_{group}}{\mathrm{std}(R) + \epsilon}$$
+
+    The standard deviation is that of the "group" or of the "batch"; with `scale_rewards="none"` nothing is divided.
+
+    Source: the default of `trl.GRPOTrainer`; Flow-GRPO (arXiv 2505.05470).
+
+    Example:
+        >>> from trl_apex.aggregation.normalize import group_rows
+        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
+        >>> sum_then_normalize(rewards, one, group_rows(torch.tensor([0, 0])), "none")[1].tolist()
+        [-1.0, 1.0]
+    """
+    summed = weighted_sum(rewards, weights)
+    mean, std = group_mean_std(summed[:, None], groups)
+    if scale_rewards == "batch":
+        std = nanstd(summed)[:, None].expand_as(mean) if len(summed) > 1 else torch.zeros_like(mean)
+    divisor = torch.ones_like(std) if scale_rewards == "none" else std + std_epsilon
+    filled = torch.where(summed.isnan()[:, None], torch.nan, rewards.nan_to_num(nan=0.0))
+    scores = (filled - group_mean_std(filled, groups)[0]) / divisor
+    advantages = (summed[:, None] - mean) / divisor
+    return scores.nan_to_num(nan=0.0), advantages[:, 0].nan_to_num(nan=0.0)
+
+
+def weighted_advantages(
+    rewards: Float[Tensor, "B K"],
+    weights: Float[Tensor, " K"],
+    groups: Groups,
+    scale_rewards: str = "group",
+    std_epsilon: float = 1e-4,
+) -> Scored:
+    r"""Weighted sum of each objective's own advantage, with no further normalization.
+
+    $$A_i = \sum_k w_k \frac{r_{ik} - \bar r_{group,k}}{\mathrm{std}_k(r) + \epsilon}$$
+
+    Source: MixGRPO and Pref-GRPO.
+
+    Example:
+        >>> from trl_apex.aggregation.normalize import group_rows
+        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
+        >>> weighted_advantages(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
+        [-0.707..., 0.707...]
+    """
+    mean, std = group_mean_std(rewards, groups)
+    if scale_rewards == "batch":
+        std = nanstd(rewards).expand_as(rewards) if len(rewards) > 1 else torch.zeros_like(mean)
+    scores = (rewards - mean) / (1.0 if scale_rewards == "none" else std + std_epsilon)
+    return scores.nan_to_num(nan=0.0), weighted_sum(scores, weights).nan_to_num(nan=0.0)
+
+
+def normalize_then_sum(
+    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, std_epsilon: float = 1e-4
+) -> Scored:
+    r"""Each objective standardized in its group, then the weighted sum standardized over the batch.
+
+    $$z_{ik} = \frac{r_{ik} - \bar r_{group,k}}{\mathrm{std}_{group,k} + \epsilon}, \qquad
+    A_i = \frac{\sum_k w_k z_{ik} - \mathrm{mean}_{batch}}{\mathrm{std}_{batch} + \epsilon}$$
+
+    Source: GDPO (arXiv 2601.05242); TRL's option of the same name.
+
+    Example:
+        >>> from trl_apex.aggregation.normalize import group_rows
+        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
+        >>> normalize_then_sum(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
+        [-0.707..., 0.707...]
+    """
+    mean, std = group_mean_std(rewards, groups)
+    scores = (rewards - mean) / (std + std_epsilon)
+    # A row whose rewards are all missing stays out; one that is alone in its group counts as zero, as in TRL.
+    summed = torch.where(rewards.isnan().all(1), torch.nan, (scores * weights).nansum(1))
+    std_batch = nanstd(summed) if len(summed) > 1 else torch.zeros_like(summed)
+    advantages = (summed - torch.nanmean(summed)) / (std_batch + std_epsilon)
+    return scores.nan_to_num(nan=0.0), advantages.nan_to_num(nan=0.0)
+
+
+def dvao(
+    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, std_epsilon: float = 1e-4
+) -> Scored:
+    r"""Weighted sum of centred rewards over the weighted sum of their group standard deviations.
+
+    $$A_i = \frac{\sum_k w_k (r_{ik} - \bar r_{group,k})}{\sum_k w_k\, \mathrm{std}_{group,k} + \epsilon}$$
+
+    Inside a group its direction is the plain sum's, so a large-scale reward still dominates.
+
+    Source: after arXiv 2605.25604.
+
+    Example:
+        >>> from trl_apex.aggregation.normalize import group_rows
+        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
+        >>> dvao(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
+        [-0.707..., 0.707...]
+    """
+    mean, std = group_mean_std(rewards, groups)
+    divisor = (weights * std).nansum(1, keepdim=True) + std_epsilon
+    scores = ((rewards - mean) / divisor).nan_to_num(nan=0.0)
+    return scores, (weights * scores).sum(1)
+
+
+# Weights from the Gram matrix of the objectives' gradients
+
+
+def gramian_weights(
+    rule: str,
+    gramian: Float[Tensor, "K K"],
+    weights: Float[Tensor, " K"],
+    unit_gradients: bool = True,
+    cagrad_c: float = 0.5,
+    seed: int = 0,
+) -> Float[Tensor, " K"]:
+    r"""The weights that a multi-gradient method gives to the objectives.
+
+    Solved on \(\tilde G_{kj} = K^2 \omega_k \omega_j G_{kj}\), the Gram matrix of the gradients scaled by the user's
+    weights, so that the result is a set of weights \(v_k \omega_k\) for the unscaled ones. Objectives whose gradient
+    is zero take no part, because a min-norm method would follow them alone and stand still. The weights are rescaled to
+    sum to one, because the advantages are normalized afterwards.
+
+    Args:
+        rule (`str`): "mgda", "upgrad", "pcgrad" or "cagrad".
+        gramian (`Tensor` of shape `[K, K]`): \(G\), inner products of the objectives' gradients.
+        weights (`Tensor` of shape `[K]`): \(\omega\), the user's, summing to one.
+        unit_gradients (`bool`): for "mgda", solve for gradients of unit length, as MARBLE does. The user's weights then
+            cancel out.
+        cagrad_c (`float`): for "cagrad", the radius of its search around the mean gradient.
+        seed (`int`): for "pcgrad", whose projections come in a random order; must be the same on all ranks.
+
+    Returns:
+        `Tensor` of shape `[K]`, summing to one.
+
+    Raises:
+        ImportError: if the rule's solver is TorchJD's and TorchJD is not installed.
+
+    Source: MGDA as in MARBLE (arXiv 2605.06507); UPGrad and CAGrad by TorchJD; PCGrad (arXiv 2001.06782).
+
+    Example:
+        >>> even = torch.tensor([0.5, 0.5], dtype=torch.float64)
+        >>> gramian_weights("mgda", torch.tensor([[4.0, 0.0], [0.0, 1.0]], dtype=torch.float64), even).tolist()
+        [0.333..., 0.666...]
+    """
+    solver = TABLE[rule].solver
+    if solver is None:
+        raise ValueError(f"`rule` must be one of {', '.join(GRADIENT_RULES)}. Found {rule!r}. Pass one of these.")
+    active = (weights > 0) & (gramian.diagonal() > 0)
+    if not bool(active.any()):
+        return weights.clone()
+    pick = active.nonzero()[:, 0]
+    scale = len(weights) * weights[pick]
+    if rule == "mgda" and unit_gradients:
+        scale = 1.0 / gramian.diagonal()[pick].sqrt()
+    scaled = gramian[pick][:, pick] * scale[:, None] * scale[None, :]
+    scaled = scaled / scaled.diagonal().mean()  # the solvers' tolerances are absolute
+    result = torch.zeros_like(weights)
+    result[pick] = solver(scaled, cagrad_c, seed).to(weights.dtype) * scale
+    total = float(result.sum())
+    return result / total if total > 1e-9 else weights.clone()
+
+
+def pcgrad_weights(gramian: Float[Tensor, "K K"], seed: int = 0) -> Float[Tensor, " K"]:
+    """PCGrad from the Gram matrix: each gradient is projected away from those it opposes, in a random order.
+
+    Example:
+        >>> pcgrad_weights(torch.tensor([[1.0, -0.5], [-0.5, 1.0]])).tolist()
+        [1.5, 1.5]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros_like(gramian[0])
+    for own in range(len(gramian)):
+        mix = torch.zeros_like(total)
+        mix[own] = 1.0
+        for other in torch.randperm(len(gramian), generator=generator).tolist():
+            product = gramian[other] @ mix
+            if other != own and product < 0:
+                mix[other] -= product / gramian[other, other]
+        total += mix
+    return total
+
+
+def _torchjd(name: str, **options: float) -> Callable[[Tensor], Tensor]:
+    try:
+        from torchjd import aggregation
+
+        return getattr(aggregation, name)(**options)
+    except ImportError as error:
+        raise ImportError(
+            f"The rules mgda, upgrad and cagrad need TorchJD and its solvers. Found them missing ({error}). "
+            'Run `pip install "trl_apex[gradient]"`.'
+        ) from error
+
+
+# The table
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of `TABLE`.
+
+    Args:
+        function (`Callable`): the rule.
+        options (`tuple[str, ...]`): the fields of [`ApexOptions`] that it takes as keywords.
+        signed (`bool`): whether a negative weight makes sense.
+        solver (`Callable`, *optional*): `(gramian, cagrad_c, seed) -> weights`, for weights from the gradients.
+    """
+
+    function: Callable[..., Scored]
+    options: tuple[str, ...] = ("std_epsilon",)
+    signed: bool = False
+    solver: Callable[[Tensor, float, int], Tensor] | None = None
+
+
+_SCALED = ("scale_rewards", "std_epsilon")
+TABLE = {
+    "sum_then_normalize": Rule(sum_then_normalize, _SCALED, signed=True),
+    "normalize_then_sum": Rule(normalize_then_sum, signed=True),
+    "weighted_advantages": Rule(weighted_advantages, _SCALED, signed=True),
+    "dvao": Rule(dvao),
+    "mgda": Rule(normalize_then_sum, solver=lambda gramian, _c, _seed: _torchjd("MGDAWeighting")(gramian)),
+    "upgrad": Rule(normalize_then_sum, solver=lambda gramian, _c, _seed: _torchjd("UPGradWeighting")(gramian)),
+    "pcgrad": Rule(normalize_then_sum, solver=lambda gramian, _c, seed: pcgrad_weights(gramian, seed)),
+    "cagrad": Rule(normalize_then_sum, solver=lambda gramian, c, _seed: _torchjd("CAGradWeighting", c=c)(gramian)),
+}
+RULES = ("apex", *TABLE)
+GRADIENT_RULES = tuple(name for name, rule in TABLE.items() if rule.solver)
+SIGNED_RULES = tuple(name for name, rule in TABLE.items() if rule.signed)
+
+
+# What the rules are made of
+
 
 def wide_enough(rewards: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
     """The rewards, in float64 where their squares would overflow float32 and every advantage come out as 0.
 
-    Args:
-        rewards (`Tensor` of shape `[B, K]`): NaN = missing.
-
-    Returns:
-        `Tensor` of shape `[B, K]`: of the same dtype otherwise, so that the rounding is TRL's.
+    Otherwise the dtype stays, so that the rounding is TRL's.
 
     Example:
         >>> wide_enough(torch.tensor([[1.0]])).dtype, wide_enough(torch.tensor([[1e30]])).dtype
@@ -39,8 +279,8 @@ def group_mean_std(values: Float[Tensor, "B K"], groups: Groups) -> tuple[Float[
         groups ([`Groups`]): the groups of the rows.
 
     Returns:
-        `tuple` of two `Tensor` of shape `[B, K]`; a standard deviation of fewer than two values is NaN, or 0 in a
-        group of one row.
+        `tuple` of two `Tensor` of shape `[B, K]`. A standard deviation of fewer than two values is NaN; in a group of one
+        row it is 0, as in TRL.
 
     Example:
         >>> from trl_apex.aggregation.normalize import group_rows
@@ -53,7 +293,7 @@ def group_mean_std(values: Float[Tensor, "B K"], groups: Groups) -> tuple[Float[
     starts = groups.sizes.cumsum(0) - groups.sizes
     for size in groups.sizes.unique().tolist():  # groups of one size form a dense block, so no padding is needed
         first = starts[groups.sizes == size]
-        rows = order[first[:, None] + torch.arange(size)]
+        rows = order[first[:, None] + torch.arange(size, device=first.device)]
         block = values[rows]
         middle = torch.nanmean(block, dim=1, keepdim=True)
         mean[rows] = middle.expand_as(block)
@@ -63,13 +303,6 @@ def group_mean_std(values: Float[Tensor, "B K"], groups: Groups) -> tuple[Float[
 
 def nanstd(values: Float[Tensor, " ..."], dim: int = 0) -> Float[Tensor, " ..."]:
     """Sample standard deviation of the valid values along `dim`, which is kept; NaN where there are fewer than two.
-
-    Args:
-        values (`Tensor`): NaN = missing.
-        dim (`int`): dimension to reduce to size one.
-
-    Returns:
-        `Tensor` with size one along `dim`.
 
     Example:
         >>> nanstd(torch.tensor([1.0, 3.0, float("nan")])).tolist()
@@ -84,159 +317,8 @@ def nanstd(values: Float[Tensor, " ..."], dim: int = 0) -> Float[Tensor, " ..."]
 def weighted_sum(values: Float[Tensor, "B K"], weights: Float[Tensor, " K"]) -> Float[Tensor, " B"]:
     """Weighted sum over the objectives that are there; NaN where none is.
 
-    Args:
-        values (`Tensor` of shape `[B, K]`): NaN = missing.
-        weights (`Tensor` of shape `[K]`): one per objective.
-
-    Returns:
-        `Tensor` of shape `[B]`
-
     Example:
         >>> weighted_sum(torch.tensor([[1.0, float("nan")]]), torch.tensor([2.0, 3.0])).tolist()
         [2.0]
     """
     return torch.where(values.isnan().all(1), torch.nan, (values * weights).nansum(1))
-
-
-def sum_then_normalize(
-    rewards: Float[Tensor, "B K"],
-    weights: Float[Tensor, " K"],
-    groups: Groups,
-    scale_rewards: str = "group",
-    epsilon: float = 1e-4,
-) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
-    r"""Weighted sum of the raw rewards, normalized as one reward.
-
-    $$R_i = \sum_k w_k r_{ik}, \qquad A_i = \frac{R_i - \bar R_{group}}{\mathrm{std}(R) + \epsilon}$$
-
-    Args:
-        rewards (`Tensor` of shape `[B, K]`): NaN = missing.
-        weights (`Tensor` of shape `[K]`): the user's, not normalized.
-        groups ([`Groups`]): the groups of the rows.
-        scale_rewards (`str`): standard deviation of the "group" or of the "batch", or "none".
-        epsilon (`float`): \(\epsilon\), in reward units.
-
-    Returns:
-        `tuple` of the scores of shape `[B, K]` and the advantages of shape `[B]`.
-
-    Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
-        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> sum_then_normalize(rewards, one, group_rows(torch.tensor([0, 0])), "none")[1].tolist()
-        [-1.0, 1.0]
-
-    Note:
-        The default of TRL (`trl.GRPOTrainer`) and the rule of Flow-GRPO (arXiv 2505.05470).
-    """
-    summed = weighted_sum(rewards, weights)
-    mean, std = group_mean_std(summed[:, None], groups)
-    if scale_rewards == "batch":
-        std = nanstd(summed)[:, None].expand_as(mean) if len(summed) > 1 else torch.zeros_like(mean)
-    divisor = torch.ones_like(std) if scale_rewards == "none" else std + epsilon
-    filled = torch.where(summed.isnan()[:, None], torch.nan, rewards.nan_to_num(nan=0.0))
-    scores = (filled - group_mean_std(filled, groups)[0]) / divisor
-    advantages = (summed[:, None] - mean) / divisor
-    return scores.nan_to_num(nan=0.0), advantages[:, 0].nan_to_num(nan=0.0)
-
-
-def weighted_advantages(
-    rewards: Float[Tensor, "B K"],
-    weights: Float[Tensor, " K"],
-    groups: Groups,
-    scale_rewards: str = "group",
-    epsilon: float = 1e-4,
-) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
-    r"""Weighted sum of each objective's own advantage, with no further normalization.
-
-    $$A_i = \sum_k w_k \frac{r_{ik} - \bar r_{group,k}}{\mathrm{std}_k(r) + \epsilon}$$
-
-    Args:
-        rewards (`Tensor` of shape `[B, K]`): NaN = missing.
-        weights (`Tensor` of shape `[K]`): the user's, not normalized.
-        groups ([`Groups`]): the groups of the rows.
-        scale_rewards (`str`): standard deviation of the "group" or of the "batch", or "none".
-        epsilon (`float`): \(\epsilon\), in reward units.
-
-    Returns:
-        `tuple` of the scores of shape `[B, K]` and the advantages of shape `[B]`.
-
-    Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
-        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> weighted_advantages(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
-        [-0.707..., 0.707...]
-
-    Note:
-        The rule of MixGRPO and Pref-GRPO.
-    """
-    mean, std = group_mean_std(rewards, groups)
-    if scale_rewards == "batch":
-        std = nanstd(rewards).expand_as(rewards) if len(rewards) > 1 else torch.zeros_like(mean)
-    scores = (rewards - mean) / (1.0 if scale_rewards == "none" else std + epsilon)
-    return scores.nan_to_num(nan=0.0), weighted_sum(scores, weights).nan_to_num(nan=0.0)
-
-
-def normalize_then_sum(
-    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, epsilon: float = 1e-4
-) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
-    r"""Each objective standardized in its group, then the weighted sum standardized over the batch.
-
-    $$z_{ik} = \frac{r_{ik} - \bar r_{group,k}}{\mathrm{std}_{group,k} + \epsilon}, \qquad
-    A_i = \frac{\sum_k w_k z_{ik} - \mathrm{mean}_{batch}}{\mathrm{std}_{batch} + \epsilon}$$
-
-    Args:
-        rewards (`Tensor` of shape `[B, K]`): NaN = missing.
-        weights (`Tensor` of shape `[K]`): the user's, not normalized.
-        groups ([`Groups`]): the groups of the rows.
-        epsilon (`float`): \(\epsilon\).
-
-    Returns:
-        `tuple` of the scores of shape `[B, K]` and the advantages of shape `[B]`.
-
-    Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
-        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> normalize_then_sum(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
-        [-0.707..., 0.707...]
-
-    Note:
-        GDPO (arXiv 2601.05242), TRL's option of the same name.
-    """
-    mean, std = group_mean_std(rewards, groups)
-    scores = (rewards - mean) / (std + epsilon)
-    # A row whose rewards are all missing stays out; one that is alone in its group counts as zero, as in TRL.
-    summed = torch.where(rewards.isnan().all(1), torch.nan, (scores * weights).nansum(1))
-    std_batch = nanstd(summed) if len(summed) > 1 else torch.zeros_like(summed)
-    advantages = (summed - torch.nanmean(summed)) / (std_batch + epsilon)
-    return scores.nan_to_num(nan=0.0), advantages.nan_to_num(nan=0.0)
-
-
-def dvao(
-    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, epsilon: float = 1e-4
-) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
-    r"""Weighted sum of centred rewards over the weighted sum of their group standard deviations.
-
-    $$A_i = \frac{\sum_k w_k (r_{ik} - \bar r_{group,k})}{\sum_k w_k\, \mathrm{std}_{group,k} + \epsilon}$$
-
-    Args:
-        rewards (`Tensor` of shape `[B, K]`): NaN = missing.
-        weights (`Tensor` of shape `[K]`): non-negative.
-        groups ([`Groups`]): the groups of the rows.
-        epsilon (`float`): \(\epsilon\), in reward units.
-
-    Returns:
-        `tuple` of the scores of shape `[B, K]` and the advantages of shape `[B]`.
-
-    Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
-        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> dvao(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
-        [-0.707..., 0.707...]
-
-    Note:
-        After arXiv 2605.25604. Inside a group its direction is the plain sum's: a large-scale reward still dominates.
-    """
-    mean, std = group_mean_std(rewards, groups)
-    divisor = (weights * std).nansum(1, keepdim=True) + epsilon
-    scores = ((rewards - mean) / divisor).nan_to_num(nan=0.0)
-    return scores, (weights * scores).sum(1)

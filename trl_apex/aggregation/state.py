@@ -1,14 +1,16 @@
-"""The aggregator's memory: small, explicit, and the same on every rank."""
+"""What the aggregator remembers from batch to batch: small, explicit, and the same on every rank."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+NEW_SINCE_0_1_0 = ("weights", "effective", "measured", "absent")  # missing from files of 0.1.0
 
 
 @dataclass(frozen=True)
@@ -16,10 +18,6 @@ class Average:
     r"""Bias-corrected moving averages, one per entry, each holding its value while nothing is observed.
 
     $$T \leftarrow \beta T + (1-\beta) x, \qquad W \leftarrow \beta W + (1-\beta), \qquad \bar x = T / W$$
-
-    Args:
-        total (`Tensor`): \(T\).
-        weight (`Tensor` of the same shape): \(W\), 0 where nothing was observed yet.
 
     Example:
         >>> average = Average.empty(2).update(torch.tensor([3.0, float("nan")], dtype=torch.float64), 0.9)
@@ -48,13 +46,14 @@ class Average:
 
 
 @dataclass(frozen=True)
-class AggregatorState:
-    """Everything the aggregator remembers from batch to batch, in float64.
+class PriorityState:
+    """What the method needs, in float64 on the CPU.
 
     It is computed from the gathered rewards alone, so it does not depend on the number of processes.
 
     Args:
         iteration (`int`): batches seen.
+        weights (`Tensor` of shape `[K]`): the user's weights that the priorities were made for, summing to one.
         priorities (`Tensor` of shape `[K]`): weights for the next batch, summing to one.
         variance ([`Average`] of shape `[K]`): pooled within-group variance.
         fast ([`Average`] of shape `[K]`): mean reward, short memory.
@@ -67,11 +66,10 @@ class AggregatorState:
         conflict ([`Average`] of shape `[K, K]`): correlation or cosine of the objectives.
         margin (`Tensor` of shape `[K, K]`): what counts as noise in `conflict`.
         gradient_weights ([`Average`] of shape `[K]`): weights from the gradients' Gram matrix.
-        owned (`Tensor` of shape `[K]`): batches in a row in which the objective owned the advantage's variance.
-        silent (`Tensor` of shape `[K]`): batches in a row in which all groups were dead for the objective.
     """
 
     iteration: int
+    weights: Float[Tensor, " K"]
     priorities: Float[Tensor, " K"]
     variance: Average
     fast: Average
@@ -84,16 +82,15 @@ class AggregatorState:
     conflict: Average
     margin: Float[Tensor, "K K"]
     gradient_weights: Average
-    owned: Float[Tensor, " K"]
-    silent: Float[Tensor, " K"]
 
     @classmethod
-    def initial(cls, weights: Float[Tensor, " K"], margin: float) -> AggregatorState:
+    def initial(cls, weights: Float[Tensor, " K"], margin: float) -> PriorityState:
         """The state before the first batch, at the user's weights."""
         n = len(weights)
-        zero, unknown = torch.zeros(n, dtype=torch.float64), torch.full((n,), torch.nan, dtype=torch.float64)
+        unknown = torch.full((n,), torch.nan, dtype=torch.float64)
         return cls(
             iteration=0,
+            weights=weights.clone(),
             priorities=weights.clone(),
             variance=Average.empty(n),
             fast=Average.empty(n),
@@ -102,12 +99,10 @@ class AggregatorState:
             first_mean=unknown,
             first_scale=unknown.clone(),
             largest_scale=unknown.clone(),
-            dead_fraction=zero,
+            dead_fraction=torch.zeros(n, dtype=torch.float64),
             conflict=Average.empty(n, n),
             margin=torch.full((n, n), margin, dtype=torch.float64),
             gradient_weights=Average.empty(n),
-            owned=zero.clone(),
-            silent=zero.clone(),
         )
 
     @property
@@ -115,13 +110,71 @@ class AggregatorState:
         """Pooled within-group standard deviation; NaN where no live group was seen."""
         return self.variance.value.sqrt()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and None, exact to the last bit through JSON."""
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+    @property
+    def widest(self) -> Float[Tensor, " K"]:
+        """The largest standard deviation known; 0 where none is."""
+        return torch.stack([self.scale, self.first_scale, self.largest_scale]).nan_to_num(nan=0.0).amax(0)
 
-    def loaded(self, plain: dict[str, Any]) -> AggregatorState:
-        """A state with this one's shapes and the numbers of `plain`."""
-        return replace(self, **{item.name: _like(getattr(self, item.name), plain[item.name]) for item in fields(self)})
+
+@dataclass(frozen=True)
+class ReportState:
+    """What logs and warnings need; no advantage depends on it.
+
+    Args:
+        owned (`Tensor` of shape `[K]`): batches in a row in which the objective owned the advantage's variance.
+        silent (`Tensor` of shape `[K]`): batches in a row in which all its groups were dead.
+        absent (`Tensor` of shape `[K]`): batches in a row without any reward of it.
+        effective (`Tensor` of shape `[K]`): mean weight over the rows of the last batch.
+        measured (`Tensor` of shape `[K, K]`): cosines of the gradients when last measured; NaN before.
+    """
+
+    owned: Float[Tensor, " K"]
+    silent: Float[Tensor, " K"]
+    absent: Float[Tensor, " K"]
+    effective: Float[Tensor, " K"]
+    measured: Float[Tensor, "K K"]
+
+    @classmethod
+    def initial(cls, weights: Float[Tensor, " K"]) -> ReportState:
+        """The state before the first batch."""
+        zero, n = torch.zeros(len(weights), dtype=torch.float64), len(weights)
+        measured = torch.full((n, n), torch.nan, dtype=torch.float64)
+        return cls(zero, zero.clone(), zero.clone(), weights.clone(), measured)
+
+
+State = TypeVar("State", PriorityState, ReportState)
+
+
+def to_plain(state: PriorityState | ReportState) -> dict[str, Any]:
+    """The fields as plain numbers, lists and None (for NaN), exact to the last bit through JSON."""
+    return {item.name: _plain(getattr(state, item.name)) for item in fields(state)}
+
+
+def from_plain(state: State, plain: dict[str, Any]) -> State:
+    """A state with the shapes of `state` and the numbers of `plain`.
+
+    Raises:
+        ValueError: names the fields that are missing or do not hold what they should.
+    """
+    names = [item.name for item in fields(state)]
+    missing = [name for name in names if name not in plain and name not in NEW_SINCE_0_1_0]
+    if missing:
+        raise ValueError(
+            f"The saved state must hold {', '.join(names)}. Found no {', '.join(missing)}. The file was cut, or saved by "
+            "another version: start without the state."
+        )
+    values = {}
+    for name in names:
+        if name in plain:
+            old = getattr(state, name)
+            try:
+                values[name] = _like(old, plain[name])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"`{name}` of the saved state must hold {_described(old)}. Found {str(plain[name])[:80]}. The file was "
+                    "damaged: start without the state, or from an older checkpoint."
+                ) from error
+    return replace(state, **values)
 
 
 def _plain(value: Any) -> Any:
@@ -146,3 +199,9 @@ def _numbers(plain: Any) -> Any:
     if isinstance(plain, list):
         return [_numbers(item) for item in plain]
     return math.nan if plain is None else float(plain)
+
+
+def _described(old: Any) -> str:
+    if isinstance(old, Average):
+        return f"`total` and `weight` with numbers of shape {list(old.total.shape)}"
+    return f"numbers of shape {list(old.shape)}" if isinstance(old, Tensor) else "a whole number"

@@ -1,16 +1,15 @@
 """Arguments of APEXTrainer."""
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..aggregation.options import GRADIENT_RULES, RULES, ApexOptions
+from ..aggregation.rules import GRADIENT_RULES, RULES
+from .aggregation_fields import AggregationFields
 from .diffusion_grpo_config import DiffusionGRPOConfig, _help
 
 
 @dataclass
-class APEXConfig(ApexOptions, DiffusionGRPOConfig):
-    """[`DiffusionGRPOConfig`] plus every option of the aggregator, under the same names ([`ApexOptions`]).
+class APEXConfig(AggregationFields, DiffusionGRPOConfig):
+    """[`DiffusionGRPOConfig`] plus the options of the aggregator: eight as fields, all of [`ApexOptions`] in one.
 
     `multi_objective_aggregation` is "apex" by default and may name any rule of
     [`MultiObjectiveRewardAggregator`], so that baselines run in the same trainer.
@@ -35,13 +34,14 @@ class APEXConfig(ApexOptions, DiffusionGRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self._plain_aggregation_options()
         DiffusionGRPOConfig.__post_init__(self)
-        ApexOptions.__post_init__(self)
-        needed = self.conflict_source != "advantage" or self.multi_objective_aggregation in GRADIENT_RULES
+        options = self._checked_aggregation_options()
+        needed = options.conflict_source != "advantage" or self.multi_objective_aggregation in GRADIENT_RULES
         self._check(
             not (needed and self.gradient_probe is False),
             "`gradient_probe` must not be False where gradients are asked for",
-            f"gradient_probe=False with conflict_source={self.conflict_source!r} and the rule "
+            f"gradient_probe=False with conflict_source={options.conflict_source!r} and the rule "
             f"{self.multi_objective_aggregation!r}",
             "Leave it out.",
         )
@@ -58,7 +58,3 @@ class APEXConfig(ApexOptions, DiffusionGRPOConfig):
     @classmethod
     def allowed_rules(cls) -> tuple[str, ...]:
         return RULES
-
-    def aggregator_options(self) -> dict[str, Any]:
-        """The options of the aggregator, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(ApexOptions)}

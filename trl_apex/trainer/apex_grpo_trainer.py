@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
 
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..distributed import local_slice
@@ -17,6 +18,13 @@ from .apex_grpo_config import APEXGRPOConfig
 
 AGGREGATOR_FILE = "aggregator_state.json"
 TRL_RULES = ("sum_then_normalize", "normalize_then_sum")
+CITATION = """\
+@article{chen2026apex,
+    title        = {{APEX: Learning Adaptive Priorities for Multi-Objective Alignment in Vision-Language Generation}},
+    author       = {Chen and others},
+    year         = 2026,
+    eprint       = {arXiv:2601.06574},
+}"""
 
 
 class APEXGRPOTrainer(GRPOTrainer):
@@ -54,14 +62,20 @@ class APEXGRPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "apex"]
     _name = "APEX"
+    _paper = {
+        "title": "APEX: Learning Adaptive Priorities for Multi-Objective Alignment in Vision-Language Generation",
+        "id": "2601.06574",
+        "citation": CITATION,
+    }
     args: APEXGRPOConfig
     num_generations: int
     num_generations_eval: int
     _logs: dict[str, Any]
 
     def __init__(self, model, reward_funcs=None, args: GRPOConfig | None = None, *positional, **kwargs):
-        if args is None:
-            args = APEXGRPOConfig(output_dir=f"{type(self).__name__}-output")
+        if args is None:  # as TRL names its own
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = APEXGRPOConfig(f"{name.split('/')[-1]}-APEX")
         elif not isinstance(args, APEXGRPOConfig):
             if not isinstance(args, GRPOConfig):
                 raise ValueError(
@@ -75,9 +89,9 @@ class APEXGRPOTrainer(GRPOTrainer):
         self.multi_objective_aggregation = rule if rule in TRL_RULES else "sum_then_normalize"
         self.aggregator = MultiObjectiveRewardAggregator(
             self.reward_func_names,
-            weights=None if args.reward_weights is None else self.reward_weights.tolist(),
+            weights=self.reward_weights.tolist(),
             rule=rule,
-            **args.aggregator_options(),
+            options=args.apex_options(),
         )
         self._gathered_rewards: Tensor | None = None
 
@@ -101,6 +115,7 @@ class APEXGRPOTrainer(GRPOTrainer):
         training = self.model.training
         group_size = self.num_generations if training else self.num_generations_eval
         groups = torch.arange(expected, device=rewards.device) // group_size
+        self.aggregator.weights = self.reward_weights.tolist()  # a callback may have changed them
         advantages, metrics = self.aggregator(rewards, groups, update=training)
         for name, value in metrics.items():
             self._metrics["train" if training else "eval"][name].append(value)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
-from ..aggregation.population import PopulationConflict
+from ..aggregation.conflict import PopulationConflict
 from ..distributed import all_reduce_sum
 from ..policy.transition import Transition
 from .apex_config import APEXConfig
@@ -52,15 +52,16 @@ class APEXTrainer(DiffusionGRPOTrainer):
             self.reward_func_names,
             weights=self.reward_weights.tolist(),
             rule=self.args.multi_objective_aggregation,
-            **self.args.aggregator_options(),
+            options=self.args.apex_options(),
         )
         self.probe: GradientProbe | None = None
         self.population = PopulationConflict(len(self.reward_func_names))
         if self.args.gradient_probe:
-            every = 1 if self.args.conflict_source == "population" else self.args.probe_every
+            every = 1 if self.aggregator.options.conflict_source == "population" else self.args.probe_every
             self.probe = GradientProbe(self.model, self.reward_func_names, self.args.probe_layers, every)
 
     def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.aggregator.weights = self.reward_weights.tolist()  # a callback may have changed them
         advantages, metrics = self.aggregator(rewards, group_ids)
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
@@ -93,7 +94,7 @@ class APEXTrainer(DiffusionGRPOTrainer):
         if result is None:
             return
         self._metrics["train"]["gradient_harmony"].append(result.harmony)
-        if self.args.conflict_source == "population" and result.cross is not None:
+        if self.aggregator.options.conflict_source == "population" and result.cross is not None:
             self.population.update(result.cross)
             cosine, error = self.population.estimate()
             self.aggregator.observe_conflict(cosine, standard_error=error)

@@ -1,4 +1,4 @@
-"""What the aggregated advantages are made of."""
+"""What a batch is logged with, and what the user is warned about."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .options import ApexOptions
-from .schedule import Terms
-from .state import AggregatorState
+from .state import PriorityState, ReportState
+
+NEVER_THERE_AFTER = 5  # batches without any reward of an objective that never had one
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class Aggregated:
         contributions (`Tensor` of shape `[B, K]`): what each adds to the sum, weighted.
         advantages (`Tensor` of shape `[B]`): the result.
         weights (`Tensor` of shape `[K]`): the weights used.
+        clipped (`Tensor` of shape `[B]`): true where the advantage was clipped.
     """
 
     scores: Float[Tensor, "B K"]
     contributions: Float[Tensor, "B K"]
     advantages: Float[Tensor, " B"]
     weights: Float[Tensor, " K"]
+    clipped: Bool[Tensor, " B"]
 
 
 def hijack_shares(contributions: Float[Tensor, "B K"]) -> Float[Tensor, " K"]:
@@ -57,12 +60,6 @@ def hijack_shares(contributions: Float[Tensor, "B K"]) -> Float[Tensor, " K"]:
 def intended_shares(weights: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
     r"""The shares that uncorrelated objectives of equal size would have: \(w_k^2 / \sum_j w_j^2\).
 
-    Args:
-        weights (`Tensor` of shape `[K]`): any, not all zero.
-
-    Returns:
-        `Tensor` of shape `[K]`, summing to one.
-
     Example:
         >>> intended_shares(torch.tensor([3.0, 1.0])).tolist()
         [0.899..., 0.100...]
@@ -73,12 +70,8 @@ def intended_shares(weights: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
 def hijack_index(shares: Float[Tensor, " K"], weights: Float[Tensor, " K"]) -> float:
     r"""How many times its intended share the greediest objective owns: \(\max_k \mathrm{share}_k \sum w^2 / w_k^2\).
 
-    Args:
-        shares (`Tensor` of shape `[K]`): from [`hijack_shares`].
-        weights (`Tensor` of shape `[K]`): \(w\); objectives with less than a hundredth of the largest do not count.
-
-    Returns:
-        `float`: 1 when every objective owns what was intended.
+    It is 1 when every objective owns what was intended. Objectives with less than a hundredth of the largest weight do not
+    count.
 
     Example:
         >>> hijack_index(torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5]))
@@ -88,83 +81,41 @@ def hijack_index(shares: Float[Tensor, " K"], weights: Float[Tensor, " K"]) -> f
     return float((shares[counted] / intended_shares(weights)[counted]).max())
 
 
-def streaks(old: Float[Tensor, " K"], condition: Bool[Tensor, " K"]) -> Float[Tensor, " K"]:
-    """Batches in a row in which a condition has held.
-
-    Args:
-        old (`Tensor` of shape `[K]`): the count before this batch.
-        condition (`Tensor` of shape `[K]`): whether it holds now.
-
-    Returns:
-        `Tensor` of shape `[K]`
-
-    Example:
-        >>> streaks(torch.tensor([3.0, 3.0]), torch.tensor([True, False])).tolist()
-        [4.0, 0.0]
-    """
-    return torch.where(condition, old + 1, 0.0)
-
-
 def batch_metrics(
     objectives: list[str],
-    options: ApexOptions,
-    state: AggregatorState,
     batch: Aggregated,
-    shares: Float[Tensor, " K"],
-    effective: Float[Tensor, " K"],
-    valid: Bool[Tensor, "B K"],
-    terms: Terms | None,
+    columns: dict[str, Float[Tensor, " K"]],
+    conflict: Float[Tensor, "K K"],
+    report: ReportState,
 ) -> dict[str, float]:
-    """Everything that one batch is logged with, under flat keys.
+    """Everything that one batch is logged with, under flat keys; all finite.
 
     Args:
         objectives (`list[str]`): the names.
-        options ([`ApexOptions`]): where the clip is.
-        state ([`AggregatorState`]): after the batch.
         batch ([`Aggregated`]): the batch.
-        shares (`Tensor` of shape `[K]`): from [`hijack_shares`].
-        effective (`Tensor` of shape `[K]`): mean weight over the rows.
-        valid (`Tensor` of shape `[B, K]`): where the rewards are valid.
-        terms ([`Terms`], *optional*): what the next priorities are made of; the baselines have none.
-
-    Returns:
-        `dict[str, float]`: all finite.
+        columns (`dict[str, Tensor]`): values of shape `[K]`, logged as `{key}/{objective}`; has "hijack_share".
+        conflict (`Tensor` of shape `[K, K]`): what is known of the conflict; NaN = not known.
+        report ([`ReportState`]): after the batch.
     """
-    scores = batch.scores.double()
-    columns = {
-        "priority": batch.weights,
-        "effective_weight": effective,
-        "hijack_share": shares,
-        "advantage_std": ((scores * scores).sum(0) / valid.sum(0).clamp(min=1)).sqrt(),
-        "live_groups": 1 - state.dead_fraction,
-        "missing": 1 - valid.double().mean(0),
-    }
-    if terms is not None:
-        columns |= {"potential": terms.potential, "conflict_penalty": terms.penalty, "need": terms.need}
     metrics = {
         f"{key}/{name}": value
         for key, column in columns.items()
         for name, value in zip(objectives, column.tolist(), strict=True)
     }
-    metrics |= pair_metrics("conflict", objectives, state.conflict.value)
     size = batch.advantages.abs().double()
-    metrics["hijack_index"] = hijack_index(shares, batch.weights)
-    metrics["advantage_rms"] = float((size * size).mean().sqrt())
-    metrics["advantage_clipped"] = float((size >= options.advantage_clip).double().mean())
-    metrics["all_dead"] = float(size.max() == 0)
-    return metrics
+    return {
+        **metrics,
+        **pair_metrics("conflict", objectives, conflict),
+        "hijack_index": hijack_index(columns["hijack_share"], batch.weights),
+        "advantage_rms": float((size * size).mean().sqrt()),
+        "advantage_clipped": float(batch.clipped.double().mean()),
+        "all_dead": float(size.max() == 0),
+        **pair_metrics("gradient_conflict", objectives, report.measured),
+    }
 
 
 def pair_metrics(key: str, objectives: list[str], matrix: Float[Tensor, "K K"]) -> dict[str, float]:
-    """The known entries above the diagonal, as `{key}/{a}/{b}`.
-
-    Args:
-        key (`str`): first part of the names.
-        objectives (`list[str]`): the names of the rows and columns.
-        matrix (`Tensor` of shape `[K, K]`): symmetric; NaN = not known.
-
-    Returns:
-        `dict[str, float]`
+    """The known entries above the diagonal of a symmetric matrix, as `{key}/{a}/{b}`.
 
     Example:
         >>> pair_metrics("conflict", ["a", "b"], torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
@@ -179,46 +130,80 @@ def pair_metrics(key: str, objectives: list[str], matrix: Float[Tensor, "K K"]) 
     }
 
 
+def next_report(
+    report: ReportState,
+    shares: Float[Tensor, " K"],
+    effective: Float[Tensor, " K"],
+    dead_fraction: Float[Tensor, " K"],
+    absent: Bool[Tensor, " K"],
+    warn_share: float,
+) -> ReportState:
+    """Count on, for how many batches in a row each finding has held.
+
+    Args:
+        report ([`ReportState`]): before the batch.
+        shares (`Tensor` of shape `[K]`): from [`hijack_shares`].
+        effective (`Tensor` of shape `[K]`): mean weight over the rows, the weights of the missing shared out.
+        dead_fraction (`Tensor` of shape `[K]`): share of dead groups.
+        absent (`Tensor` of shape `[K]`): true where the batch has no reward of the objective.
+        warn_share (`float`): share of the variance above which an objective owns the advantage, unless it was meant to.
+    """
+    owned = (shares > warn_share) & (intended_shares(effective).nan_to_num(nan=0.0) <= warn_share)
+    return ReportState(
+        owned=torch.where(owned, report.owned + 1, 0.0),
+        silent=torch.where(absent, report.silent, torch.where(dead_fraction == 1, report.silent + 1, 0.0)),
+        absent=torch.where(absent, report.absent + 1, 0.0),
+        effective=effective,
+        measured=report.measured,
+    )
+
+
 def complaints(
     objectives: list[str],
+    rule: str,
     options: ApexOptions,
-    state: AggregatorState,
+    state: PriorityState,
+    report: ReportState,
     sparse: Bool[Tensor, " K"],
     absurd: Bool[Tensor, " K"],
 ) -> list[str]:
-    """What the user should know about the run so far, in plain words.
+    """What the user should know about the run so far, one text per finding.
 
     Args:
         objectives (`list[str]`): the names.
+        rule (`str`): the rule in use.
         options ([`ApexOptions`]): the thresholds.
-        state ([`AggregatorState`]): after the batch.
+        state ([`PriorityState`]): after the batch.
+        report ([`ReportState`]): after the batch.
         sparse (`Tensor` of shape `[K]`): objectives with too many missing rewards in this batch.
         absurd (`Tensor` of shape `[K]`): objectives with a reward beyond `outlier_limit` in this batch.
-
-    Returns:
-        `list[str]`: one sentence or two per finding.
     """
-    after, share, missing = options.warn_after, options.warn_share, options.max_missing
-    owned, silent, few = (state.owned >= after).tolist(), (state.silent >= after).tolist(), sparse.tolist()
-    wild = absurd.tolist()
-    found = []
-    for number, name in enumerate(objectives):
-        if owned[number]:
+    after, found = options.warn_after, []
+    seen = state.slow.weight > 0
+    for k, name in enumerate(objectives):
+        if report.owned[k] >= after:
+            remedy = "Lower its weight" if rule == "apex" else "Use the rule 'apex', or lower its weight or scale"
             found.append(
-                f"The objective '{name}' has owned more than {share:.0%} of the advantage's variance for {after} "
-                "iterations: the others hardly train. Use the rule 'apex', or lower its weight or scale."
+                f"The objective '{name}' has owned more than {options.warn_share:.0%} of the advantage's variance for "
+                f"{after} iterations: the others hardly train. {remedy}."
             )
-        if silent[number]:
+        if report.silent[k] >= after:
             found.append(
                 f"The objective '{name}' has scored all samples of every group alike for {after} iterations: it "
                 "teaches nothing. Check its reward function, or whether it has saturated."
             )
-        if few[number]:
+        patience = after if seen[k] else min(after, NEVER_THERE_AFTER)
+        if report.absent[k] >= patience:
             found.append(
-                f"More than {missing:.0%} of the rewards of the objective '{name}' are missing in the groups that it "
-                "applies to: its statistics are held. Check its reward function."
+                f"The objective '{name}' has had no reward at all for {patience} iterations: nothing is trained on it. "
+                "Check that its reward function applies to these prompts, and that the columns it reads are there."
             )
-        if wild[number]:
+        if sparse[k]:
+            found.append(
+                f"More than {options.max_missing:.0%} of the rewards of the objective '{name}' are missing in the groups "
+                "that it applies to: its statistics are held. Check its reward function."
+            )
+        if absurd[k]:
             found.append(
                 f"The objective '{name}' returned a reward more than {options.outlier_limit:g} standard deviations away "
                 "from its mean: such rewards count as missing. Check its reward function; if they are right, set "
