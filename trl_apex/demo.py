@@ -64,6 +64,7 @@ def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEX
         "noise_level": 0.7,
         "rollout_batch_size": 32,
         "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
         "learning_rate": 3e-4,
         "epsilon": 1e-3,
         "max_steps": 180,

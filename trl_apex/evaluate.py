@@ -69,7 +69,7 @@ def run_evaluation(
         images_per_prompt (`int`): each from its own noise.
         num_inference_steps (`int`): of the noise-free sampler.
         guidance_scale (`float`), negative_prompt (`str`): classifier-free guidance; 1 for none.
-        height, width (`int`, *optional*): pixels; the model's own size by default.
+        height, width (`int`, *optional*): pixels. None: as the trainer, 512 for SD3 and FLUX, else the model's own.
         max_sequence_length (`int`): tokens of the longest text encoder, as in training.
         seed (`int`): of the noise.
         batch_size (`int`): images at a time.

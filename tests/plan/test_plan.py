@@ -202,7 +202,7 @@ def test_passes_equal_those_of_a_training_iteration(name, overrides, tmp_path):
     values = {
         "output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 8, "num_generations": 4,
         "generation_batch_size": 8, "gradient_accumulation_steps": 1, "height": 16, "width": 16, "save_strategy": "no",
-        "max_sequence_length": 12, "disable_tqdm": True, "max_steps": 1,
+        "max_sequence_length": 12, "disable_tqdm": True, "max_steps": 1, "activation_checkpointing": False,
     }  # fmt: skip
     config = DiffusionGRPOConfig(**{**values, **overrides})
     data = Dataset.from_dict({"prompt": ['a red circle with "CAT"', 'a blue star with "HUT"']})

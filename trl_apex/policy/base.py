@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from ..types import Embeddings, Schedule
 
+DECODE_PIXELS = 1024 * 1024
+"""Pixels that the VAE decodes at a time: four images of 512 x 512, one of 1024 x 1024."""
+
 
 class DiffusionPolicy(ABC):
     """One text-to-image pipeline seen as a policy.
@@ -28,6 +31,8 @@ class DiffusionPolicy(ABC):
     """Default LoRA target modules of the denoiser."""
     transitions: ClassVar[tuple[str, ...]] = ("flow_sde", "cps")
     """Kinds of stochastic step that suit the schedule; the first is the default."""
+    training_size: ClassVar[int | None] = None
+    """Default height and width in pixels where the model's own size is larger; None for the model's own."""
     batched_guidance: ClassVar[bool] = True
     """Whether `guidance_scale > 1` means a second, unconditional prediction (False: the model is told the scale)."""
 
@@ -58,9 +63,13 @@ class DiffusionPolicy(ABC):
                 component.to(device)
 
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the denoiser was made for."""
-        size = self.denoiser.config.sample_size * self.vae_scale_factor
+        """Height and width in pixels where the user gives none: the model's own, or `training_size` if that is smaller."""
+        size = min(self.native_size(), self.training_size or self.native_size())
         return size, size
+
+    def native_size(self) -> int:
+        """Height and width in pixels that the denoiser was made for."""
+        return self.denoiser.config.sample_size * self.vae_scale_factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape `(C, H, W)` of one latent for an image of `height` x `width` pixels."""
@@ -108,8 +117,23 @@ class DiffusionPolicy(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
-        """Decode latents into images in [0, 1], float32."""
+        """Decode latents into images in [0, 1], float32.
+
+        Decodes at most `DECODE_PIXELS` at a time, so that memory does not grow with the batch. A float16 VAE whose
+        configuration says `force_upcast` (SDXL's overflows) decodes in float32.
+        """
         vae = self.pipeline.vae
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
+        own_dtype = vae.dtype
+        upcast = own_dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        dtype = torch.float32 if upcast else own_dtype
+        pixels = latents.shape[-2] * latents.shape[-1] * self.vae_scale_factor**2
+        try:
+            if upcast:
+                vae.to(torch.float32)
+            chunks = latents.to(dtype).split(max(1, DECODE_PIXELS // pixels))
+            images = [(vae.decode(chunk, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for chunk in chunks]
+        finally:
+            if upcast:
+                vae.to(own_dtype)
+        return torch.cat(images)

@@ -24,11 +24,11 @@ class FluxPolicy(DiffusionPolicy):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+    training_size = 512
     batched_guidance = False
 
-    def default_size(self) -> tuple[int, int]:
-        size = self.pipeline.default_sample_size * self.vae_scale_factor
-        return size, size
+    def native_size(self) -> int:
+        return self.pipeline.default_sample_size * self.vae_scale_factor
 
     def size_multiple(self) -> int:
         return 2 * self.vae_scale_factor

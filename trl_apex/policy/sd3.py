@@ -20,6 +20,7 @@ class SD3Policy(DiffusionPolicy):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+    training_size = 512
 
     def size_multiple(self) -> int:
         return self.vae_scale_factor * self.denoiser.config.patch_size

@@ -1,5 +1,6 @@
 """Prompt embeddings on disk, in safetensors files that are mapped into memory and read row by row."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ class EmbeddingStore:
     """A folder of shards, each with the embeddings of some prompts and, in its header, these prompts.
 
     Any number of processes may read and write one folder at the same time: a shard gets its name only once it is whole,
-    and never changes afterwards. A shard that cannot be read is removed with a warning, and its prompts count as unknown.
+    and never changes afterwards. A shard that cannot be read is renamed to `.bad` with a warning, and its prompts
+    count as unknown: another process may still have it open, and the cause may be the disk.
 
     Args:
         folder (`Path`): of one encoder fingerprint; made if needed.
@@ -92,9 +94,11 @@ class EmbeddingStore:
 
     def _drop(self, path: Path, error: Exception) -> None:
         warnings.warn(
-            f"A file of the prompt cache cannot be read and its embeddings are computed again: {path} ({error}).",
+            f"A file of the prompt cache cannot be read and its embeddings are computed again: {path} ({error}). It is kept "
+            "as *.bad.",
             stacklevel=4,
         )
         self._open.pop(path, None)
         self._place = {prompt: place for prompt, place in self._place.items() if place[0] != path}
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process renamed it, or the folder is read-only
+            os.replace(path, path.with_suffix(".bad"))

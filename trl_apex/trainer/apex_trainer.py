@@ -29,12 +29,12 @@ class APEXTrainer(DiffusionGRPOTrainer):
 
     Example:
         ```python
-        from trl_apex import APEXConfig, APEXTrainer, AestheticReward, DeQAReward, OCRReward, PickScoreReward
+        from trl_apex import AestheticReward, APEXConfig, APEXTrainer, OCRReward, PickScoreReward
 
         trainer = APEXTrainer(
             model="stabilityai/stable-diffusion-3.5-medium",
-            reward_funcs=[OCRReward(), PickScoreReward(), DeQAReward(), AestheticReward()],
-            args=APEXConfig(output_dir="run", num_generations=24),
+            reward_funcs=[OCRReward(), PickScoreReward(), AestheticReward()],
+            args=APEXConfig(output_dir="run", num_generations=8, generation_batch_size=64),
             train_dataset=dataset,
             peft_config=LoraConfig(r=32, lora_alpha=64),
         )

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import FrozenDict
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
+RECOMPILE_LIMIT = 32
+"""Graphs of one kind of block: with and without gradients, adapter, checkpointing, and the block's own variants."""
 
 
 def save_denoiser(
@@ -81,11 +84,15 @@ def frozen_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in frozen}).eval().requires_grad_(False)
 
 
-def compile_blocks(denoiser: nn.Module) -> int:
+def compile_blocks(denoiser: nn.Module, backend: Any = "inductor") -> int:
     """Compile the repeated blocks of a denoiser in place, so that rollout and update run the same compiled code.
+
+    Shapes are dynamic: one graph serves all batch sizes. Past `RECOMPILE_LIMIT` graphs of one block PyTorch raises instead
+    of going on without compiling, since rollout and update would then differ.
 
     Args:
         denoiser (`nn.Module`): a diffusers model.
+        backend (`str` or `Callable`): of `torch.compile`.
 
     Returns:
         `int`: how many blocks.
@@ -100,6 +107,9 @@ def compile_blocks(denoiser: nn.Module) -> int:
             f"`compile_denoiser` needs a model that names its repeated blocks. Found none in {type(denoiser).__name__}. "
             "Set compile_denoiser=False."
         )
+    dynamo = torch._dynamo.config
+    dynamo.fail_on_recompile_limit_hit = True
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
     for block in blocks:
-        block.compile()
+        block.compile(dynamic=True, backend=backend)
     return len(blocks)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +75,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     Note:
         Defaults that differ from TRL's: `learning_rate` 3e-4, `epsilon` 1e-4 (log-probabilities are means over latent
         elements), `adam_epsilon` 1e-15 (gradients here are far below AdamW's usual 1e-8), `max_grad_norm` 1.0,
-        `gradient_checkpointing` False, `ddp_find_unused_parameters` False, `report_to` "none",
+        `gradient_checkpointing` True unless FSDP checkpoints, `ddp_find_unused_parameters` False, `report_to` "none",
         `remove_unused_columns` False (columns reach the rewards).
 
     Raises:
@@ -97,7 +98,14 @@ class DiffusionGRPOConfig(GRPOConfig):
         default=None, metadata=_help("bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set.")
     )
     gradient_checkpointing: bool | None = field(
-        default=None, metadata=_help("Recompute activations in the backward pass.")
+        default=None,
+        metadata=_help(
+            "Recompute activations in the backward pass. None: yes, unless `fsdp_config` says that FSDP does."
+        ),
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata=_help("transformers' newer name of `gradient_checkpointing`; goes first if both are set."),
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata=_help("As in TrainingArguments; every adapter weight is used in each forward.")
@@ -110,8 +118,12 @@ class DiffusionGRPOConfig(GRPOConfig):
     num_generations_eval: int | None = field(
         default=1, metadata=_help("Unused: evaluation makes one image per prompt.")
     )
-    height: int | None = field(default=None, metadata=_help("Image height in pixels; None for the model's own."))
-    width: int | None = field(default=None, metadata=_help("Image width in pixels; None for the model's own."))
+    height: int | None = field(
+        default=None, metadata=_help("Image height in pixels. None: 512 for SD3 and FLUX, else the model's own.")
+    )
+    width: int | None = field(
+        default=None, metadata=_help("Image width in pixels. None: 512 for SD3 and FLUX, else the model's own.")
+    )
     num_inference_steps: int = field(default=10, metadata=_help("Denoising steps of a rollout."))
     guidance_scale: float = field(
         default=4.5, metadata=_help("Classifier-free guidance of rollout and update; 1 for none.")
@@ -155,7 +167,7 @@ class DiffusionGRPOConfig(GRPOConfig):
         metadata=_help("Optimizer steps per pass over a rollout; sets `gradient_accumulation_steps` for you."),
     )
     rollout_batch_size: int | None = field(
-        default=None, metadata=_help("Images sampled at a time on a device; None for the whole generation batch.")
+        default=8, metadata=_help("Images sampled at a time on a device; None for the whole generation batch.")
     )
     offload_reference: bool = field(
         default=False,
@@ -210,6 +222,7 @@ class DiffusionGRPOConfig(GRPOConfig):
             )
         if self.bf16 is None and self.use_cpu:
             self.bf16 = False
+        self._set_checkpointing()
         self._reject_language_fields()
         updates = self.updates_per_iteration
         if updates is not None and (self.generation_batch_size is None or self.gradient_accumulation_steps != 1):
@@ -226,6 +239,16 @@ class DiffusionGRPOConfig(GRPOConfig):
         self._check_choices()
         if updates is not None:
             self.gradient_accumulation_steps = self._accumulation_for(updates)
+
+    def _set_checkpointing(self) -> None:
+        """Gradient checkpointing is on by default; transformers' new name for it is `activation_checkpointing`."""
+        if self.activation_checkpointing is not None:
+            return
+        self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing is None:
+            config = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+            by_fsdp = config.get("activation_checkpointing", os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", False))
+            self.activation_checkpointing = str(by_fsdp).lower() not in ("true", "1")
 
     def _accumulation_for(self, updates: int) -> int:
         window = self.sde_window_size or self.num_inference_steps - 1

@@ -98,7 +98,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         trainer = DiffusionGRPOTrainer(
             model="stabilityai/stable-diffusion-3.5-medium",
             reward_funcs=[ocr, brightness],
-            args=DiffusionGRPOConfig(output_dir="run", num_generations=8, per_device_train_batch_size=8),
+            args=DiffusionGRPOConfig(output_dir="run", num_generations=8, generation_batch_size=64),
             train_dataset=dataset,
             peft_config=LoraConfig(r=32, lora_alpha=64),
         )
@@ -261,9 +261,11 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(args.seed)  # equal on all ranks, also where an engine does not broadcast
                 return add_adapter(denoiser, peft_config, self.policy, start)
-        denoiser.float()  # trained weights are float32; autocast does the rest
         if args.beta > 0:
             self._reference = frozen_copy(denoiser)
+            if args.bf16 or args.fp16:  # autocast would compute in half precision anyway
+                self._reference.to(torch.bfloat16 if args.bf16 else torch.float16)
+        denoiser.float()  # trained weights are float32; autocast does the rest
         return denoiser.requires_grad_(True)
 
     # Trainer's and TRL's seams
@@ -393,7 +395,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         advantages, normalized = self._compute_advantages(rewards, group_ids)
         self._log_rewards(rewards, advantages, inputs, rollouts)
         here = local_slice(len(inputs), self.accelerator.process_index)
-        return {
+        result = {
             "latents": torch.cat([r.trajectory.latents for r in rollouts]),
             "old_log_prob": torch.cat([r.trajectory.log_prob for r in rollouts]),
             "window": rollouts[0].trajectory.steps,
@@ -404,6 +406,31 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             "prompts": prompts,
             "dead": bool((advantages == 0).all()),
         }
+        if self._reference is not None:
+            result["reference_mean"] = self._reference_means(result)
+        return result
+
+    @torch.no_grad()
+    def _reference_means(self, rollout: dict[str, Any]) -> Tensor:
+        """Means `[B, N, C, H, W]` of the frozen copy's transitions: it never changes, so once an iteration is enough."""
+        args, window, device = self.args, rollout["window"], self.accelerator.device
+        if self._offload_reference:
+            self._reference.to(device)
+        count = len(rollout["latents"])
+        means = torch.empty_like(rollout["latents"][:, 1:])
+        for rows in torch.arange(count, device=device).split(args.rollout_batch_size or count):
+            embeddings = {name: value[rollout["prompt_of"][rows]] for name, value in rollout["embeddings"].items()}
+            for i, step in enumerate(window):
+                inputs = {
+                    "latents": rollout["latents"][rows, i],
+                    "next_latents": rollout["latents"][rows, i + 1],
+                    "steps": torch.full((len(rows),), step),
+                    "embeddings": embeddings,
+                }
+                means[rows, i] = self._step_log_prob(self._reference, inputs)[1].mean
+        if self._offload_reference:
+            self._reference.to("cpu")
+        return means
 
     def _rollout_weights(self):
         """Whole weights on every rank for the length of a rollout, where an engine shards them and memory allows."""
@@ -510,6 +537,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             "normalized": rollout["normalized"][sample],
             "steps": window_step + rollout["window"].start,  # on the CPU, where the schedule is
             "samples": sample + first,
+            "reference_mean": None if self._reference is None else rollout["reference_mean"][sample, on_device],
             "embeddings": {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()},
             "dead": rollout["dead"],
         }
@@ -537,17 +565,12 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
 
     def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
         """Mean KL divergence of `transition` to that of the model without its adapter, or of the frozen start."""
-        with torch.no_grad():
-            if self._reference is None:
-                with self.accelerator.unwrap_model(model).disable_adapter():
-                    _, reference, _ = self._step_log_prob(model, inputs)
-            else:
-                if self._offload_reference:
-                    self._reference.to(self.accelerator.device)
-                _, reference, _ = self._step_log_prob(self._reference, inputs)
-                if self._offload_reference:
-                    self._reference.to("cpu")
-        return gaussian_kl(transition.mean, reference.mean, transition.std).mean()
+        if self._reference is None:
+            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+                mean = self._step_log_prob(model, inputs)[1].mean
+        else:
+            mean = inputs["reference_mean"]
+        return gaussian_kl(transition.mean, mean, transition.std).mean()
 
     def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
         guidance = self.args.guidance_scale
