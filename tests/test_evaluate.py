@@ -122,8 +122,14 @@ def test_full_weights_and_averages(tmp_path):
     own = torch.tensor(as_rows(trainer.eval_records))[:, 0].mean().item()  # the trainer evaluates the average
     for ema in (False, True):
         found = run_evaluation(build("sd3"), tmp_path / "run", PROMPTS, redness, tmp_path / "out", ema=ema, **call)
-        tuned = found["models"]["run"]["redness"]["mean"]
-        assert (tuned == pytest.approx(own, abs=1e-6)) is ema
+        assert found["models"]["run"]["redness"]["mean"] == pytest.approx(own, abs=1e-6)
+    trainer._ema._ema = None
+    trainer.save_model()  # a run of 0.1.0 has the last weights in its adapter, the average beside it
+    for ema in (False, True):
+        found = run_evaluation(build("sd3"), tmp_path / "run", PROMPTS, redness, tmp_path / "out", ema=ema, **call)
+        assert (found["models"]["run"]["redness"]["mean"] == pytest.approx(own, abs=1e-6)) is ema
+    with pytest.raises(ValueError, match="Found the hub id me/run. Leave it out"):
+        run_evaluation(build("sd3"), "me/run", PROMPTS, redness, tmp_path / "out", ema=True, **call)
     other = build("sd3", seed=1)
     save_denoiser(other.transformer, tmp_path / "full" / "transformer")
     pipeline = build("sd3")

@@ -208,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--images-per-prompt", type=int, default=1, help="default: %(default)s")
     option("--batch-size", type=int, default=8, help="images sampled at a time; default: %(default)s")
     option("--seed", type=int, default=0, help="default: %(default)s")
-    option("--ema", action="store_true", help="evaluate the averaged weights that the run saved")
+    option("--ema", action="store_true", help="the averaged weights, for a run of version 0.1.0; later ones save them")
     option("--output-dir", help="default: RUN_DIR, or evaluation/ for several")
 
     report = command("report", _report, "Writes one self-contained HTML page about a run, or several side by side.")

@@ -15,6 +15,8 @@ from peft import LoraConfig
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.hub import PushError
+from trl_apex.policy.adapters import LORA_FILE
+from trl_apex.rollout.noise import evaluation_noise
 from trl_apex.tiny.pipeline import build_pipeline
 
 PROMPTS = ['a red circle with " C A T "', "a blue square"]
@@ -47,7 +49,7 @@ def endpoint(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     return hub
 
 
-def make_trainer(output_dir: Path, lora: bool = True, **options) -> APEXTrainer:
+def make_trainer(output_dir: Path, lora: bool = True, monitors: list | None = None, **options) -> APEXTrainer:
     config = APEXConfig(
         output_dir=str(output_dir),
         use_cpu=True,
@@ -65,7 +67,7 @@ def make_trainer(output_dir: Path, lora: bool = True, **options) -> APEXTrainer:
     )
     adapter = LoraConfig(r=4, lora_alpha=16) if lora else None
     dataset = Dataset.from_dict({"prompt": PROMPTS * 2})
-    return APEXTrainer(build_pipeline(0), [red, dark], config, dataset, peft_config=adapter)
+    return APEXTrainer(build_pipeline(0), [red, dark], config, dataset, peft_config=adapter, monitor_funcs=monitors)
 
 
 def test_a_pushed_adapter_draws_the_same_on_another_machine(endpoint: Hub, tmp_path: Path) -> None:
@@ -100,6 +102,43 @@ def test_a_pushed_adapter_draws_the_same_on_another_machine(endpoint: Hub, tmp_p
     # Weights that lie elsewhere in memory may be added in another order; the adapter changes the image a thousand times as much.
     torch.testing.assert_close(elsewhere, here, rtol=0, atol=1e-5)
     assert (elsewhere - without).abs().max() > 0.01
+
+
+def test_the_average_that_was_evaluated_is_what_is_uploaded(endpoint: Hub, tmp_path: Path) -> None:
+    seen = []
+
+    def record(images, **columns):
+        seen.append(images.clone())
+        return [0.0] * len(images)
+
+    options = {"ema_decay": 0.5, "push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True}
+    trainer = make_trainer(tmp_path / "run", monitors=[record], eval_num_inference_steps=2, **options)
+    trainer.train()
+    during = dict(endpoint.repos["me/apex"].files)
+    assert "adapter_model.safetensors" not in during, "these are the last weights, to resume from"
+    trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS}))
+    trainer.save_model()  # uploads
+    assert "(decay 0.5)" in endpoint.repos["me/apex"].files["README.md"].decode()
+    for name, files in (("during", during), ("after", endpoint.repos["me/apex"].files)):
+        pipeline, folder = build_pipeline(0), tmp_path / name
+        folder.mkdir()
+        (folder / LORA_FILE).write_bytes(files[LORA_FILE])
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE)
+        noise = evaluation_noise(trainer.args.seed, [0, 1], trainer.latent_shape)
+        call = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 12, "output_type": "latent"}
+        images = trainer.policy.decode(pipeline(PROMPTS, latents=noise, height=32, width=32, **call).images)
+        assert (images - torch.cat(seen)).abs().max() < 1e-5
+
+
+def test_a_repository_in_place_of_the_message_is_refused_and_by_its_name_it_is_the_target(
+    endpoint: Hub, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path / "run", hub_model_id=None, max_steps=1)
+    with pytest.raises(ValueError, match='Pass hub_model_id="my-org/face"'):
+        trainer.push_to_hub("my-org/face")
+    assert endpoint.repos == {}
+    trainer.push_to_hub("First", hub_model_id="me/face")
+    assert list(endpoint.repos) == ["me/face"] and endpoint.repos["me/face"].commits == ["First"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class CardFacts:
         rule (`str`): how the rewards were combined.
         datasets (`list[str]`): hub ids of the prompts, if any.
         licence (`str`, *optional*): of the weights; the base model's terms apply as well.
+        ema_decay (`float`, *optional*): of the average over the training that the weights are.
     """
 
     base_model: str = ""
@@ -37,6 +38,7 @@ class CardFacts:
     rule: str = "apex"
     datasets: list[str] = field(default_factory=list)
     licence: str | None = None
+    ema_decay: float | None = None
 
 
 def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None = None) -> Path:

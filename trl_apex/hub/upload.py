@@ -19,7 +19,7 @@ UPLOADED = (
     ),
     *("aggregator_state.json", "population_conflict.json", "trainer_state.json"),
     *("summary.json", "config.json", "environment.json", "figures/*.png", "samples/*.png", "samples/prompts.json"),
-    *("transformer/*", "unet/*", "ema/*"),
+    *("transformer/*", "unet/*"),
 )
 PAUSES = (1.0, 4.0)
 T = TypeVar("T")

@@ -35,6 +35,11 @@ def check_adapter(policy: DiffusionPolicy, source: str | Path, ema: bool = False
             raise ValueError(
                 f"An adapter must be a run directory or a hub id. Found no folder {source}. Check the path."
             )
+        if ema:
+            raise ValueError(
+                f"`ema=True` needs a run directory with {EMA_FILE}. Found the hub id {source}. Leave it out: what a run with "
+                "`ema_decay` uploads is the average already."
+            )
         return
     if _full_weights(policy, path) is None and not (path / LORA_FILE).is_file():
         raise ValueError(
@@ -52,7 +57,7 @@ def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> I
     Args:
         policy ([`DiffusionPolicy`]): without adapters.
         source (`str` or `Path`): a run directory, or a hub id of an adapter.
-        ema (`bool`): take the averaged weights that were saved beside.
+        ema (`bool`): take the averaged weights that were saved beside. Only runs of 0.1.0 have others in the adapter itself.
 
     Raises:
         ValueError: if nothing was loaded.

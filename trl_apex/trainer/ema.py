@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
@@ -52,16 +52,21 @@ class EMACallback(TrainerCallback):
         self._ema.shadow_params = [p.detach().clone() for p in self._parameters()]
         self._ema.restore(self._parameters())
 
-    def save(self, directory: str) -> None:
-        """Write the whole average; every rank must call it, the main process writes."""
+    def save(self, directory: str) -> dict[str, Tensor] | None:
+        """Write the whole average; every rank must call it, the main process writes.
+
+        Returns:
+            `dict`: the averaged weights by name, complete on the main process; None before training.
+        """
         if self._ema is None:
-            return
+            return None
         with self.averaged():
             tensors = full_trainable_weights(self.trainer.model, main_only=True)
         if self.trainer.args.should_save:
-            tensors["optimization_step"] = torch.tensor(self._ema.optimization_step)
             Path(directory).mkdir(parents=True, exist_ok=True)
-            save_file(tensors, Path(directory) / EMA_FILE)
+            step = torch.tensor(self._ema.optimization_step)
+            save_file({**tensors, "optimization_step": step}, Path(directory) / EMA_FILE)
+        return tensors
 
     @contextmanager
     def averaged(self):

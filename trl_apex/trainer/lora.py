@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 # Options of LoraConfig that training keeps to and that a saved adapter takes along. Any other must stay at its default.
 DELIVERED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
+    "alpha_pattern", "use_rslora", "use_dora",
 }  # fmt: skip
 # Options that say where a configuration comes from or how weights start, and so nothing about a saved adapter.
 WITHOUT_EFFECT = {
@@ -128,6 +128,7 @@ def add_adapter(
     if config.task_type is not None:
         logger.warning("`task_type` is for language models; %r is left out.", config.task_type)
     config.task_type, config.inference_mode = None, False
+    config.base_model_name_or_path = config.revision = None  # of the model that it was read from
     if config.target_modules is None:
         config.target_modules = list(policy.lora_targets)
     if start is not None:
@@ -239,22 +240,23 @@ def save_diffusers_lora(
         RuntimeError: if the number of weights is not that of the adapter.
 
     Note:
-        The options that matter are written into the file's metadata; without them `lora_alpha` would be lost.
+        The options that still matter are written into the file's metadata; without them `lora_alpha` would be lost.
     """
     adapter = get_peft_model_state_dict(model, state_dict=state_dict)
     layers = {_plain(name): value.contiguous().cpu() for name, value in adapter.items()}
     config: Any = model.peft_config[model.active_adapter]
-    targets = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
-    expected = targets * (2 + bool(config.use_dora) + bool(config.lora_bias))
+    targets = [_plain(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    expected = len(targets) * (3 if config.use_dora else 2)
     if len(layers) != expected or not expected:
         raise RuntimeError(
-            f"A saved adapter must hold the weights of all its {targets} layers, {expected} in all. Found {len(layers)}. "
+            f"A saved adapter must hold the weights of all its {len(targets)} layers, {expected} in all. Found {len(layers)}. "
             "Nothing was written; the versions of peft and of the engine do not fit each other."
         )
     save = type(policy.pipeline).save_lora_weights
     prefix = policy.denoiser_name
     kwargs: dict[str, Any] = {f"{prefix}_lora_layers": layers}
     if f"{prefix}_lora_adapter_metadata" in inspect.signature(save).parameters:
-        known = {name: value for name, value in config.to_dict().items() if name in DELIVERED and value is not None}
-        kwargs[f"{prefix}_lora_adapter_metadata"] = known
+        scale = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+        known = {name: getattr(config, name) for name in scale}
+        kwargs[f"{prefix}_lora_adapter_metadata"] = {**known, "target_modules": targets}
     save(str(directory), **kwargs)

@@ -3,9 +3,11 @@
 import copy
 import logging
 import os
+import re
 import shutil
 import tempfile
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +68,26 @@ class PublishingMixin:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        *,
+        hub_model_id: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Save the model and upload it with its card; returns the repository's address, or a future of it.
 
-        Every rank must call it; the main process uploads.
+        Every rank must call it; the main process uploads. The repository is `hub_model_id`, here or in the configuration;
+        by default it is named after `output_dir`.
 
         Raises:
+            ValueError: if the commit message is the name of a repository.
             PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
         """
+        if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
+            raise ValueError(
+                "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
+                f'{commit_message!r}. Pass hub_model_id="{commit_message}", here or in the configuration.'
+            )
+        if hub_model_id is not None:
+            self.args.hub_model_id, self.hub_model_id = hub_model_id, None
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
@@ -127,6 +140,7 @@ class PublishingMixin:
             rule=self.args.multi_objective_aggregation,
             datasets=[dataset_name] if dataset_name else [],
             licence=kwargs.get("license"),
+            ema_decay=self.args.ema_decay,
         )
         write_model_card(self.args.output_dir, facts, getattr(self, "hub_model_id", None) or model_name)
 
@@ -144,9 +158,11 @@ class PublishingMixin:
         files = _linked(checkpoint, staged / "checkpoint")
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PeftModel) and self._engine == "ddp":
-            save_denoiser(model, staged / self.policy.denoiser_name)
+            with self._ema.averaged() if self._ema is not None else nullcontext():
+                save_denoiser(model, staged / self.policy.denoiser_name)
         shutil.copy(Path(self.args.output_dir) / "README.md", staged / "README.md")
-        top = {path: file for path, file in files.items() if is_uploaded(path) and path != "README.md"}
+        left_out = {"README.md", *(("adapter_model.safetensors",) if self._ema is not None else ())}  # not averaged
+        top = {path: file for path, file in files.items() if is_uploaded(path) and path not in left_out}
         top |= {
             p.relative_to(staged).as_posix(): p
             for p in staged.rglob("*")

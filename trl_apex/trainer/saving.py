@@ -124,7 +124,8 @@ class SavingMixin(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what a plain diffusers pipeline loads: an adapter, or all weights under `transformer/`.
 
-        Every rank must call it; the main process writes.
+        With `ema_decay`, these are the averaged weights, which `evaluate` uses too. Every rank must call it; the main
+        process writes.
         """
         sharded = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
         if not sharded:
@@ -137,18 +138,20 @@ class SavingMixin(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         output_dir = output_dir or str(self.args.output_dir)
-        if self._ema is not None:
-            self._ema.save(output_dir)
+        averaged = self._ema.save(output_dir) if self._ema is not None else None
         if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        to_resume_from = self._partial_dir is not None
+        shown = averaged or state_dict  # what `evaluate` draws with, and so what others load
         if isinstance(model, PeftModel):
+            super()._save(output_dir, state_dict if to_resume_from else shown)
+            save_diffusers_lora(model, self.policy, output_dir, shown)
+        elif to_resume_from:
             super()._save(output_dir, state_dict)
-            save_diffusers_lora(model, self.policy, output_dir, state_dict)
-        elif self._partial_dir is not None:
-            super()._save(output_dir, state_dict)  # to resume from
         else:
-            save_denoiser(model, Path(output_dir, self.policy.denoiser_name), state_dict)
+            whole = {**(state_dict or model.state_dict()), **(averaged or {})}
+            save_denoiser(model, Path(output_dir, self.policy.denoiser_name), whole)
         for name, state in self._extra_state().items():
             Path(output_dir, name).write_text(json.dumps(state, indent=1))
         if self._partial_dir is None and Path(output_dir) == Path(self.args.output_dir):
