@@ -1,7 +1,6 @@
 """What strangers may send: the server answers each with a refusal, stays alive and forgets it."""
 
 import asyncio
-import contextlib
 import json
 import os
 import pickle
@@ -158,13 +157,9 @@ def test_bodies_that_are_too_large(url):
     with connect(url) as connection:  # told beforehand: refused before a byte of it is read
         connection.sendall(head.format("Content-Length: 99999999999").encode())
         assert answer_line(connection).startswith(b"HTTP/1.1 413")
-    with connect(url) as connection:  # not told: refused on the way
+    with connect(url) as connection:  # not told: refused as well
         connection.sendall(head.format("Transfer-Encoding: chunked").encode())
-        piece = b"10000\r\n" + bytes(0x10000) + b"\r\n"
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for _ in range(40):
-                connection.sendall(piece)
-        assert answer_line(connection)[:12] in (b"HTTP/1.1 413", b"")
+        assert answer_line(connection).startswith(b"HTTP/1.1 411")
 
 
 def connect(url):

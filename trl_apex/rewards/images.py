@@ -42,7 +42,7 @@ def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
     if not images.is_floating_point():
         raise ValueError(f"`images` must be floats in [0, 1] or uint8. Found {images.dtype}. Convert them first.")
     # NaN has no defined byte value; black is what a failed decode is saved as.
-    return torch.nan_to_num(images.detach().float(), nan=0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return torch.nan_to_num(images.detach().float(), nan=0.0).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
 
 
 def to_arrays(images: Images) -> list[UInt8[np.ndarray, "H W 3"]]:

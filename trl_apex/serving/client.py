@@ -110,6 +110,7 @@ class RemoteReward:
             )
         sent = json_columns(columns, len(prompts))
         gate = asyncio.Semaphore(self.max_concurrency)
+        limits = httpx.Limits(keepalive_expiry=2)  # less than the server's 5 s
 
         async def score(client: httpx.AsyncClient, part: slice) -> RewardList:
             own = {key: value[part] for key, value in sent.items()}
@@ -118,7 +119,7 @@ class RemoteReward:
                 size = len(prompts[part])
                 return await retrying(lambda: self._post(client, body, size), self.max_retries, self.backoff)
 
-        async with httpx.AsyncClient(timeout=None, **self._client_options()) as client:
+        async with httpx.AsyncClient(timeout=None, limits=limits, **self._client_options()) as client:
             parts = self._parts(batch)
             answers = await asyncio.gather(*(score(client, part) for part in parts), return_exceptions=True)
         rewards = RewardList([])

@@ -1,4 +1,8 @@
-"""Serve reward functions to trainers over HTTP: FastAPI, uvicorn's limits, and one queue per reward."""
+"""Serve reward functions to trainers over HTTP: FastAPI, uvicorn's limits, and one queue per reward.
+
+A request waits for its turn unread, is read and checked, joins the others that wait for the same reward, and is answered
+with one number or one cause per image.
+"""
 
 import asyncio
 import hmac
@@ -12,7 +16,6 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -30,9 +33,10 @@ try:
 except ImportError as error:
     raise ImportError('The reward server needs fastapi. Run `pip install "trl_apex[server]"`.') from error
 
+from trl_apex import __version__
 from trl_apex.redact import checked_secret, secret_from
 from trl_apex.rewards.by_name import load_reward
-from trl_apex.rewards.images import to_pil
+from trl_apex.rewards.images import to_arrays
 from trl_apex.rewards.protocol import Reward
 from trl_apex.rewards.scoring import Lane, RewardTimeoutError, as_numbers, describe, reward_name, takes_images
 from trl_apex.serving.client import LOOPBACK, TOKEN_VARIABLE
@@ -99,6 +103,407 @@ class Limits:
     def requests(self) -> int:
         """Requests whose bodies are held for one reward at a time."""
         return max(1, self.max_memory // self.max_body)
+
+
+def serve(
+    rewards: Mapping[str, Callable] | Sequence[Callable | str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> None:
+    """Serve rewards until interrupted (`Ctrl-C` or SIGTERM); requests under way are finished first.
+
+    Modules named in `rewards` are looked for in the current folder as well. The arguments are those of [`make_server`].
+
+    Raises:
+        ValueError: If the settings are not safe or a reward is unknown.
+        RuntimeError: If the server cannot listen on the address.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    server = make_server(rewards, host, port, token, token_file, limits, **options)
+    scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
+    print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
+    server.run()
+    if not server.started:
+        raise RuntimeError(
+            f"The reward server must be able to listen on {host}:{port}. Found it taken or not allowed. "
+            "Pass another `--port`."
+        )
+
+
+def make_server(
+    rewards: Mapping[str, Callable] | Sequence[Callable | str],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    token_file: str | Path | None = None,
+    limits: Limits | None = None,
+    ssl_certfile: str | Path | None = None,
+    ssl_keyfile: str | Path | None = None,
+    **options: Any,
+) -> uvicorn.Server:
+    """The server, bound to nothing yet; `run()` serves until it is told to stop.
+
+    Args:
+        rewards: See [`build_app`].
+        host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on; other than loopback needs a token.
+        port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for any free one.
+        token (`str`, *optional*): Bearer token; see [`read_token`] for the other places it is looked for.
+        token_file (`str` or `Path`, *optional*): File with the token.
+        limits ([`Limits`], *optional*): Bounds on what clients may send.
+        ssl_certfile (`str` or `Path`, *optional*): Certificate, to serve https instead of http.
+        ssl_keyfile (`str` or `Path`, *optional*): Its key, where the certificate's file does not hold it.
+        options: Further options of [`build_app`].
+
+    Returns:
+        `uvicorn.Server`.
+
+    Raises:
+        ValueError: If the address is not loopback and there is no token.
+    """
+    token = read_token(token, token_file)
+    if host not in LOOPBACK and token is None:
+        raise ValueError(
+            f"A reward server on an address that others reach must have a token. Found none for {host}. Set "
+            f"{TOKEN_VARIABLE} or pass `--token-file`, or listen on 127.0.0.1."
+        )
+    limits = limits or Limits()
+    config = uvicorn.Config(
+        build_app(rewards, token, limits, **options),
+        host=host,
+        port=port,
+        http="h11",
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=limits.max_connections,
+        h11_max_incomplete_event_size=16 * 1024,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=10,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+    )
+    return uvicorn.Server(config)
+
+
+def read_token(token: str | None = None, token_file: str | Path | None = None) -> str | None:
+    """The bearer token: as given, else from the file, else from the variable `TRL_APEX_REWARD_TOKEN`, else None.
+
+    White space around it is dropped.
+
+    Args:
+        token (`str`, *optional*): The token.
+        token_file (`str` or `Path`, *optional*): A file that holds nothing else.
+
+    Returns:
+        `str` or None.
+
+    Raises:
+        ValueError: If the token is shorter than 16 characters or not plain ASCII.
+    """
+    if token is not None:
+        found = checked_secret(token, "`token`")
+    elif token_file is not None:
+        found = checked_secret(Path(token_file).read_text(), f"the file {token_file}")
+    elif os.environ.get(TOKEN_VARIABLE) is None:
+        return None
+    else:
+        found = secret_from(TOKEN_VARIABLE) or ""
+    if len(found) < SHORTEST_TOKEN:
+        raise ValueError(
+            f"The token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces. Found {len(found)} "
+            'characters. Make one with `python -c "import secrets; print(secrets.token_urlsafe())"`.'
+        )
+    return found
+
+
+def build_app(
+    rewards: Mapping[str, Callable] | Sequence[Callable | str],
+    token: str | None = None,
+    limits: Limits | None = None,
+    max_batch: int = 64,
+    batch_wait: float | int = 0.002,
+) -> FastAPI:
+    """The server as an ASGI application.
+
+    Without a token only programs on this machine may ask: a request must name a loopback host and carry no `Origin`,
+    which a web page that the user has open would.
+
+    Args:
+        rewards (`Mapping[str, Callable]` or `Sequence[Callable | str]`): Reward functions by name, or a list of
+            functions and of what [`load_reward`] takes.
+        token (`str`, *optional*): Bearer token that every request but `GET /health` must carry.
+        limits ([`Limits`], *optional*): Bounds on what clients may send.
+        max_batch (`int`, *optional*, defaults to `64`): Images of several requests joined into one call.
+        batch_wait (`float`, *optional*, defaults to `0.002`): Seconds to wait for further requests.
+
+    Returns:
+        `fastapi.FastAPI`.
+
+    Raises:
+        ValueError: If two rewards have one name, or there are none.
+    """
+    limits = limits or Limits()
+    served = {
+        name: ServedReward(name, func, limits, max_batch, batch_wait) for name, func in named_rewards(rewards).items()
+    }
+
+    def trusted(request: Request) -> bool:
+        if token is None:
+            return True
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+
+    async def guard(request: Request) -> None:
+        try:
+            host = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        except ValueError:
+            host = None
+        if token is None and (host not in LOOPBACK or "origin" in request.headers):
+            raise refuse(403, "without a token, only programs on this machine may ask")
+        if request.url.path != "/health" and not trusted(request):
+            raise refuse(401, "the bearer token is missing or wrong", **{"WWW-Authenticate": "Bearer"})
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = [asyncio.create_task(reward.load()) for reward in served.values()]
+        yield
+        for task in loading:
+            task.cancel()
+        await asyncio.gather(*loading, return_exceptions=True)
+        await asyncio.gather(*(reward.close() for reward in served.values()))
+
+    app = FastAPI(
+        title="trl_apex reward server",
+        version=__version__,
+        description="Scores images. Nothing that a client sends is ever unpickled.",
+        lifespan=lifespan,
+        dependencies=[Depends(guard)],
+        openapi_url=None,
+    )
+    app.state.rewards = served
+    strangers: dict[int | str, dict[str, Any]] = {status: REFUSALS[status] for status in (401, 403)}
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> dict[str, Any]:
+        return app.openapi()
+
+    @app.get("/health", responses={503: {"description": "Not ready."}, 403: REFUSALS[403]})
+    async def health(request: Request) -> JSONResponse:
+        """Version and states; 503 until every reward is ready. Needs no token, and with it tells causes and models."""
+        states = [reward.describe(trusted(request)) for reward in served.values()]
+        found = {reward.state.partition(":")[0] for reward in served.values()}
+        status = next((state for state in ("failed", "loading") if state in found), "ready")
+        told = {"status": status, "version": app.version, "protocol": PROTOCOL, "rewards": states}
+        return JSONResponse(told, 200 if status == "ready" else 503)
+
+    @app.get("/metrics", responses=strangers)
+    async def metrics() -> dict[str, dict[str, float]]:
+        """Counters by reward: images, missing rewards, seconds, requests by status, and images that wait."""
+        return {name: {**reward.counts, "waiting": reward.waiting} for name, reward in served.items()}
+
+    @app.get("/v1/rewards", responses=strangers)
+    async def listing() -> list[dict[str, str]]:
+        """The rewards that this server has."""
+        return [reward.describe(True) for reward in served.values()]
+
+    @app.post("/v1/rewards/{name}", responses=REFUSALS, openapi_extra={"requestBody": BODY})
+    async def score(name: str, request: Request) -> RewardAnswer:
+        """Score images against their prompts."""
+        if name not in served:
+            raise refuse(404, f"there is no such reward; there are {', '.join(served)}")
+        reward = served[name]
+        try:
+            answer = await answer_request(reward, request)
+        except HTTPException as error:
+            reward.counts[f"requests_{error.status_code}"] += 1
+            raise
+        reward.counts["requests_200"] += 1
+        reward.counts["images"] += len(answer.rewards)
+        reward.counts["missing"] += sum(error is not None for error in answer.errors)
+        reward.counts["seconds"] += answer.seconds  # type: ignore[assignment]
+        return answer
+
+    return app
+
+
+class RewardAnswer(BaseModel):
+    """The rewards of a request."""
+
+    rewards: list[float | None] = Field(description="One per image; null where there is none.")
+    errors: list[str | None] = Field(description="Why a reward is null, if something broke.")
+    seconds: float = Field(description="Time from the turn of the request to its answer.")
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"description": description}
+    for status, description in {
+        400: "The header line is no JSON, or the client left.",
+        401: "The bearer token is missing or wrong.",
+        403: "Without a token: not from this machine, or from a web page.",
+        404: "No such reward.",
+        408: "The body came too slowly.",
+        411: "No Content-Length.",
+        413: "Too large.",
+        415: f"Not {MEDIA_TYPE}.",
+        422: "Not a request for rewards.",
+        500: "The reward has failed.",
+        503: "Loading, or too many connections: come again.",
+    }.items()
+}
+BODY = {
+    "required": True,
+    "description": "A line of JSON, then the raw RGB bytes of all images; see `trl_apex/serving/wire.py`.",
+    "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+}
+
+
+def refuse(status: int, detail: str, **headers: str) -> HTTPException:
+    """A refusal, after which the connection closes, since the rest of the request is not read."""
+    return HTTPException(status, detail, {"Connection": "close", **headers})
+
+
+async def answer_request(reward: ServedReward, request: Request) -> RewardAnswer:
+    """Wait for a turn, read the body, and have it scored.
+
+    Raises:
+        HTTPException: With the cause.
+    """
+    limits = reward.limits
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != MEDIA_TYPE:
+        hint = " trl_apex 0.1 sends that; use one release on both sides." if kind == "multipart/form-data" else ""
+        raise refuse(415, f"the body must be {MEDIA_TYPE}, protocol {PROTOCOL}. Found {kind[:100]!r}.{hint}")
+    length = request.headers.get("content-length", "")
+    if not length.isdigit():
+        raise refuse(411, "the body must have a Content-Length")
+    if int(length) > limits.max_body:
+        raise refuse(413, f"the body must have at most {limits.max_body} bytes")
+    check_state(reward)
+    async with reward.bodies:
+        check_state(reward)
+        started = time.perf_counter()
+        job = parse_body(await read_body(request, int(length), limits), limits)
+        rewards, errors = await reward.score(job)
+    return RewardAnswer(
+        rewards=[None if math.isnan(value) else value for value in rewards],
+        errors=errors,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def check_state(reward: ServedReward) -> None:
+    """Refuse a request for a reward that cannot score.
+
+    Raises:
+        HTTPException: 503 while it loads, 500 if it failed.
+    """
+    if reward.state == "loading":
+        raise refuse(503, "the reward is not ready: loading", **{"Retry-After": "1"})
+    if reward.state != "ready":
+        raise refuse(500, f"the reward is not ready: {reward.state}")
+
+
+async def read_body(request: Request, length: int, limits: Limits) -> bytearray:
+    """The body of a request, of as many bytes as announced.
+
+    Raises:
+        HTTPException: If it is too slow, or the client leaves.
+    """
+    body, filled = bytearray(length), 0  # once and for all: growing would leave holes in the memory
+    try:
+        async with asyncio.timeout(limits.body_timeout):
+            async for chunk in request.stream():
+                body[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+    except TimeoutError:
+        raise refuse(408, f"the body must arrive within {limits.body_timeout:g} s") from None
+    except ClientDisconnect:
+        raise refuse(400, "the client left") from None
+    return body
+
+
+class Header(BaseModel):
+    """The first line of a request's body; the images' bytes follow."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompts: list[str] = Field(min_length=1, description="One prompt per image.")
+    columns: dict[str, list[Any]] = Field(default_factory=dict, description="Further columns, one value per image.")
+    dtype: Literal["uint8", "float32"] = "uint8"
+    sizes: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] = Field(
+        description="Height and width of each image."
+    )
+    floats: bool = Field(default=False, description="Whether the reward may get the images as a float tensor too.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Header":
+        for key, values in self.columns.items():
+            if key in RESERVED:
+                raise ValueError(f"the column name {key!r} is reserved")
+            if len(values) != len(self.prompts):
+                raise ValueError(f"column {key!r} must hold {len(self.prompts)} values, found {len(values)}")
+        if len(self.sizes) != len(self.prompts):
+            raise ValueError(f"there must be one image per prompt: {len(self.prompts)}, found {len(self.sizes)}")
+        if self.dtype == "float32" and not self.floats:
+            raise ValueError("float32 images must have `floats`")
+        if self.floats and any(size != self.sizes[0] for size in self.sizes):
+            raise ValueError("with `floats`, all images must have one size")
+        return self
+
+
+def parse_body(body: bytearray, limits: Limits) -> Job:
+    """A request's images and columns, with every bound checked.
+
+    Args:
+        body (`bytearray`): A line of JSON, then the images' bytes.
+        limits ([`Limits`]): The bounds.
+
+    Raises:
+        HTTPException: 400 for a header line that is no JSON, 413 for too much, 422 for another form.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.serving.server import Limits, parse_body
+    >>> parse_body(bytearray(b'{"prompts": ["a cat"], "sizes": [[1, 1]]}\\nRGB'), Limits()).arrays[0].tolist()
+    [[[82, 71, 66]]]
+
+    ```
+    """
+    end = body.find(b"\n", 0, limits.max_metadata + 1)
+    if end < 0:
+        raise refuse(413 if len(body) > limits.max_metadata else 400, "the body must begin with a line of JSON")
+    try:
+        value = json.loads(bytes(body[:end]), parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # half surrogates and infinities end here
+    except (ValueError, RecursionError) as error:
+        raise refuse(400, f"the header line must be JSON: {type(error).__name__}") from None
+    try:
+        header = Header.model_validate(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])[:100]
+        raise refuse(422, f"the header is not as it must be at `{place}`: {first['msg'][:200]}") from None
+    if len(header.prompts) > limits.max_images:
+        raise refuse(413, f"a request must have at most {limits.max_images} images")
+    if max(map(len, header.prompts)) > limits.max_prompt:
+        raise refuse(413, f"a prompt must have at most {limits.max_prompt} characters")
+    if max(map(math.prod, header.sizes)) > limits.max_pixels:
+        raise refuse(413, f"an image must have at most {limits.max_pixels} pixels")
+    try:
+        arrays = decode_images(memoryview(body)[end + 1 :], header.dtype, header.sizes)
+    except ValueError as error:
+        raise refuse(422, str(error)) from None
+    return Job(header.prompts, arrays, header.columns, header.floats)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
 
 
 @dataclass(eq=False)
@@ -240,340 +645,16 @@ class ServedReward:
             key: [value for job in jobs for value in job.columns[key]] for key in jobs[0].columns
         }
         keywords |= {"prompts": [prompt for job in jobs for prompt in job.prompts], "completion_ids": None}
-        exact = arrays[0].dtype == np.uint8
-        if jobs[0].floats and takes_images(self.func) and not (exact and isinstance(self.func, Reward)):
-            images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-            keywords["images"] = images.float() / 255 if exact else images
-        if exact:
-            keywords["completions"] = [Image.fromarray(array) for array in arrays]
-        else:
-            keywords["completions"] = to_pil(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2))
+        rounded = arrays[0].dtype == np.uint8
+        if jobs[0].floats and takes_images(self.func) and not (rounded and isinstance(self.func, Reward)):
+            images = np.empty((len(arrays), 3, *arrays[0].shape[:2]), np.float32)
+            for image, array in zip(images, arrays, strict=True):
+                np.divide(array.transpose(2, 0, 1), 255 if rounded else 1, out=image, casting="unsafe")
+            keywords["images"] = torch.from_numpy(images)
+        if not rounded:
+            arrays = [to_arrays(torch.from_numpy(array.copy())[None].permute(0, 3, 1, 2))[0] for array in arrays]
+        keywords["completions"] = [Image.fromarray(array) for array in arrays]
         return keywords
-
-
-class Header(BaseModel):
-    """The first line of a request's body; the images' bytes follow."""
-
-    model_config = ConfigDict(extra="forbid")
-    prompts: list[str] = Field(min_length=1, description="One prompt per image.")
-    columns: dict[str, list[Any]] = Field(default_factory=dict, description="Further columns, one value per image.")
-    dtype: Literal["uint8", "float32"] = "uint8"
-    sizes: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] = Field(
-        description="Height and width of each image."
-    )
-    floats: bool = Field(default=False, description="Whether the reward may get the images as a float tensor too.")
-
-    @model_validator(mode="after")
-    def _fits(self) -> "Header":
-        for key, values in self.columns.items():
-            if key in RESERVED:
-                raise ValueError(f"the column name {key!r} is reserved")
-            if len(values) != len(self.prompts):
-                raise ValueError(f"column {key!r} must hold {len(self.prompts)} values, found {len(values)}")
-        if len(self.sizes) != len(self.prompts):
-            raise ValueError(f"there must be one image per prompt: {len(self.prompts)}, found {len(self.sizes)}")
-        if self.dtype == "float32" and not self.floats:
-            raise ValueError("float32 images must have `floats`")
-        if self.floats and any(size != self.sizes[0] for size in self.sizes):
-            raise ValueError("with `floats`, all images must have one size")
-        return self
-
-
-class RewardAnswer(BaseModel):
-    """The rewards of a request."""
-
-    rewards: list[float | None] = Field(description="One per image; null where there is none.")
-    errors: list[str | None] = Field(description="Why a reward is null, if something broke.")
-    seconds: float = Field(description="Time from the first byte read to the answer, waiting included.")
-
-
-class RewardState(BaseModel):
-    """One reward of the server."""
-
-    name: str
-    state: str = Field(description="`ready`, `loading` or `failed`, with the cause for whoever has the token.")
-    model: str = Field(default="", description="Class or function, with the models it names; with the token.")
-    range: str = ""
-    weights_licence: str = ""
-
-
-class Health(BaseModel):
-    """Whether the server can score."""
-
-    status: Literal["ready", "loading", "failed"]
-    version: str
-    protocol: int = Field(description="Version of the wire format.")
-    rewards: list[RewardState]
-
-
-class Refusal(BaseModel):
-    """Why a request was refused."""
-
-    detail: str
-
-
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Refusal, "description": "The header line is no JSON, or the client left."},
-    401: {"model": Refusal, "description": "The bearer token is missing or wrong."},
-    403: {"model": Refusal, "description": "Without a token: not from this machine, or from a web page."},
-    404: {"model": Refusal, "description": "No such reward."},
-    408: {"model": Refusal, "description": "The body came too slowly."},
-    413: {"model": Refusal, "description": "Too large."},
-    415: {"model": Refusal, "description": f"Not {MEDIA_TYPE}."},
-    422: {"model": Refusal, "description": "Well-formed, but not a request for rewards."},
-    500: {"model": Refusal, "description": "The reward has failed."},
-    503: {"model": Refusal, "description": "Loading, or too many connections: come again."},
-}
-BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            MEDIA_TYPE: {
-                "schema": {
-                    "type": "string",
-                    "format": "binary",
-                    "description": "A line of JSON in the form `Header`, then the raw RGB bytes of all images.",
-                }
-            }
-        },
-    }
-}
-
-
-def refuse(status: int, detail: str, **headers: str) -> HTTPException:
-    """A refusal, after which the connection closes, since the rest of the request is not read."""
-    return HTTPException(status, detail, {"Connection": "close", **headers})
-
-
-def build_app(
-    rewards: Mapping[str, Callable] | Sequence[Callable | str],
-    token: str | None = None,
-    limits: Limits | None = None,
-    max_batch: int = 64,
-    batch_wait: float | int = 0.002,
-) -> FastAPI:
-    """The server as an ASGI application.
-
-    Without a token only programs on this machine may ask: a request must name a loopback host and carry no `Origin`,
-    which a web page that the user has open would.
-
-    Args:
-        rewards (`Mapping[str, Callable]` or `Sequence[Callable | str]`): Reward functions by name, or a list of
-            functions and of what [`load_reward`] takes.
-        token (`str`, *optional*): Bearer token that every request but `GET /health` must carry.
-        limits ([`Limits`], *optional*): Bounds on what clients may send.
-        max_batch (`int`, *optional*, defaults to `64`): Images of several requests joined into one call.
-        batch_wait (`float`, *optional*, defaults to `0.002`): Seconds to wait for further requests.
-
-    Returns:
-        `fastapi.FastAPI`.
-
-    Raises:
-        ValueError: If two rewards have one name, or there are none.
-    """
-    limits = limits or Limits()
-    served = {
-        name: ServedReward(name, func, limits, max_batch, batch_wait) for name, func in named_rewards(rewards).items()
-    }
-
-    def trusted(request: Request) -> bool:
-        if token is None:
-            return True
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
-
-    async def guard(request: Request) -> None:
-        if token is None and (hostname(request) not in LOOPBACK or "origin" in request.headers):
-            raise refuse(403, "without a token, only programs on this machine may ask")
-        if request.url.path != "/health" and not trusted(request):
-            raise refuse(401, "the bearer token is missing or wrong", **{"WWW-Authenticate": "Bearer"})
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = [asyncio.create_task(reward.load()) for reward in served.values()]
-        yield
-        for task in loading:
-            task.cancel()
-        await asyncio.gather(*loading, return_exceptions=True)
-        await asyncio.gather(*(reward.close() for reward in served.values()))
-
-    app = FastAPI(
-        title="trl_apex reward server",
-        version=package_version(),
-        description="Scores images. Nothing that a client sends is ever unpickled.",
-        lifespan=lifespan,
-        dependencies=[Depends(guard)],
-        openapi_url=None,
-    )
-    app.state.rewards = served
-    strangers: dict[int | str, dict[str, Any]] = {key: REFUSALS[key] for key in (401, 403)}
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def openapi() -> dict[str, Any]:
-        return app.openapi()
-
-    @app.get("/health", response_model=Health, responses={503: {"model": Health}, 403: REFUSALS[403]})
-    async def health(request: Request) -> JSONResponse:
-        """Version and readiness; 503 until every reward is ready. Needs no token, and with it tells more."""
-        states = [reward.describe(trusted(request)) for reward in served.values()]
-        found = {reward.state.partition(":")[0] for reward in served.values()}
-        status = next((state for state in ("failed", "loading") if state in found), "ready")
-        told = {"status": status, "version": app.version, "protocol": PROTOCOL, "rewards": states}
-        return JSONResponse(told, 200 if status == "ready" else 503)
-
-    @app.get("/metrics", responses=strangers)
-    async def metrics() -> dict[str, dict[str, float]]:
-        """Counters by reward: images, missing rewards, seconds, requests by status, and images that wait."""
-        return {name: {**reward.counts, "waiting": reward.waiting} for name, reward in served.items()}
-
-    @app.get("/v1/rewards", response_model=list[RewardState], responses=strangers)
-    async def listing() -> list[dict[str, str]]:
-        """The rewards that this server has."""
-        return [reward.describe(True) for reward in served.values()]
-
-    @app.post("/v1/rewards/{name}", response_model=RewardAnswer, responses=REFUSALS, openapi_extra=BODY)
-    async def score(name: str, request: Request) -> RewardAnswer:
-        """Score images against their prompts."""
-        if name not in served:
-            raise refuse(404, f"there is no such reward; there are {', '.join(served)}")
-        reward = served[name]
-        try:
-            answer = await answer_request(reward, request)
-        except HTTPException as error:
-            reward.counts[f"requests_{error.status_code}"] += 1
-            raise
-        reward.counts["requests_200"] += 1
-        reward.counts["images"] += len(answer.rewards)
-        reward.counts["missing"] += sum(error is not None for error in answer.errors)
-        reward.counts["seconds"] += answer.seconds  # type: ignore[assignment]
-        return answer
-
-    return app
-
-
-async def answer_request(reward: ServedReward, request: Request) -> RewardAnswer:
-    """Wait for a turn, read the body, and have it scored.
-
-    Raises:
-        HTTPException: With the cause.
-    """
-    limits = reward.limits
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != MEDIA_TYPE:
-        hint = " trl_apex 0.1 sends that; use one release on both sides." if kind == "multipart/form-data" else ""
-        raise refuse(415, f"the body must be {MEDIA_TYPE}, protocol {PROTOCOL}. Found {kind[:100]!r}.{hint}")
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > limits.max_body:
-        raise refuse(413, f"the body must have at most {limits.max_body} bytes")
-    check_state(reward)
-    async with reward.bodies:
-        check_state(reward)
-        started = time.perf_counter()
-        job = parse_body(await read_body(request, limits), limits)
-        rewards, errors = await reward.score(job)
-    return RewardAnswer(
-        rewards=[None if math.isnan(value) else value for value in rewards],
-        errors=errors,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def check_state(reward: ServedReward) -> None:
-    """Refuse a request for a reward that cannot score.
-
-    Raises:
-        HTTPException: 503 while it loads, 500 if it failed.
-    """
-    if reward.state == "loading":
-        raise refuse(503, "the reward is not ready: loading", **{"Retry-After": "1"})
-    if reward.state != "ready":
-        raise refuse(500, f"the reward is not ready: {reward.state}")
-
-
-async def read_body(request: Request, limits: Limits) -> bytearray:
-    """The body of a request.
-
-    Raises:
-        HTTPException: If it is too large or too slow, or the client leaves.
-    """
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_timeout):
-            async for chunk in request.stream():
-                if len(body) + len(chunk) > limits.max_body:
-                    raise refuse(413, f"the body must have at most {limits.max_body} bytes")
-                body += chunk
-    except TimeoutError:
-        raise refuse(408, f"the body must arrive within {limits.body_timeout:g} s") from None
-    except ClientDisconnect:
-        raise refuse(400, "the client left") from None
-    return body
-
-
-def parse_body(body: bytearray, limits: Limits) -> Job:
-    """A request's images and columns, with every bound checked.
-
-    Args:
-        body (`bytearray`): A line of JSON, then the images' bytes.
-        limits ([`Limits`]): The bounds.
-
-    Raises:
-        HTTPException: 400 for a header line that is no JSON, 413 for too much, 422 for another form.
-
-    Example:
-
-    ```python
-    >>> from trl_apex.serving.server import Limits, parse_body
-    >>> parse_body(bytearray(b'{"prompts": ["a cat"], "sizes": [[1, 1]]}\\nRGB'), Limits()).arrays[0].tolist()
-    [[[82, 71, 66]]]
-
-    ```
-    """
-    end = body.find(b"\n", 0, limits.max_metadata + 1)
-    if end < 0:
-        raise refuse(413 if len(body) > limits.max_metadata else 400, "the body must begin with a line of JSON")
-    try:
-        value = json.loads(bytes(body[:end]), parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # half surrogates and infinities end here
-    except (ValueError, RecursionError) as error:
-        raise refuse(400, f"the header line must be JSON: {type(error).__name__}") from None
-    try:
-        header = Header.model_validate(value, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:100]
-        raise refuse(422, f"the header is not as it must be at `{place}`: {first['msg'][:200]}") from None
-    if len(header.prompts) > limits.max_images:
-        raise refuse(413, f"a request must have at most {limits.max_images} images")
-    if max(map(len, header.prompts)) > limits.max_prompt:
-        raise refuse(413, f"a prompt must have at most {limits.max_prompt} characters")
-    if max(map(math.prod, header.sizes)) > limits.max_pixels:
-        raise refuse(413, f"an image must have at most {limits.max_pixels} pixels")
-    try:
-        arrays = decode_images(memoryview(body)[end + 1 :], header.dtype, header.sizes)
-    except ValueError as error:
-        raise refuse(422, str(error)) from None
-    return Job(header.prompts, arrays, header.columns, header.floats)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-def hostname(request: Request) -> str:
-    """The name in a request's `Host` header, without the port."""
-    try:
-        return urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def package_version() -> str:
-    """Version of the package."""
-    try:
-        return version("trl_apex")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def named_rewards(rewards: Mapping[str, Callable] | Sequence[Callable | str]) -> dict[str, Callable]:
@@ -593,120 +674,3 @@ def named_rewards(rewards: Mapping[str, Callable] | Sequence[Callable | str]) ->
     if not functions:
         raise ValueError("A reward server must have a reward. Found none. Pass `--reward ocr`, for example.")
     return functions
-
-
-def read_token(token: str | None = None, token_file: str | Path | None = None) -> str | None:
-    """The bearer token: as given, else from the file, else from the variable `TRL_APEX_REWARD_TOKEN`, else None.
-
-    White space around it is dropped.
-
-    Args:
-        token (`str`, *optional*): The token.
-        token_file (`str` or `Path`, *optional*): A file that holds nothing else.
-
-    Returns:
-        `str` or None.
-
-    Raises:
-        ValueError: If the token is shorter than 16 characters or not plain ASCII.
-    """
-    if token is not None:
-        found = checked_secret(token, "`token`")
-    elif token_file is not None:
-        found = checked_secret(Path(token_file).read_text(), f"the file {token_file}")
-    elif os.environ.get(TOKEN_VARIABLE) is None:
-        return None
-    else:
-        found = secret_from(TOKEN_VARIABLE) or ""
-    if len(found) < SHORTEST_TOKEN:
-        raise ValueError(
-            f"The token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces. Found {len(found)} "
-            'characters. Make one with `python -c "import secrets; print(secrets.token_urlsafe())"`.'
-        )
-    return found
-
-
-def make_server(
-    rewards: Mapping[str, Callable] | Sequence[Callable | str],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    token_file: str | Path | None = None,
-    limits: Limits | None = None,
-    ssl_certfile: str | Path | None = None,
-    ssl_keyfile: str | Path | None = None,
-    **options: Any,
-) -> uvicorn.Server:
-    """The server, bound to nothing yet; `run()` serves until it is told to stop.
-
-    Args:
-        rewards: See [`build_app`].
-        host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on; other than loopback needs a token.
-        port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for any free one.
-        token (`str`, *optional*): Bearer token; see [`read_token`] for the other places it is looked for.
-        token_file (`str` or `Path`, *optional*): File with the token.
-        limits ([`Limits`], *optional*): Bounds on what clients may send.
-        ssl_certfile (`str` or `Path`, *optional*): Certificate, to serve https instead of http.
-        ssl_keyfile (`str` or `Path`, *optional*): Its key, where the certificate's file does not hold it.
-        options: Further options of [`build_app`].
-
-    Returns:
-        `uvicorn.Server`.
-
-    Raises:
-        ValueError: If the address is not loopback and there is no token.
-    """
-    token = read_token(token, token_file)
-    if host not in LOOPBACK and token is None:
-        raise ValueError(
-            f"A reward server on an address that others reach must have a token. Found none for {host}. Set "
-            f"{TOKEN_VARIABLE} or pass `--token-file`, or listen on 127.0.0.1."
-        )
-    limits = limits or Limits()
-    config = uvicorn.Config(
-        build_app(rewards, token, limits, **options),
-        host=host,
-        port=port,
-        http="h11",
-        ws="none",
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=limits.max_connections,
-        h11_max_incomplete_event_size=16 * 1024,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=10,
-        ssl_certfile=ssl_certfile,
-        ssl_keyfile=ssl_keyfile,
-    )
-    return uvicorn.Server(config)
-
-
-def serve(
-    rewards: Mapping[str, Callable] | Sequence[Callable | str],
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    token_file: str | Path | None = None,
-    limits: Limits | None = None,
-    **options: Any,
-) -> None:
-    """Serve rewards until interrupted (`Ctrl-C` or SIGTERM); requests under way are finished first.
-
-    Modules named in `rewards` are looked for in the current folder as well. The arguments are those of [`make_server`].
-
-    Raises:
-        ValueError: If the settings are not safe or a reward is unknown.
-        RuntimeError: If the server cannot listen on the address.
-    """
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    server = make_server(rewards, host, port, token, token_file, limits, **options)
-    scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
-    print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
-    server.run()
-    if not server.started:
-        raise RuntimeError(
-            f"The reward server must be able to listen on {host}:{port}. Found it taken or not allowed. "
-            "Pass another `--port`."
-        )

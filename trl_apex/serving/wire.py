@@ -54,8 +54,8 @@ def encode_request(prompts: Sequence[str], images: Images, columns: dict[str, li
     dtype = "uint8"
     if isinstance(images, Tensor) and floats and not as_uint8:
         arrays, dtype = list(images.detach().float().cpu().permute(0, 2, 3, 1).numpy()), "float32"
-    else:
-        arrays = to_arrays(images)
+    else:  # one by one, which needs less memory
+        arrays = [array for i in range(len(images)) for array in to_arrays(images[i : i + 1])]
     header = {
         "prompts": list(prompts),
         "columns": columns,

@@ -1,0 +1,118 @@
+"""Eight trainers' clients at once against one reward server whose reward takes 1.5 s a call.
+
+Run `python benchmarks/reward_load.py`. The server is a process of its own; the clients are eight scorers in one process,
+which send float tensors as a trainer does. What must hold: every reward arrives, nothing counts as failed, and the
+server's memory is bounded. `pixels` reads PIL images, `floats` asks for the float tensor too, which costs the server
+four bytes a number for the 64 images of a call.
+"""
+
+import argparse
+import ast
+import json
+import multiprocessing
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from PIL import Image
+
+from trl_apex.rewards import RemoteReward, RewardScorer
+from trl_apex.serving.server import serve
+
+RESULTS = Path(__file__).parent / "results" / "reward_load.json"
+SECONDS = 1.5
+CLIENTS = 8
+
+
+def pixels(completions: Sequence[Image.Image], prompts: Sequence[str], completion_ids: None) -> list[float]:
+    """The first pixel of each image, after 1.5 s."""
+    time.sleep(SECONDS)
+    return [float(image.getpixel((0, 0))[0]) for image in completions]  # type: ignore[index]
+
+
+def floats(images: torch.Tensor, **keywords: object) -> list[float]:
+    """The same, read from the float tensor."""
+    time.sleep(SECONDS)
+    return (images[:, 0, 0, 0] * 255).tolist()
+
+
+def start_server() -> tuple[multiprocessing.Process, str]:
+    """The server in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=serve, kwargs={"rewards": [pixels, floats], "port": port}, daemon=True)
+    process.start()
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            RemoteReward(url, "pixels").check()
+            return process, url
+        except ValueError:
+            time.sleep(0.2)
+    raise RuntimeError("The server must start. Found it silent for a minute.")
+
+
+def load(name: str, count: int, side: int) -> dict[str, float | int | str]:
+    """Eight clients send `count` images of `side` pixels each at once; what arrived, and what the server held."""
+    process, url = start_server()
+    server = psutil.Process(process.pid)
+    idle = peak = server.memory_info().rss
+    images = torch.zeros(count, 3, side, side)
+    values = torch.arange(count, dtype=torch.float32) % 256
+    images[:, 0, 0, 0] = values / 255
+    scorers = [RewardScorer([RemoteReward(url, name)]) for _ in range(CLIENTS)]
+    started = time.perf_counter()
+    futures = [s.submit(prompts=["a cat"] * count, completions=[None] * count, images=images) for s in scorers]
+    while not all(future.done() for future in futures):
+        peak = max(peak, server.memory_info().rss)
+        time.sleep(0.02)
+    took, cpu = time.perf_counter() - started, sum(server.cpu_times()[:2])
+    scored = [future.result() for future in futures]
+    arrived = sum(int((s.rewards[:, 0] - values).abs().lt(1e-3).sum()) for s in scored)
+    for scorer in scorers:
+        scorer.close()
+    process.terminate()
+    process.join(timeout=20)
+    calls = -(-CLIENTS * count // 64)
+    return {
+        "reward": name,
+        "images_per_client": count,
+        "side": side,
+        "arrived": arrived,
+        "of": CLIENTS * count,
+        "failed": sum(s.failures[name] for s in scored),
+        "seconds": round(took, 1),
+        "seconds_at_best": calls * SECONDS,
+        "server_cpu_seconds": round(cpu, 1),
+        "server_idle_MB": idle // 10**6,
+        "server_peak_MB": peak // 10**6,
+    }
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", type=ast.literal_eval)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name, count, side in arguments.only or [
+        ("pixels", 144, 512),
+        ("pixels", 64, 1024),
+        ("floats", 144, 512),
+        ("floats", 64, 1024),
+    ]:
+        rows.append(load(name, count, side))
+        print(json.dumps(rows[-1]), flush=True)
+    text = ",\n  ".join(json.dumps(row) for row in rows)
+    arguments.output.write_text(f"[\n  {text}\n]\n")
+
+
+if __name__ == "__main__":
+    main()
