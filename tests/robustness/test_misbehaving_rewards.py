@@ -9,7 +9,7 @@ import torch
 from tiny_runs import contrast, equal_weights, fingerprints, history, redness, tiny_trainer, weights_of
 
 from trl_apex import DiffusionGRPOTrainer
-from trl_apex.rewards import RewardList
+from trl_apex.rewards import RewardFailureRateError, RewardList
 from trl_apex.trainer.checkpoint import checkpoints, defects, last_whole
 
 CALL, ROWS = 3, (1, 2)  # the third iteration of six; a sample of either group
@@ -76,6 +76,7 @@ MASKED = {
     "too_large_for_a_float": (some(10**400), some(None)),
     "failed_samples": (lambda s: RewardList(some(None)(s), errors=some("broken")([None] * 4)), some(None)),
     "raises": (raises, lambda scores: [None] * len(scores)),
+    "raises_stop_iteration": (lambda scores: [next(iter([]))], lambda scores: [None] * len(scores)),
     "all_1e30": (lambda scores: [1e30] * len(scores), lambda scores: [None] * len(scores)),
     "all_none": (lambda scores: [None] * len(scores), lambda scores: [math.nan] * len(scores)),
 }
@@ -206,7 +207,7 @@ def test_a_reward_that_always_fails_stops_the_run_with_a_checkpoint(tmp_path, fi
     with (
         pytest.warns(UserWarning, match="failed on 4 of 4 samples: the picture is broken"),
         pytest.raises(
-            RuntimeError, match="'contrast' failed for 4 of 4 images, more than max_reward_failure_rate=0.5"
+            RewardFailureRateError, match="'contrast' failed for 4 of 4 images, more than max_reward_failure_rate=0.5"
         ),
     ):
         trainer.train()

@@ -368,7 +368,7 @@ def refuse(status: int, detail: str, **headers: str) -> HTTPException:
     return HTTPException(status, detail, {"Connection": "close", **headers})
 
 
-async def answer_request(reward: ServedReward, request: Request) -> RewardAnswer:
+async def answer_request(reward: "ServedReward", request: Request) -> RewardAnswer:
     """Wait for a turn, read the body, and have it scored.
 
     Raises:
@@ -397,7 +397,7 @@ async def answer_request(reward: ServedReward, request: Request) -> RewardAnswer
     )
 
 
-def check_state(reward: ServedReward) -> None:
+def check_state(reward: "ServedReward") -> None:
     """Refuse a request for a reward that cannot score.
 
     Raises:
@@ -456,7 +456,7 @@ class Header(BaseModel):
         return self
 
 
-def parse_body(body: bytearray, limits: Limits) -> Job:
+def parse_body(body: bytearray, limits: Limits) -> "Job":
     """A request's images and columns, with every bound checked.
 
     Args:

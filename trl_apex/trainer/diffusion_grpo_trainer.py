@@ -309,7 +309,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             self._scorer = None
             self._iteration_rollout = None
         if self.save_and_stop:
-            raise RuntimeError(
+            raise self._stop_error(
                 f"Training was stopped at step {self.state.global_step}, with a checkpoint saved: {self.save_and_stop}"
             )
         return result

@@ -12,7 +12,7 @@ from ..distributed import all_reduce_sum, gather_list, gather_rows
 from ..loss.surrogate import Surrogate
 from ..report.figures import reward_grid
 from ..rewards.images import to_pil
-from ..rewards.scoring import ScoredBatch
+from ..rewards.scoring import RewardFailureRateError, ScoredBatch
 from ..types import Rollout
 from .pictures import send_picture
 
@@ -101,7 +101,8 @@ class LogsMixin(Trainer):
             if failures > self.args.max_reward_failure_rate * samples:
                 self.request_stop(
                     f"reward {name!r} failed for {failures} of {samples} images, more than max_reward_failure_rate="
-                    f"{self.args.max_reward_failure_rate}. The warnings above tell why; raise the limit to go on without it."
+                    f"{self.args.max_reward_failure_rate}. The warnings above tell why; raise the limit to go on without it.",
+                    RewardFailureRateError,
                 )
 
     def _log_rewards(self, rewards: Tensor, advantages: Tensor, inputs: list, rollouts: list[Rollout]) -> None:

@@ -25,12 +25,13 @@ class SavingMixin(Trainer):
     resumed_from: str | None = None
     save_and_stop: str | None = None
     """Why the run stops at the end of this iteration; None while it does not."""
+    _stop_error: type[RuntimeError] = RuntimeError
     _partial_dir: Path | None = None
 
-    def request_stop(self, cause: str) -> None:
+    def request_stop(self, cause: str, error: type[RuntimeError] = RuntimeError) -> None:
         """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""
         logger.error("%s", cause)
-        self.save_and_stop = cause
+        self.save_and_stop, self._stop_error = cause, error
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         with nothing_but_tensors(checkpoint):
