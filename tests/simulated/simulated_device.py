@@ -50,11 +50,12 @@ class Backend(registration._DummyBackendModule):
 class SimTensor(torch.Tensor):
     """A tensor of device "sim:{index}" whose numbers lie in the CPU tensor `raw`."""
 
+    has_float64 = False
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor, index: int):
-        if raw.dtype == torch.float64:
+        if raw.dtype == torch.float64 and not cls.has_float64:
             raise TypeError(
                 "Cannot convert a tensor to float64 on device 'sim': it has no float64, as Apple's have none."
             )
