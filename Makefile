@@ -13,7 +13,7 @@ empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-all test-distributed test-robustness test-lowest audit check format wheel docs clean
+.PHONY: demo test test-all test-distributed test-robustness test-lowest gpu-check audit check format wheel docs clean
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("trl_apex needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -35,6 +35,9 @@ test-distributed: $(STAMP)  ## every engine with two processes
 
 test-robustness: $(STAMP)  ## faults, hostile input, long runs
 	RELIABILITY_JSON=benchmarks/results/reliability.json $(BIN)/python -m pytest -m '' tests/robustness
+
+gpu-check: $(STAMP)  ## tests and measurements on one GPU, in at most 8 minutes
+	$(BIN)/python tools/gpu_check.py
 
 test-lowest:  ## a sample of the tests with the lower bounds of setup.cfg, in an environment of its own
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

@@ -26,6 +26,7 @@ MOVED = {
     "trl_apex.rewards.remote": "trl_apex.serving.client",
     "trl_apex.rewards.server": "trl_apex.serving.server",
     "trl_apex.rewards.wire": "trl_apex.serving.wire",
+    "trl_apex.tiny.tokenizer": "trl_apex.tiny.pipeline",
 }
 
 
