@@ -65,7 +65,7 @@ def test_a_reward_may_log_on_one_rank_only(tmp_path):
 def test_unequal_aggregators_are_an_error_that_names_the_rank(tmp_path):
     outcomes = attempt(train_with_unequal_aggregators, 2, environment("ddp"), output_dir=str(tmp_path))
     for outcome in outcomes:
-        assert "aggregator_state.json must be equal on all ranks. Found other values on rank 1" in outcome.error
+        assert "The state of the aggregator must be equal on all ranks. Found other values on rank 1" in outcome.error
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"]
 
 

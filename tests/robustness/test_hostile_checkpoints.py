@@ -192,16 +192,34 @@ def weights_renamed(run):
 
 
 def no_state(run):
-    (run / "checkpoint-2" / "aggregator_state.json").unlink()
+    (run / "checkpoint-2" / "apex_state.json").write_text("{}")
     forge(run / "checkpoint-2")
-    return {}, "must hold aggregator_state.json"
+    return {}, "must hold the state of the aggregator"
 
 
 def half_a_state(run):
-    file = run / "checkpoint-2" / "aggregator_state.json"
-    file.write_text(json.dumps({"objectives": ["redness", "contrast"], "rule": "apex", "iteration": 2}))
+    file = run / "checkpoint-2" / "apex_state.json"
+    states = json.loads(file.read_text())
+    states["aggregator"] = {"objectives": ["redness", "contrast"], "rule": "apex", "iteration": 2}
+    file.write_text(json.dumps(states))
     forge(run / "checkpoint-2")
     return {}, "saved state must hold .*Found none of .*priorities"
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("apex_state.json", "[]"),
+        ("apex_state.json", '{"aggregator": []}'),
+        ("apex_state.json", '{"aggregator": {"rule": "apex"}}'),
+        ("trainer_state.json", "{}"),
+        ("adapter_config.json", '{"lora_alpha": 4'),
+    ],
+)
+def test_a_state_file_of_a_wrong_form_is_refused_by_name(file, content, run):
+    (run / "checkpoint-2" / file).write_text(content)
+    forge(run / "checkpoint-2")
+    refused(run, file)
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,9 @@ def test_a_shared_prefix_saves_forwards_and_changes_no_gradient(pipeline, datase
     sample = module.sample
     monkeypatch.setattr(module, "sample", lambda *args: sample(*args[:-1], None))
     expected, alone, _ = trained(pipeline, dataset, make_args(DiffusionGRPOConfig, **settings), lora)
-    assert [rows for rows, grad in alone if not grad] == [8] * 6
-    assert [rows for rows, grad in shared if not grad] == [2, 2, 2, 8, 8, 8]  # 2 prompts x 4 images
+    probe = [1]  # the one row that watches whether updates reach the rollout
+    assert [rows for rows, grad in alone if not grad] == probe + [8] * 6
+    assert [rows for rows, grad in shared if not grad] == probe + [2, 2, 2, 8, 8, 8]  # 2 prompts x 4 images
     assert_equal_gradients(found, expected)
 
 

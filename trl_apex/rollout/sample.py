@@ -57,7 +57,7 @@ def sample(
         latents, trajectory = denoise(predict, sampler, initial, window, noise.to(device), representative)
     finally:
         model.train(was_training)
-    return Rollout(policy.decode(latents), trajectory)
+    return Rollout(policy.decode(latents), trajectory, latents.float().square().mean((1, 2, 3)))
 
 
 def sample_deterministic(

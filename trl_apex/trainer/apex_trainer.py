@@ -18,7 +18,6 @@ from .gradient_probe import GradientProbe
 logger = logging.getLogger(__name__)
 
 AGGREGATOR_FILE = "aggregator_state.json"
-POPULATION_FILE = "population_conflict.json"
 
 
 class APEXTrainer(DiffusionGRPOTrainer):
@@ -45,6 +44,7 @@ class APEXTrainer(DiffusionGRPOTrainer):
     _tag_names = ["trl", "grpo", "apex", "diffusers", "text-to-image"]
     _name = "APEX"
     config_class = APEXConfig
+    _needed_state = ("aggregator",)
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
@@ -101,19 +101,11 @@ class APEXTrainer(DiffusionGRPOTrainer):
         else:
             self.aggregator.observe_conflict(result.gramian, samples=result.rows)
 
-    def _extra_state(self) -> dict[str, Any]:
-        own = {AGGREGATOR_FILE: self.aggregator.state_dict(), POPULATION_FILE: self.population.state_dict()}
-        return {**super()._extra_state(), **own}
+    def _stateful(self) -> dict[str, Any]:
+        return {**super()._stateful(), "aggregator": self.aggregator, "population": self.population}
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = Path(checkpoint) / AGGREGATOR_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"A checkpoint of APEXTrainer must hold {AGGREGATOR_FILE}. Found none in {checkpoint}. It was saved by "
-                f'another trainer: start anew from its adapter with `adapter="{checkpoint}"` instead of resuming.'
-            )
-        self.aggregator.load_state_dict(json.loads(path.read_text()))
-        self.population.load_state_dict(json.loads(path.with_name(POPULATION_FILE).read_text()))
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # for readers; a resume takes it from the checkpoint's state
+            state = json.dumps(self.aggregator.state_dict(), indent=1)
+            Path(output_dir or str(self.args.output_dir), AGGREGATOR_FILE).write_text(state)

@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+STATE_FILE = "apex_state.json"
+FILES_OF_0_1_0 = {
+    "aggregator": "aggregator_state.json",
+    "population": "population_conflict.json",
+    "monitor": "first_evaluation.json",
+}
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -186,6 +192,92 @@ def _refuse_partial_state(found: list[Path]) -> None:
             f"by another program: {'; '.join(lacks(found[0]))}. To go on from its weights, load its adapter as the model and "
             "start a new run."
         )
+
+
+def read_object(file: str | Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: if the file holds anything else; names it.
+    """
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} must be a JSON file. Found {error}. Take another checkpoint.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object. Found {type(content).__name__}. Take another checkpoint.")
+    return content
+
+
+def read_state(checkpoint: str | Path) -> dict[str, tuple[Path, Any]]:
+    """The states of a checkpoint beside Trainer's own, by name, each with the file that holds it.
+
+    Version 0.1.0 wrote a file for each.
+    """
+    checkpoint = Path(checkpoint)
+    if (checkpoint / STATE_FILE).is_file():
+        return {name: (checkpoint / STATE_FILE, state) for name, state in read_object(checkpoint / STATE_FILE).items()}
+    files = {name: checkpoint / file for name, file in FILES_OF_0_1_0.items()}
+    return {name: (file, read_object(file)) for name, file in files.items() if file.is_file()}
+
+
+def restore(stateful: dict[str, Any], checkpoint: str | Path) -> None:
+    """Give each object its state from a checkpoint; those without one there stay as they are.
+
+    Args:
+        stateful (`dict`): objects with `load_state_dict`, by name.
+        checkpoint (`str` or `Path`): a directory.
+
+    Raises:
+        ValueError: names the file, where a state is not in the form that its object writes.
+    """
+    states = read_state(checkpoint)
+    for name, owner in stateful.items():
+        if name not in states:
+            continue
+        file, state = states[name]
+        try:
+            owner.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{file} must hold the state of the {name} as this trainer writes it. Found {type(error).__name__}: {error}. "
+                "Take another checkpoint."
+            ) from error
+
+
+def check_state(stateful: dict[str, Any], checkpoint: str | Path, needed: tuple[str, ...] = ()) -> None:
+    """Raise, before anything is loaded, if a checkpoint's states cannot be restored.
+
+    Args:
+        stateful (`dict`): objects with `state_dict` and `load_state_dict`, by name. They keep their states.
+        checkpoint (`str` or `Path`): a directory.
+        needed (`tuple[str, ...]`): names that must be there.
+
+    Raises:
+        ValueError: names the file.
+    """
+    progress = read_object(Path(checkpoint, "trainer_state.json"))
+    steps = [progress.get(key) for key in ("global_step", "max_steps")]
+    if not all(isinstance(step, int) for step in steps) or not isinstance(progress.get("log_history"), list):
+        raise ValueError(
+            f"{checkpoint}/trainer_state.json must hold a run's steps and logs. Found {sorted(progress)[:5]}. Take another "
+            "checkpoint."
+        )
+    missing = sorted(set(needed) - read_state(checkpoint).keys())
+    if missing:
+        raise ValueError(
+            f"A checkpoint of this trainer must hold the state of the {missing[0]}, in {STATE_FILE} or, from version 0.1.0, "
+            f"{FILES_OF_0_1_0[missing[0]]}. Found none in {checkpoint}. It was saved by another trainer: load its adapter as the "
+            "model and start anew instead of resuming."
+        )
+    before = {name: owner.state_dict() for name, owner in stateful.items()}
+    try:
+        restore(stateful, checkpoint)
+    finally:
+        for name, owner in stateful.items():
+            owner.load_state_dict(before[name])
 
 
 def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:

@@ -39,6 +39,7 @@ from ..types import Embeddings, Rollout
 from .callbacks import GradientGuardCallback, IterationCallback
 from .checkpoint import last_whole
 from .denoiser import answer_as_transformers, compile_blocks, frozen_copy
+from .detectors import LearningDetectors, disable_dropout
 from .diffusion_grpo_config import DiffusionGRPOConfig
 from .disk import check_writable
 from .ema import EMACallback
@@ -198,6 +199,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             self.remove_callback(TqdmCallback)
             self.add_callback(ProgressCallback(names))
         self.add_callback(IterationCallback(self))
+        self._detectors = LearningDetectors(self)
+        self.add_callback(self._detectors)
         self._guard = GradientGuardCallback(self)
         self.add_callback(self._guard)
         self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps) if args.ema_decay else None
@@ -254,6 +257,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         start = take_adapter(self.policy, adapter)
         self._starts_from_adapter = start is not None
         denoiser = self.policy.denoiser
+        if args.disable_dropout:
+            disable_dropout(denoiser)
         if args.compile_denoiser:
             compile_blocks(denoiser)
         answer_as_transformers(denoiser)
@@ -368,7 +373,9 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         first = self.accelerator.process_index * len(inputs)
         prompts = [row["prompt"] for row in inputs]
         rollouts, pending = [], []
+        self._detectors.note_weights()
         with self._rollout_weights(), self._failing_together_unless_sharded():
+            self._detectors.probe_velocity()
             embeddings, prompt_of = self._conditions.distinct(prompts)
             for start in range(0, len(inputs), chunk):
                 rows = inputs[start : start + chunk]
@@ -394,6 +401,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         group_ids = torch.arange(len(rewards)) // self.num_generations
         advantages, normalized = self._compute_advantages(rewards, group_ids)
         self._log_rewards(rewards, advantages, inputs, rollouts)
+        self._detectors.see_rollout(rollouts, advantages)
         here = local_slice(len(inputs), self.accelerator.process_index)
         result = {
             "latents": torch.cat([r.trajectory.latents for r in rollouts]),
@@ -405,6 +413,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             "prompt_of": prompt_of,
             "prompts": prompts,
             "dead": bool((advantages == 0).all()),
+            "live": (advantages[here] != 0).cpu(),
         }
         if self._reference is not None:
             result["reference_mean"] = self._reference_means(result)
@@ -528,6 +537,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         count = args.per_device_train_batch_size * args.timestep_batch_size
         rows = rollout["dealt"][update][micro * count : (micro + 1) * count]
         window_step = rows[:, 1]
+        self._metrics["train"]["dead_step_rate"].append(float(not rollout["live"][rows[:, 0]].any()))
         sample, on_device = rows.to(self.accelerator.device).unbind(1)
         return {
             "latents": rollout["latents"][sample, on_device],
@@ -540,6 +550,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             "reference_mean": None if self._reference is None else rollout["reference_mean"][sample, on_device],
             "embeddings": {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()},
             "dead": rollout["dead"],
+            "first_update": pass_number == 0 and update == 0,
         }
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -559,6 +570,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             kl = self._kl(model, inputs, transition)
             loss = loss + self.beta * kl
         self._guard.update_is_dead &= inputs["dead"]
+        if inputs["first_update"]:
+            self._detectors.watch_ratio(surrogate.ratio)
         self._log_update(surrogate, kl)
         self._guard.remember(surrogate.ratio, inputs)
         return loss / self.current_gradient_accumulation_steps

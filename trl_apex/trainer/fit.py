@@ -1,6 +1,5 @@
 """Whether a checkpoint belongs to the model that is to go on from it, read from file headers before anything is loaded."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,8 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from .checkpoint import read_object
 
 ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "optimizer.bin")
@@ -68,7 +69,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 def _check_scale(file: Path, config: Any) -> None:
     """The scale of an adapter is in none of its weights."""
-    saved = json.loads(file.read_text()) if file.is_file() else {}
+    saved = read_object(file) if file.is_file() else {}
     for name in ("lora_alpha", "use_rslora"):
         mine = getattr(config, name, None)
         if name in saved and saved[name] != mine:

@@ -12,8 +12,6 @@ from ..evaluation import hacking_signs
 
 logger = logging.getLogger(__name__)
 
-MONITOR_FILE = "first_evaluation.json"
-
 
 class RewardHackingWatch:
     """Warns, once, when a monitored reward has fallen since the first evaluation while the trained ones rose.

@@ -9,12 +9,23 @@ from peft import PeftModel
 from transformers import EarlyStoppingCallback, Trainer
 
 from ..distributed import check_equal, failing_together, gather_list, wait_for_all
-from .checkpoint import PARTIAL, check_engine, clear_partial, defects, last_whole, publish, rotate, to_resume_from
+from .checkpoint import (
+    PARTIAL,
+    STATE_FILE,
+    check_engine,
+    check_state,
+    clear_partial,
+    defects,
+    last_whole,
+    publish,
+    restore,
+    rotate,
+    to_resume_from,
+)
 from .denoiser import save_denoiser
 from .disk import SaveError, saving
 from .fit import check_fit, nothing_but_tensors
 from .lora import save_diffusers_lora
-from .monitor import MONITOR_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +38,8 @@ class SavingMixin(Trainer):
     """Why the run stops at the end of this iteration; None while it does not."""
     _stop_error: type[RuntimeError] = RuntimeError
     _partial_dir: Path | None = None
+    _needed_state: tuple[str, ...] = ()
+    """Names of `_stateful` that a checkpoint must hold."""
 
     def request_stop(self, cause: str, error: type[RuntimeError] = RuntimeError) -> None:
         """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""
@@ -37,8 +50,12 @@ class SavingMixin(Trainer):
         with nothing_but_tensors(checkpoint):
             Trainer._load_optimizer_and_scheduler(self, checkpoint)
         self.resumed_from = checkpoint
-        if checkpoint is not None and (Path(checkpoint) / MONITOR_FILE).is_file():
-            self._watch.load_state_dict(json.loads((Path(checkpoint) / MONITOR_FILE).read_text()))
+        if checkpoint is not None:
+            restore(self._stateful(), checkpoint)
+
+    def _stateful(self) -> dict[str, Any]:
+        """What a checkpoint keeps in `apex_state.json`: objects with `state_dict` and `load_state_dict`, by name."""
+        return {"monitor": self._watch, "detectors": self._detectors}
 
     def _load_callback_state(self) -> None:
         """Trainer's own, and how long early stopping has waited already."""
@@ -110,6 +127,7 @@ class SavingMixin(Trainer):
             if self.accelerator.is_main_process:
                 found = str(to_resume_from(wanted, self.args.output_dir))
                 check_engine(found, self._engine, self.accelerator.num_processes)
+                check_state(self._stateful(), found, self._needed_state)
                 if self._engine == "ddp":
                     check_fit(found, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
                 clear_partial(self.args.output_dir)
@@ -153,19 +171,16 @@ class SavingMixin(Trainer):
         else:
             whole = {**(state_dict or model.state_dict()), **(averaged or {})}
             save_denoiser(model, Path(output_dir, self.policy.denoiser_name), whole)
-        for name, state in self._extra_state().items():
-            Path(output_dir, name).write_text(json.dumps(state, indent=1))
+        if to_resume_from:
+            states = {name: owner.state_dict() for name, owner in self._stateful().items()}
+            Path(output_dir, STATE_FILE).write_text(json.dumps(states, indent=1))
         if self._partial_dir is None and Path(output_dir) == Path(self.args.output_dir):
             self.create_model_card()  # in place of PEFT's
 
-    def _extra_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside Trainer's own files: file name to JSON content."""
-        return {MONITOR_FILE: self._watch.state_dict()} if self.monitor_funcs else {}
-
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's own, but into a place that no resume looks at, renamed once it is whole."""
-        for name, state in self._extra_state().items():
-            check_equal(name, state)
+        for name, owner in self._stateful().items():
+            check_equal(f"The state of the {name}", owner.state_dict())
         run = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
