@@ -467,7 +467,7 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     main_process = trainer.is_world_process_zero()
     output_dir, command = Path(config.output_dir), "trl-apex train " + shlex.join(rest)
     if main_process:
-        record_arguments(output_dir, [given, config], command)
+        record_arguments(output_dir, [given, trainer.args], command)
     resume = config.resume_from_checkpoint
     with recorded_warnings(output_dir if main_process else None, trainer), interrupt.listening():
         try:

@@ -60,9 +60,17 @@ def test_the_moving_average_is_saved_whole_and_resumed(engine, reference, tmp_pa
     def averages(run_folder):
         return load_file(f"{run_folder}/checkpoint-3/ema.safetensors")
 
-    folder = str(tmp_path)
-    whole = run(train, 2, environment(engine), output_dir=folder, **options)[0]
+    def plain(weights):
+        return {name.replace(".default", "").rpartition("transformer_blocks")[2]: w for name, w in weights.items()}
+
+    folder, saved = str(tmp_path), str(tmp_path / "saved")
+    whole = run(train, 2, environment(engine), output_dir=folder, save=saved, **options)[0]
     first, ddp = averages(folder), reference(**options)[0]
+    for place in (saved, f"{folder}/checkpoint-3"):  # what diffusers loads is the average
+        adapter = load_file(f"{place}/pytorch_lora_weights.safetensors")
+        average = {name: value for name, value in first.items() if name != "optimization_step"}
+        assert largest_difference(plain(adapter), plain(average)) == 0.0
+    assert movement(plain(load_file(f"{folder}/checkpoint-3/adapter_model.safetensors")), plain(adapter)) > 1e-4
     assert_same_training(whole, ddp, tolerance=2e-5)
     assert largest_difference(first, averages(ddp["output_dir"])) < 2e-5
     run(train, 2, environment(engine), output_dir=folder, resume=f"{folder}/checkpoint-1", **options)

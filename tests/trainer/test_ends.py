@@ -177,7 +177,7 @@ def test_fields_that_a_plain_config_leaves_at_trls_default_are_named_once(caplog
     with caplog.at_level(logging.WARNING, "trl_apex"):
         config = APEXConfig.from_grpo_config(GRPOConfig(output_dir="run", use_cpu=True, bf16=False, epsilon=0.2))
     (message,) = caplog.messages
-    assert "learning_rate 1e-06 -> 0.0003" in message and "epsilon 0.2 -> 0.0001" in message
+    assert "learning_rate 1e-06 -> 3e-4" in message and "epsilon 0.2 -> 0.0001" in message
     assert config.epsilon == 1e-4
     caplog.clear()
     APEXConfig.from_grpo_config(DiffusionGRPOConfig(output_dir="run", use_cpu=True))

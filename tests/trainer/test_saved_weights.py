@@ -174,3 +174,23 @@ def test_a_save_that_misses_weights_and_a_load_that_takes_a_part_are_errors(tmp_
     # sd3 has no attn2
     with pytest.raises(ValueError, match="must load as a whole. Found .* of which the transformer took"):
         make(tmp_path / "run", None, adapter=str(tmp_path / "dual"))
+
+
+def test_all_weights_of_a_pipeline_in_bf16_are_trained_in_float32_at_a_rate_of_their_own(tmp_path, monkeypatch):
+    pipeline = build("sd3").to(torch.bfloat16)
+    values = {"output_dir": str(tmp_path), "use_cpu": True, "num_generations": 2, "per_device_train_batch_size": 4}
+    args = DiffusionGRPOConfig(**values, height=16, width=16, num_inference_steps=2, max_sequence_length=12)
+
+    def trainer(model, peft_config=None):
+        return DiffusionGRPOTrainer(
+            model, [lambda images, **columns: [0.0] * len(images)], args, PROMPTS, peft_config=peft_config
+        )
+
+    full = trainer(pipeline)
+    assert {p.dtype for p in full.model.parameters()} == {torch.float32}
+    assert full.args.learning_rate == 1e-5
+    assert trainer(build("sd3"), LoraConfig(r=2)).args.learning_rate == 3e-4
+    assert args.learning_rate is None, "the same arguments serve both"
+    monkeypatch.setattr(adapters, "MANY_WEIGHTS", 1000)
+    with pytest.warns(UserWarning, match="All 0.0 billion weights of SD3Transformer2DModel.*peft_config=LoraConfig"):
+        trainer(build("sd3"))

@@ -73,10 +73,10 @@ class DiffusionGRPOConfig(GRPOConfig):
     only a language model understands must stay at their default.
 
     Note:
-        Defaults that differ from TRL's: `learning_rate` 3e-4, `epsilon` 1e-4 (log-probabilities are means over latent
-        elements), `adam_epsilon` 1e-15 (gradients here are far below AdamW's usual 1e-8), `max_grad_norm` 1.0,
-        `gradient_checkpointing` True unless FSDP checkpoints, `ddp_find_unused_parameters` False, `report_to` "none",
-        `remove_unused_columns` False (columns reach the rewards).
+        Defaults that differ from TRL's: `learning_rate` 3e-4 (1e-5 for all weights), `epsilon` 1e-4 (log-probabilities
+        are means over latent elements), `adam_epsilon` 1e-15 (gradients here are far below AdamW's usual 1e-8),
+        `max_grad_norm` 1.0, `gradient_checkpointing` True unless FSDP checkpoints, `ddp_find_unused_parameters` False,
+        `report_to` "none", `remove_unused_columns` False (columns reach the rewards).
 
     Raises:
         ValueError: for a batch that holds no whole groups, a window that does not fit, a language-only field that was set.
@@ -85,7 +85,10 @@ class DiffusionGRPOConfig(GRPOConfig):
     gradient_accumulation_steps: int = field(
         default=1, metadata=_help("Micro-batches an optimizer step. `updates_per_iteration` may set it for you.")
     )
-    learning_rate: float = field(default=3e-4, metadata=_help("Initial learning rate of AdamW."))
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata=_help("Initial learning rate of AdamW. None: 3e-4 for an adapter, 1e-5 for all weights."),
+    )
     adam_epsilon: float = field(
         default=1e-15, metadata=_help("AdamW's epsilon; 1e-8 would swallow gradients of this size.")
     )
@@ -373,7 +376,8 @@ class DiffusionGRPOConfig(GRPOConfig):
             if f.init and value != default:
                 values[f.name] = value
             elif f.init and own_defaults.get(f.name, value) != value and f.name in DiffusionGRPOConfig.__annotations__:
-                replaced[f.name] = f"{f.name} {value!r} -> {own_defaults[f.name]!r}"
+                own = "3e-4, or 1e-5 without an adapter" if f.name == "learning_rate" else repr(own_defaults[f.name])
+                replaced[f.name] = f"{f.name} {value!r} -> {own}"
         if "generation_batch_size" in values:  # both are filled in after construction; either one determines the other
             values.pop("steps_per_generation", None)
         if "updates_per_iteration" in values:

@@ -1,5 +1,6 @@
 """GRPO for text-to-image models, on TRL's trainer."""
 
+import copy
 import logging
 import sys
 import time
@@ -7,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback as TqdmCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -54,7 +56,7 @@ from .inputs import (
     reward_names,
 )
 from .logs import LogsMixin
-from .lora import add_adapter, take_adapter
+from .lora import ADAPTER_RATE, FULL_RATE, add_adapter, take_adapter, warn_of_all_weights
 from .monitor import RewardHackingWatch
 from .progress import ProgressCallback
 from .prompt_encoding import PromptConditions
@@ -161,6 +163,9 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         self._plan_updates(args, len(train_dataset))
         self._reference: Any = None  # the frozen copy that full fine-tuning measures its KL to
         denoiser = self._prepare_denoiser(args, peft_config, adapter)
+        if args.learning_rate is None:
+            args = copy.copy(args)
+            args.learning_rate = ADAPTER_RATE if isinstance(denoiser, PeftModel) else FULL_RATE
         self.policy.move_frozen(args.device)
         self._conditions = PromptConditions(self.policy, args)
         # Before the denoiser moves to the device: it and the text encoders need not fit there together.
@@ -270,6 +275,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             self._reference = frozen_copy(denoiser)
             if args.bf16 or args.fp16:  # autocast would compute in half precision anyway
                 self._reference.to(torch.bfloat16 if args.bf16 else torch.float16)
+        warn_of_all_weights(denoiser)
         denoiser.float()  # trained weights are float32; autocast does the rest
         return denoiser.requires_grad_(True)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ WITHOUT_EFFECT = {
     "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "task_type",
     "init_lora_weights", "lora_dropout",
 }  # fmt: skip
+ADAPTER_RATE, FULL_RATE = 3e-4, 1e-5  # default learning rates
+MANY_WEIGHTS = 10**9
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 WAYS_OUT = (
     "Leave out `peft_config` to train that adapter on, or merge it into the model first, to train a new one on top: "
@@ -149,6 +152,18 @@ def add_adapter(
 
 def _fill(model: PeftModel, start: Adapter) -> None:
     set_peft_model_state_dict(model, {f"base_model.model.{key}": value for key, value in start.weights.items()})
+
+
+def warn_of_all_weights(denoiser: nn.Module) -> None:
+    """Warn where so many weights are to be trained that `peft_config` was probably forgotten."""
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
+    if count > MANY_WEIGHTS:
+        warnings.warn(
+            f"All {count / 1e9:.1f} billion weights of {type(denoiser).__name__} are trained, which takes about "
+            f"{16 * count / 1e9:.0f} GB for weights, gradients and AdamW alone. If that is not what you want, pass e.g. "
+            "peft_config=LoraConfig(r=32, lora_alpha=64).",
+            stacklevel=2,
+        )
 
 
 def _check_options(config: Any) -> None:
