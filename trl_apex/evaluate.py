@@ -17,6 +17,7 @@ from .policy.load import dtype_argument, load_policy
 from .policy.sampler import Sampler
 from .prompts import PromptEmbeddings, load_prompts
 from .report.figures import image_grid, save_samples
+from .rewards.protocol import default_device
 from .rewards.scoring import RewardScorer, reward_name
 from .rollout.noise import evaluation_noise
 from .rollout.sample import sample_deterministic
@@ -106,7 +107,7 @@ def run_evaluation(
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or default_device())
     if isinstance(model, str):
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         policy = load_policy(model, **dtype_argument(dtype))

@@ -18,6 +18,7 @@ from trl_apex import (
     DiffusionGRPOTrainer,
 )
 from trl_apex.aggregation.options import RULES
+from trl_apex.evaluate import run_evaluation
 from trl_apex.tiny.pipeline import build_pipeline
 
 PROMPTS = ['a red circle with " C A T "', 'a blue square with " H U T "', "a green star", "a red square"]
@@ -200,6 +201,19 @@ def test_every_family_trains_and_evaluates(make_trainer, family, monkeypatch):
     trainer.train()
     assert_trained(trainer, start)
     assert trainer.evaluate()["eval_reward"] > 0
+
+
+def test_an_adapter_is_evaluated_beside_its_base(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    pipeline, prompts = tiny_pipeline(), Dataset.from_dict({"prompt": PROMPTS[:2]})
+    sizes = {"num_inference_steps": 2, "max_sequence_length": 12, "report": lambda line: None}
+    result = run_evaluation(
+        pipeline, str(tmp_path / "adapter"), prompts, [redness, contrast], tmp_path / "evaluation", **sizes
+    )
+    assert pipeline.transformer.device == trainer.accelerator.device
+    assert "redness" in str(result)
 
 
 def test_a_language_model_trains(tmp_path):

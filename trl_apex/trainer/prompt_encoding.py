@@ -104,5 +104,5 @@ def unload_encoders(policy: DiffusionPolicy, own_pipeline: bool) -> None:
             encoder.to("cpu")
         del encoder
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
