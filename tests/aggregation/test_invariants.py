@@ -66,7 +66,7 @@ def test_finite_for_any_mask(rule, batch):
     assert (advantages[batch.rewards.isnan().all(1)] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:More than")
+@pytest.mark.filterwarnings("ignore:More than", "ignore:The objective .* has had no reward")
 @given(st.data(), st.sampled_from([0.0, 0.2, 0.9, 1.0]))
 @fast
 def test_priorities_are_a_distribution_above_the_floor(data, floor):

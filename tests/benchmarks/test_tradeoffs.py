@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from trl_apex.aggregation import RULES
-
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -87,7 +85,7 @@ def test_plan_names_methods_that_exist(tradeoffs):
             trained, settings = method_settings(method, objectives)
             assert set(trained) <= set(objectives) and settings
     natural = {method for condition, method, _ in tradeoffs.plan("tradeoffs", [1]) if condition == "natural"}
-    assert natural >= {*RULES, "only_ocr", "only_pickscore", "only_deqa", "only_aesthetic"}
+    assert natural >= {*tradeoffs.RULES, "only_ocr", "only_pickscore", "only_deqa", "only_aesthetic"}
 
 
 def test_smoke(tradeoffs, tmp_path, monkeypatch):

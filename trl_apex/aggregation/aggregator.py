@@ -43,8 +43,8 @@ class MultiObjectiveRewardAggregator:
         weights (`list[float]`, *optional*): the user's fixed weights; equal if not given. "apex" and "mgda" to
             "cagrad" use them divided by their sum; the rules that TRL has use them as they are, 1 by default, as TRL
             does. A weight of 0 means: watch, but do not train on it.
-        rule (`str`): "apex", "sum_then_normalize", "normalize_then_sum", "weighted_advantages", "dvao", "mgda",
-            "upgrad", "pcgrad" or "cagrad".
+        rule (`str`): "apex", "sum_then_normalize", "normalize_then_sum", "weighted_advantages", "dvao", "gd2po", "saw",
+            "ctwa", "mgda", "upgrad", "pcgrad" or "cagrad".
         options ([`ApexOptions`] or `dict`, *optional*): everything else; listed below.
 
     Raises:

@@ -1,7 +1,8 @@
 """Conflict between objectives: how it is measured, and who pays for it.
 
 Three measures, cheapest first: the correlation of one batch's scores ([`score_correlation`]), the cosine of one batch's
-gradients ([`cosines`]), and the cosine of the expected gradients ([`PopulationConflict`]).
+gradients ([`cosines`]), and the cosine of the expected gradients ([`PopulationConflict`]). K objectives; matrices are
+`[K, K]`. What counts against an objective is reconstructed from the abstract of arXiv 2601.06574.
 """
 
 from __future__ import annotations
@@ -20,15 +21,9 @@ def score_correlation(
 
     $$c_{kj} = \frac{\sum_i z_{ik} z_{ij}}{\sqrt{\sum_i z_{ik}^2 m_{ij} \sum_i z_{ij}^2 m_{ik}}}$$
 
-    Scores have zero mean inside every group, so no further centring is needed.
-
-    Args:
-        scores (`Tensor` of shape `[B, K]`): \(z\), 0 where dead or missing.
-        live (`Tensor` of shape `[B, K]`): \(m\), true where the reward is valid and its group is live.
-
-    Returns:
-        `tuple` of the correlation of shape `[K, K]` (NaN where two objectives share no live row) and the number of
-        shared rows, of shape `[K, K]`.
+    \(z\) = `scores` of shape `[B, K]`, 0 where dead or missing; they have zero mean inside every group. \(m\) = `live`, true
+    where the reward is valid and its group is live. Returns the correlation, NaN where two objectives share no live row,
+    and the number of shared rows.
 
     Example:
         >>> scores = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
@@ -58,16 +53,11 @@ def opposition(conflict: Float[Tensor, "K K"], margin: Float[Tensor, "K K"]) -> 
 
     $$h_{kj} = \mathrm{clip}\left(\frac{-c_{kj} - \delta}{1 - \delta}, 0, 1\right), \qquad h_{kk} = 0$$
 
-    Args:
-        conflict (`Tensor` of shape `[K, K]`): \(c\), NaN where unknown.
-        margin (`Tensor` of shape `[K, K]`): \(\delta\), below 1.
+    \(c\) = `conflict`, NaN where unknown; \(\delta\) = `margin`, below 1.
 
     Example:
         >>> opposition(torch.tensor([[1.0, -0.625], [-0.625, 1.0]]), torch.full((2, 2), 0.25)).tolist()
         [[0.0, 0.5], [0.5, 0.0]]
-
-    Note:
-        Reconstructed from the abstract of arXiv 2601.06574.
     """
     slack = (1.0 - margin).clamp(min=1e-6)
     strength = ((-torch.nan_to_num(conflict, nan=0.0) - margin) / slack).clamp(0.0, 1.0)
@@ -85,22 +75,14 @@ def conflict_penalty(
     $$C_k = \frac{1}{K-1}\sum_j a_{kj} h_{kj}, \qquad a_{kj} = \begin{cases} \max(N_j - N_k, 0) & \text{lag}\\
     \min(N_j, 1) & \text{victim}\\ 1 & \text{plain}\end{cases}$$
 
-    With "lag" the objective that is ahead pays for opposing the one that is behind. "plain" also lowers the objective
+    \(h\) is from [`opposition`], \(N\) = `need`; objectives that are not `weighted` are left out. With "lag" the objective
+    that is ahead pays for opposing the one that is behind. "plain" also lowers the objective
     that is being sacrificed, which makes the conflict worse; it is here for comparison.
-
-    Args:
-        strength (`Tensor` of shape `[K, K]`): \(h\), from [`opposition`].
-        need (`Tensor` of shape `[K]`): \(N\), progress need.
-        weighted (`Tensor` of shape `[K]`): true where the user's weight is positive. The others are left out.
-        attribution (`str`): "lag", "victim" or "plain".
 
     Example:
         >>> strength, need = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0.25, 0.75])
         >>> conflict_penalty(strength, need, torch.tensor([True, True])).tolist()
         [0.5, 0.0]
-
-    Note:
-        Reconstructed from the abstract of arXiv 2601.06574.
     """
     if attribution == "lag":
         share = (need[None, :] - need[:, None]).clamp(min=0.0)

@@ -39,12 +39,8 @@ def hijack_shares(contributions: Float[Tensor, "B K"]) -> Float[Tensor, " K"]:
 
     $$\mathrm{share}_k = \frac{\mathrm{Cov}(w_k x_k, A)}{\mathrm{Var}(A)}, \qquad A = \sum_k w_k x_k$$
 
-    Args:
-        contributions (`Tensor` of shape `[B, K]`): \(w_k x_k\), with zero mean.
-
-    Returns:
-        `Tensor` of shape `[K]`, summing to one; a negative share means that the others cancel the objective. All zero
-        where the advantages are.
+    `contributions` are \(w_k x_k\) of shape `[B, K]`, with zero mean. The shares sum to one; a negative share means that the
+    others cancel the objective. All are zero where the advantages are.
 
     Example:
         >>> contributions = torch.tensor([[3.0, 1.0], [-3.0, 1.0], [3.0, -1.0], [-3.0, -1.0]])
@@ -88,15 +84,7 @@ def batch_metrics(
     conflict: Float[Tensor, "K K"],
     report: ReportState,
 ) -> dict[str, float]:
-    """Everything that one batch is logged with, under flat keys; all finite.
-
-    Args:
-        objectives (`list[str]`): the names.
-        batch ([`Aggregated`]): the batch.
-        columns (`dict[str, Tensor]`): values of shape `[K]`, logged as `{key}/{objective}`; has "hijack_share".
-        conflict (`Tensor` of shape `[K, K]`): what is known of the conflict; NaN = not known.
-        report ([`ReportState`]): after the batch.
-    """
+    """Everything that one batch is logged with, under flat keys; all finite."""
     metrics = {
         f"{key}/{name}": value
         for key, column in columns.items()
@@ -138,16 +126,7 @@ def next_report(
     absent: Bool[Tensor, " K"],
     warn_share: float,
 ) -> ReportState:
-    """Count on, for how many batches in a row each finding has held.
-
-    Args:
-        report ([`ReportState`]): before the batch.
-        shares (`Tensor` of shape `[K]`): from [`hijack_shares`].
-        effective (`Tensor` of shape `[K]`): mean weight over the rows, the weights of the missing shared out.
-        dead_fraction (`Tensor` of shape `[K]`): share of dead groups.
-        absent (`Tensor` of shape `[K]`): true where the batch has no reward of the objective.
-        warn_share (`float`): share of the variance above which an objective owns the advantage, unless it was meant to.
-    """
+    """Count on, for how many batches in a row each finding has held."""
     owned = (shares > warn_share) & (intended_shares(effective).nan_to_num(nan=0.0) <= warn_share)
     return ReportState(
         owned=torch.where(owned, report.owned + 1, 0.0),
@@ -167,17 +146,7 @@ def complaints(
     sparse: Bool[Tensor, " K"],
     absurd: Bool[Tensor, " K"],
 ) -> list[str]:
-    """What the user should know about the run so far, one text per finding.
-
-    Args:
-        objectives (`list[str]`): the names.
-        rule (`str`): the rule in use.
-        options ([`ApexOptions`]): the thresholds.
-        state ([`PriorityState`]): after the batch.
-        report ([`ReportState`]): after the batch.
-        sparse (`Tensor` of shape `[K]`): objectives with too many missing rewards in this batch.
-        absurd (`Tensor` of shape `[K]`): objectives with a reward beyond `outlier_limit` in this batch.
-    """
+    """What the user should know about the run so far, one text per finding."""
     after, found = options.warn_after, []
     seen = state.slow.weight > 0
     for k, name in enumerate(objectives):

@@ -1,6 +1,9 @@
 """Dual-stage normalization: each objective inside its group, then the weighted sum over the batch.
 
-Shapes: B rows in P groups (one per prompt), K objectives. Everything is computed where the inputs are, in their dtype.
+Shapes: B rows in P groups (one per prompt), K objectives. In all functions `rewards` and `mask` have shape `[B, K]`
+(larger is better; true = valid), `groups` says which row belongs to which group, `moments` are the groups' statistics,
+`present` of shape `[B]` is true where a row has a weighted objective, and `weights` of shape `[K]` are the objectives'.
+Everything is computed where the inputs are, in their dtype.
 """
 
 from __future__ import annotations
@@ -43,10 +46,7 @@ class Groups:
 
 
 def group_rows(group_ids: Int[Tensor, " B"]) -> Groups:
-    """Number the groups of a batch from the ids of its rows, in ascending order of id.
-
-    Args:
-        group_ids (`Tensor` of shape `[B]`): any integers; rows with the same id were made from the same prompt.
+    """Number the groups of a batch from the ids of its rows (any integers), in ascending order of id.
 
     Example:
         >>> group_rows(torch.tensor([7, 7, 3])).index.tolist()
@@ -65,18 +65,10 @@ def implausible(
 ) -> Bool[Tensor, "B K"]:
     r"""Find rewards more than `limit` spreads away from what their objective has been like: \(|r_{ik} - q_k| > L S_k\).
 
-    One reward of 1e30 among values near 1 would own the moving averages for more than a thousand iterations.
-
-    Args:
-        rewards (`Tensor` of shape `[B, K]`): anything where not valid.
-        valid (`Tensor` of shape `[B, K]`): true where there is a finite reward.
-        centre (`Tensor` of shape `[K]`): \(q\), the objective's mean so far. Where it is NaN or `unit` is 0, the batch's
-            median stands in, and for `unit` the lower quartile of the distances from it that are not zero.
-        unit (`Tensor` of shape `[K]`): \(S\), the largest spread so far.
-        limit (`float`): \(L\); infinite to keep everything.
-
-    Returns:
-        `Tensor` of shape `[B, K]`
+    \(q\) = `centre`, the objective's mean so far; \(S\) = `unit`, its largest spread so far; \(L\) = `limit`, infinite to keep
+    everything. Where `centre` is NaN or `unit` is 0, the batch's median stands in, and for `unit` the lower quartile of the
+    distances from it that are not zero. One reward of 1e30 among values near 1 would own the moving averages for more than
+    a thousand iterations.
 
     Example:
         >>> rewards, unknown = torch.tensor([[1.0], [2.0], [3.0], [1e30]], dtype=torch.float64), torch.zeros(1).double()
@@ -124,14 +116,8 @@ def group_moments(
     $$n_{pk} = \sum_i M_{ik}, \quad \mu_{pk} = \tfrac{1}{n}\sum_i M r, \quad d = (r - \mu) M, \quad
     s^2_{pk} = \tfrac{1}{n}\sum_i d^2$$
 
-    A group is dead for an objective when it has fewer than two valid rewards, when they all lie within
-    `tolerance` times the mean (rounding noise of a constant), or when their variance is exactly zero.
-
-    Args:
-        rewards (`Tensor` of shape `[B, K]`): \(r\), larger is better; anything where missing.
-        mask (`Tensor` of shape `[B, K]`): \(M\), true where the reward is valid.
-        groups ([`Groups`]): the groups of the rows.
-        tolerance (`float`): spread below which a group counts as constant, relative to its mean.
+    A group is dead for an objective when it has fewer than two valid rewards, when they all lie within `tolerance` times
+    the mean of each other (rounding noise of a constant), or when their variance is exactly zero.
 
     Example:
         >>> rewards = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
@@ -172,19 +158,10 @@ def adaptive_normalize(
     $$\sigma_{pk} = \sqrt{\frac{n_{pk} s^2_{pk} + \nu_p S_k^2}{n_{pk} + \nu_p}}, \qquad
     z_{ik} = \mathrm{clip}\left(\frac{d_{ik}}{\sigma_{pk} + 10^{-4} S_k}, \pm c\right), \qquad \nu_p = \beta G_p$$
 
-    with \(G_p\) the size of the group. At \(\beta = 0\) the scale is the group's standard deviation; at infinity it is the
+    with \(S_k\) = `scale`, \(\beta\) = `blend`, \(c\) = `clip` and \(G_p\) the size of the group; 0 where the group is
+    dead or the reward is missing. At \(\beta = 0\) the scale is the group's standard deviation; at infinity it is the
     pooled within-group one. In between, a nearly constant group keeps nearly zero scores instead of having its noise
     blown up to unit variance.
-
-    Args:
-        moments ([`GroupMoments`]): the groups' statistics.
-        groups ([`Groups`]): the groups of the rows.
-        scale (`Tensor` of shape `[K]`): pooled standard deviation \(S_k\), in reward units.
-        blend (`float`): \(\beta \ge 0\), may be infinite.
-        clip (`float`): \(c > 0\), may be infinite.
-
-    Returns:
-        `Tensor` of shape `[B, K]`: \(z\), without unit; 0 where the group is dead or the reward is missing.
 
     Example:
         >>> mask, groups = torch.ones(2, 1, dtype=torch.bool), group_rows(torch.tensor([0, 0]))
@@ -213,8 +190,7 @@ def share_weights(weights: Float[Tensor, " K"], mask: Bool[Tensor, "B K"]) -> Fl
 
     $$w_{ik} = \frac{w_k M_{ik}}{\sum_j w_j M_{ij}}$$
 
-    Returns:
-        `Tensor` of shape `[B, K]`: rows sum to one, or to zero where no weighted objective is there.
+    Rows sum to one, or to zero where no weighted objective is there.
 
     Example:
         >>> share_weights(torch.tensor([0.5, 0.25, 0.25]), torch.tensor([[True, True, False]])).tolist()
@@ -248,13 +224,8 @@ def batch_normalize(
     $$\hat A_i = A_i / D, \qquad D = \max(\mathrm{rms}_{batch}(A),\ \kappa \lVert w \rVert_2,\ 10^{-12})$$
 
     \(\lVert w \rVert_2\) is the size that the sum has when the objectives are uncorrelated. When they oppose each other
-    the sum shrinks below it, and a division without a floor would train on the noise that is left.
-
-    Args:
-        total (`Tensor` of shape `[B]`): \(A\), the weighted sum, with group means removed.
-        present (`Tensor` of shape `[B]`): true where the row has a weighted objective.
-        weights (`Tensor` of shape `[K]`): \(w\), summing to one.
-        floor (`float`): \(\kappa \ge 0\).
+    the sum shrinks below it, and a division without a floor would train on the noise that is left. \(A\) = `total` has zero
+    mean in every group, \(\kappa\) = `floor`.
 
     Example:
         >>> total, there = torch.tensor([-2.0, 2.0]), torch.tensor([True, True])

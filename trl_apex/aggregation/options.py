@@ -17,8 +17,18 @@ from .rules import GRADIENT_RULES, RULES, SIGNED_RULES
 __all__ = ["AGGREGATION_OPTIONS", "GRADIENT_RULES", "RULES", "SIGNED_RULES", "ApexOptions", "option_table"]
 
 
-def _option(default: Any, doc: str) -> Any:
-    return field(default=default, metadata={"help": doc})
+INF = math.inf
+Range = tuple[float, float]
+_DECAY, _POSITIVE = (0.0, math.nextafter(1.0, 0.0)), (math.nextafter(0.0, 1.0), INF)
+_SAID = {
+    _DECAY: ("be below 1 and not negative, or nothing is ever learned", "Pass e.g. 0.9."),
+    _POSITIVE: ("be positive", "To switch a clip off, pass inf."),
+}
+_SHARE, _NOT_NEGATIVE, _COUNT = (0.0, 1.0), (0.0, INF), (0, 10**9)
+
+
+def _option(default: Any, text: str, allowed: Range | None = None, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "range": allowed, "choices": choices})
 
 
 @dataclass(kw_only=True)
@@ -39,126 +49,129 @@ class ApexOptions:
 
     # Stage 1
     normalize_objectives: bool = _option(
-        True, "Stage 1: divide each objective by its adaptive scale. False only centres it in its group."
+        True, "Stage 1: divide each objective by its adaptive scale. False only centres it."
     )
     scale_blend: float = _option(
         1 / 3,
-        "Weight of the pooled scale against the group's own, in group sizes: 0 is the group's standard deviation, "
-        "inf the pooled within-prompt one.",
+        "Weight of the pooled scale in group sizes: 0 is the group's own standard deviation, inf the pooled within-group one.",
+        _NOT_NEGATIVE,
     )
-    scale_ema: float = _option(0.9, "Decay of the moving average of the pooled variance.")
-    z_clip: float = _option(5.0, "Clip of each objective's normalized score; inf turns it off.")
+    scale_ema: float = _option(0.9, "Decay of the moving average of the pooled variance.", _DECAY)
+    z_clip: float = _option(5.0, "Clip of each objective's normalized score; inf turns it off.", _POSITIVE)
     dead_tolerance: float = _option(
-        1e-6, "A group whose rewards differ by less than this times their mean is dead for the objective."
+        1e-6, "A group whose rewards differ by less than this times their mean is dead.", _SHARE
     )
     # Stage 2
     normalize_advantages: bool = _option(True, "Stage 2: divide the weighted sum by its floored size over the batch.")
     norm_floor: float = _option(
-        0.5, "Least divisor of stage 2, in units of the weights' Euclidean norm; 0 turns the floor off."
+        0.5, "Least divisor of stage 2, in units of the weights' norm; 0 turns it off.", _NOT_NEGATIVE
     )
-    advantage_clip: float = _option(5.0, "Clip of the final advantage; inf turns it off.")
+    advantage_clip: float = _option(5.0, "Clip of the final advantage; inf turns it off.", _POSITIVE)
     # Adaptive priorities
     adaptive_priorities: bool = _option(True, "Schedule the objectives; False keeps the user's weights.")
-    potential_coef: float = _option(0.5, "Coefficient of the learning potential.")
-    conflict_coef: float = _option(1.0, "Coefficient of the conflict penalty.")
-    need_coef: float = _option(1.0, "Coefficient of the progress need.")
-    fast_ema: float = _option(0.7, "Decay of the fast moving average of each objective's mean reward.")
-    slow_ema: float = _option(0.95, "Decay of the slow moving average of each objective's mean reward.")
+    potential_coef: float = _option(0.5, "Coefficient of the learning potential.", (0.0, 100.0))
+    conflict_coef: float = _option(1.0, "Coefficient of the conflict penalty.", (0.0, 100.0))
+    need_coef: float = _option(1.0, "Coefficient of the progress need.", (0.0, 100.0))
+    fast_ema: float = _option(0.7, "Decay of the fast moving average of each objective's mean reward.", _DECAY)
+    slow_ema: float = _option(0.95, "Decay of the slow moving average of each objective's mean reward.", _DECAY)
     need_mode: str = _option(
         "relative",
-        "Progress need: 'relative' (who lags behind the others, in initial standard deviations) or 'target' (distance "
-        "left to `reward_targets`).",
+        "Progress need: 'relative' (who lags behind the others) or 'target' (distance left to `reward_targets`).",
+        choices=("relative", "target"),
     )
     reward_targets: list[float] | None = _option(
         None, "With need_mode 'target': one target per objective, in its own units; nan = none for this objective."
     )
-    need_temperature: float = _option(0.5, "Softness of the relative need, in initial standard deviations.")
+    need_temperature: float = _option(0.5, "Softness of the relative need, in initial standard deviations.", _POSITIVE)
     need_scale: str = _option(
         "initial",
-        "Unit in which gains are compared: the spread at the end of the warm-up ('initial') or the largest since then "
-        "('largest'), which does not overrate the first gains of a sparse reward.",
+        "Unit of gains: the spread at the end of the warm-up ('initial') or the 'largest' since, better for sparse rewards.",
+        choices=("initial", "largest"),
     )
-    need_cap: float = _option(1.5, "Largest need in target mode.")
+    need_cap: float = _option(1.5, "Largest need in target mode.", _NOT_NEGATIVE)
     conflict_source: str = _option(
         "advantage",
-        "What opposes: 'advantage' (correlation of normalized scores, free), 'gradient' (cosine of batch gradients, "
-        "from the probe) or 'population' (cross-fitted cosine of the true gradients, from the probe).",
+        "What opposes: correlation of scores ('advantage', free), or by the probe, cosine of a batch's gradients ('gradient') or "
+        "of the expected gradients ('population').",
+        choices=("advantage", "gradient", "population"),
     )
-    conflict_ema: float = _option(0.7, "Decay of the moving average of the conflict matrix.")
-    conflict_margin: float = _option(0.05, "Least negative correlation that counts as a conflict.")
+    conflict_ema: float = _option(0.7, "Decay of the moving average of the conflict matrix.", _DECAY)
+    conflict_margin: float = _option(0.05, "Least negative correlation that counts as a conflict.", (0.0, 0.99))
     conflict_attribution: str = _option(
         "lag",
-        "Who pays for a conflict: 'lag' (who is ahead of the one it opposes), 'victim' (whoever opposes one in need) "
-        "or 'plain' (both).",
+        "Who pays for a conflict: who is ahead ('lag'), whoever opposes one in need ('victim'), or both ('plain').",
+        choices=("lag", "victim", "plain"),
     )
     combination: str = _option(
-        "additive", "How the three terms form a score: 'additive' or 'multiplicative' (product of powers)."
+        "additive",
+        "How the three terms form a score: a sum ('additive') or a product of powers ('multiplicative').",
+        choices=("additive", "multiplicative"),
     )
-    priority_temperature: float = _option(0.5, "Temperature of the softmax over the scores.")
-    priority_floor: float = _option(0.2, "Share of the user's weight that no objective can lose.")
-    priority_ema: float = _option(0.7, "Decay of the moving average of the priorities.")
-    warmup_iterations: int = _option(10, "Iterations at the user's weights, at whose end the baselines are taken.")
-    ramp_iterations: int = _option(10, "Iterations over which the priorities fade in after the warm-up.")
+    priority_temperature: float = _option(0.5, "Temperature of the softmax over the scores.", _POSITIVE)
+    priority_floor: float = _option(0.2, "Share of the user's weight that no objective can lose.", _SHARE)
+    priority_ema: float = _option(0.7, "Decay of the moving average of the priorities.", _DECAY)
+    warmup_iterations: int = _option(
+        10, "Iterations at the user's weights; the baselines are taken at their end.", _COUNT
+    )
+    ramp_iterations: int = _option(10, "Iterations over which the priorities fade in after the warm-up.", _COUNT)
     max_missing: float = _option(
         0.5,
-        "Above this share of missing rewards (in groups that have the objective at all) its statistics are held.",
+        "Share of missing rewards, in groups with the objective, above which its statistics hold.",
+        _SHARE,
     )
     outlier_limit: float = _option(
         1e9,
-        "A reward further from its objective's mean than this many of its spreads counts as missing; inf keeps all.",
+        "Spreads from its objective's mean beyond which a reward counts as missing; inf keeps all.",
+        (1e3, INF),
     )
     # Baselines
     scale_rewards: str = _option(
-        "group", "sum_then_normalize and weighted_advantages: divide by the std of the 'group', the 'batch' or 'none'."
+        "group",
+        "sum_then_normalize, weighted_advantages: divide by the std of the 'group', the 'batch' or 'none'.",
+        choices=("group", "batch", "none"),
     )
-    std_epsilon: float = _option(1e-4, "Absolute epsilon of the baseline rules' divisions.")
-    gradient_ema: float = _option(0.7, "mgda, upgrad, pcgrad, cagrad: decay of the moving average of the weights.")
+    std_epsilon: float = _option(1e-4, "Absolute epsilon of the baseline rules' divisions.", _NOT_NEGATIVE)
+    gd2po_agreement: float = _option(0.2, "gd2po: agreement below which a row with mixed signs is dropped.", _SHARE)
+    gradient_ema: float = _option(0.7, "mgda, upgrad, pcgrad, cagrad: decay of the average of the weights.", _DECAY)
     unit_gradients: bool = _option(True, "mgda: scale every objective's gradient to unit length first.")
-    cagrad_c: float = _option(0.5, "cagrad: how far the update may leave the mean gradient.")
+    cagrad_c: float = _option(0.5, "cagrad: how far the update may leave the mean gradient.", _NOT_NEGATIVE)
     # Warnings
-    warn_after: int = _option(20, "Iterations in a row after which a hijacked or a dead objective is warned about.")
-    warn_share: float = _option(0.7, "Share of the advantage's variance above which one objective owns the training.")
+    warn_after: int = _option(
+        20, "Iterations in a row after which a hijacked or dead objective is warned about.", (1, 10**9)
+    )
+    warn_share: float = _option(0.7, "Share of the advantage's variance above which an objective owns it.", _SHARE)
 
     def __post_init__(self) -> None:
         if isinstance(self.scale_rewards, bool):  # as TRL accepts it
             self.scale_rewards = "group" if self.scale_rewards else "none"
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, allowed))}. Found {getattr(self, name)!r}. "
-                    "Pass one of these."
-                )
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or math.isnan(value) or not low <= value <= high:
-                raise ValueError(
-                    f"`{name}` must lie in [{low:g}, {high:g}]. Found {value!r}. Pass a value in that range."
-                )
         for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if isinstance(option.default, bool) and not isinstance(value, bool):
-                raise ValueError(f"`{option.name}` must be True or False. Found {value!r}. Pass one of the two.")
-            if type(option.default) is int and not isinstance(value, int):
-                raise ValueError(f"`{option.name}` must be a whole number. Found {value!r}. Pass e.g. 10.")
-        for name in ("scale_ema", "fast_ema", "slow_ema", "conflict_ema", "priority_ema", "gradient_ema"):
-            if getattr(self, name) == 1:
-                raise ValueError(f"`{name}` must be below 1, or nothing is ever learned. Found 1. Pass e.g. 0.99.")
-        for name in ("z_clip", "advantage_clip", "need_temperature", "priority_temperature"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"`{name}` must be positive. Found 0. To switch a clip off, pass inf.")
-        if self.need_mode == "target" and self.reward_targets is None:
+            self._check(option.name, getattr(self, option.name), option.default, **option.metadata)
+        targets = self.reward_targets
+        if self.need_mode == "target" and targets is None:
             raise ValueError(
                 "`reward_targets` must be given with `need_mode='target'`. Found None. Pass one number per objective."
             )
-        if isinstance(self.reward_targets, list | tuple):
-            numbers = [isinstance(target, int | float) for target in self.reward_targets]
+        if targets is not None and not (
+            isinstance(targets, list | tuple) and all(isinstance(target, int | float) for target in targets)
+        ):
+            raise ValueError(f"`reward_targets` must be a list of numbers. Found {targets!r}. Pass one per objective.")
+
+    @staticmethod
+    def _check(name: str, value: Any, default: Any, help: str, range: Range | None, choices: tuple[str, ...]) -> None:
+        if choices and value not in choices:
+            rule, remedy = f"be one of {', '.join(map(repr, choices))}", "Pass one of these."
+        elif isinstance(default, bool) and not isinstance(value, bool):
+            rule, remedy = "be True or False", "Pass one of the two."
+        elif type(default) is int and not isinstance(value, int):
+            rule, remedy = "be a whole number", "Pass e.g. 10."
+        elif range and (
+            not isinstance(value, int | float) or isinstance(value, bool) or not range[0] <= value <= range[1]
+        ):
+            plain = (f"lie in [{range[0]:g}, {range[1]:g}]", "Pass a value in that range.")
+            rule, remedy = _SAID.get(range, plain)
         else:
-            numbers = [self.reward_targets is None]
-        if not all(numbers):
-            raise ValueError(
-                f"`reward_targets` must be a list of numbers. Found {self.reward_targets!r}. Pass one per objective."
-            )
+            return
+        raise ValueError(f"`{name}` must {rule}. Found {value!r}. {remedy}")
 
     @classmethod
     def read(cls, given: ApexOptions | dict[str, Any] | None) -> ApexOptions:
@@ -186,44 +199,6 @@ class ApexOptions:
         """The options that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "need_mode": ("relative", "target"),
-    "need_scale": ("initial", "largest"),
-    "conflict_source": ("advantage", "gradient", "population"),
-    "conflict_attribution": ("lag", "victim", "plain"),
-    "combination": ("additive", "multiplicative"),
-    "scale_rewards": ("group", "batch", "none"),
-}
-_RANGES: dict[str, tuple[float, float]] = {
-    "scale_blend": (0.0, math.inf),
-    "scale_ema": (0.0, 1.0),
-    "z_clip": (0.0, math.inf),
-    "dead_tolerance": (0.0, 1.0),
-    "norm_floor": (0.0, math.inf),
-    "advantage_clip": (0.0, math.inf),
-    "potential_coef": (0.0, 100.0),
-    "conflict_coef": (0.0, 100.0),
-    "need_coef": (0.0, 100.0),
-    "fast_ema": (0.0, 1.0),
-    "slow_ema": (0.0, 1.0),
-    "need_temperature": (0.0, math.inf),
-    "need_cap": (0.0, math.inf),
-    "conflict_ema": (0.0, 1.0),
-    "conflict_margin": (0.0, 0.99),
-    "priority_temperature": (0.0, math.inf),
-    "priority_floor": (0.0, 1.0),
-    "priority_ema": (0.0, 1.0),
-    "warmup_iterations": (0, 10**9),
-    "ramp_iterations": (0, 10**9),
-    "max_missing": (0.0, 1.0),
-    "outlier_limit": (1e3, math.inf),
-    "std_epsilon": (0.0, math.inf),
-    "gradient_ema": (0.0, 1.0),
-    "cagrad_c": (0.0, math.inf),
-    "warn_after": (1, 10**9),
-    "warn_share": (0.0, 1.0),
-}
 
 AGGREGATION_OPTIONS: dict[str, tuple[Any, str]] = {
     option.name: (option.default, option.metadata["help"]) for option in dataclasses.fields(ApexOptions)

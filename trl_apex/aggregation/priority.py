@@ -1,8 +1,13 @@
 """Adaptive priorities: what a batch says about each objective, and the weights of the next batch.
 
-learning potential, conflict penalty and progress need form one score per objective; a softmax over the scores gives the
-priorities. Everything is pure: a state in, a new state out. K objectives, P groups. Reconstructed from the abstract of
-arXiv 2601.06574; no equation here is the paper's.
+Learning potential, conflict penalty and progress need form one score per objective; a softmax over the scores gives the
+priorities. Everything is pure: a state in, a new state out. Reconstructed from the abstract of arXiv 2601.06574; no
+equation here is the paper's.
+
+All tensors have shape `[K]`, one number per objective. In the formulas, in reward units: \\(f\\) = `mean`, fast average of the
+mean reward; \\(R^0\\) = `first_mean`, its value at the end of the warm-up; \\(S\\) = `scale`, pooled within-group standard
+deviation; \\(S^0\\) = `first_scale`, its value then. The last two `first_` are NaN before. `weighted` is true where the user's
+weight is positive.
 """
 
 from __future__ import annotations
@@ -50,11 +55,6 @@ def presence(moments: GroupMoments, sizes: Float[Tensor, " P"], max_missing: flo
 
     A group without a single reward of an objective is a prompt that the objective does not apply to, so it is not
     counted as missing.
-
-    Args:
-        moments ([`GroupMoments`]): the groups' statistics.
-        sizes (`Tensor` of shape `[P]`): rows in each group.
-        max_missing (`float`): share of missing rewards above which an objective is sparse.
     """
     has = moments.count > 0
     applicable = (has * sizes[:, None]).sum(0)
@@ -69,13 +69,8 @@ def observe_batch(
 ) -> PriorityState:
     """Advance the moving averages of scale and mean reward by one batch.
 
-    The baselines are taken at the end of the warm-up, or as soon after as they exist.
-
-    Args:
-        state ([`PriorityState`]): before the batch.
-        moments ([`GroupMoments`]): the batch's statistics.
-        held (`Tensor` of shape `[K]`): objectives that this batch says nothing reliable about.
-        options ([`ApexOptions`]): the decays and the length of the warm-up.
+    Objectives that are `held` keep theirs. The baselines are taken at the end of the warm-up, or as soon after as they
+    exist.
     """
     has = moments.count > 0
     groups = has.sum(0)
@@ -138,12 +133,7 @@ def learning_potential(
     $$L_k = (1 - \mathrm{dead}_k)\left(\tfrac12 \mathrm{clip}(S_k / S^0_k, 0, 1)
     + \tfrac12 \tanh\frac{|f_k - q_k|}{2\,\mathrm{noise}_k}\right)$$
 
-    Args:
-        scale (`Tensor` of shape `[K]`): \(S\), pooled within-group standard deviation now, in reward units.
-        first_scale (`Tensor` of shape `[K]`): \(S^0\), the same at the end of the warm-up; NaN where not yet known.
-        gap (`Tensor` of shape `[K]`): \(f - q\), fast minus slow average of the mean reward.
-        noise (`Tensor` of shape `[K]`): what [`trend_noise`] gives.
-        dead_fraction (`Tensor` of shape `[K]`): share of the groups that are dead for the objective.
+    \(f - q\) = `gap`, fast minus slow average of the mean reward; `noise` is from [`trend_noise`].
 
     Example:
         >>> one, zero = torch.ones(1), torch.zeros(1)
@@ -167,15 +157,7 @@ def relative_need(
 
     $$u_k = \frac{f_k - R^0_k}{S_k}, \qquad N_k = \mathrm{sigmoid}\left(\frac{\bar u - u_k}{T}\right)$$
 
-    Args:
-        mean (`Tensor` of shape `[K]`): \(f\), fast average of the mean reward.
-        first_mean (`Tensor` of shape `[K]`): \(R^0\), its value at the end of the warm-up; NaN where not yet known.
-        unit (`Tensor` of shape `[K]`): \(S\), within-group standard deviation, at the end of the warm-up or the largest.
-        weighted (`Tensor` of shape `[K]`): true where the user's weight is positive; only these count in \(\bar u\).
-        temperature (`float`): \(T\), in units of \(S\).
-
-    Returns:
-        `Tensor` of shape `[K]`, in (0, 1); 0.5 where there is no baseline yet.
+    \(S\) = `unit`, \(T\) = `temperature`; only `weighted` objectives count in \(\bar u\). 0.5 where there is no baseline yet.
 
     Example:
         >>> gains, zero, one = torch.tensor([2.0, 0.0]), torch.zeros(2), torch.ones(2)
@@ -200,15 +182,8 @@ def target_need(
 
     $$N_k = \mathrm{clip}\left(\frac{R^*_k - f_k}{R^*_k - R^0_k}, 0, c\right)$$
 
-    Args:
-        mean (`Tensor` of shape `[K]`): \(f\), fast average of the mean reward.
-        first_mean (`Tensor` of shape `[K]`): \(R^0\), its value at the end of the warm-up; NaN where not yet known.
-        first_scale (`Tensor` of shape `[K]`): initial spread; the unit where the target was met from the start.
-        targets (`Tensor` of shape `[K]`): \(R^*\), in reward units; NaN where there is none.
-        cap (`float`): \(c\), the need of an objective that fell behind its start.
-
-    Returns:
-        `Tensor` of shape `[K]`, in [0, c]; NaN where there is no target, 1 where there is no baseline yet.
+    \(R^*\) = `targets`, \(c\) = `cap`, the need of an objective that fell behind its start. Where a target was met from the
+    start, `first_scale` is the unit. NaN where there is no target, 1 where there is no baseline yet.
 
     Example:
         >>> now, start, target = torch.tensor([0.75]), torch.tensor([0.5]), torch.tensor([1.0])
@@ -275,17 +250,8 @@ def next_priorities(
     $$p = \eta\,\omega + (1-\eta)\,\mathrm{softmax}\left(\ln\omega + s/\tau\right), \qquad
     w \leftarrow \rho w + (1-\rho)\left((1-\lambda)\omega + \lambda p\right)$$
 
-    Args:
-        priorities (`Tensor` of shape `[K]`): \(w\), summing to one.
-        weights (`Tensor` of shape `[K]`): \(\omega\), the user's, summing to one; 0 stays 0.
-        scores (`Tensor` of shape `[K]`): \(s\).
-        strength (`float`): \(\lambda\), from [`ramp`].
-        temperature (`float`): \(\tau\).
-        floor (`float`): \(\eta\).
-        ema (`float`): \(\rho\).
-
-    Returns:
-        `Tensor` of shape `[K]`, summing to one, at least \(\eta\omega\) everywhere.
+    \(w\) = `priorities`, \(\omega\) = `weights` (0 stays 0), \(s\) = `scores`, \(\lambda\) = `strength` from [`ramp`], \(\tau\) =
+    `temperature`, \(\eta\) = `floor`, \(\rho\) = `ema`. They sum to one and are at least \(\eta\omega\).
 
     Example:
         >>> half = torch.tensor([0.5, 0.5])
@@ -326,15 +292,7 @@ class Terms:
 
 
 def reprioritize(state: PriorityState, options: ApexOptions) -> tuple[PriorityState, Terms]:
-    """The priorities of the next batch, from everything seen so far.
-
-    Args:
-        state ([`PriorityState`]): after the batch's statistics went in.
-        options ([`ApexOptions`]): coefficients, modes, temperature, floor and schedule.
-
-    Returns:
-        `tuple` of the [`PriorityState`] with new priorities and the [`Terms`] behind them.
-    """
+    """The priorities of the next batch, from everything seen so far."""
     weighted, mean = state.weights > 0, state.fast.value
     unit = state.largest_scale if options.need_scale == "largest" else state.first_scale
     need = relative_need(mean, state.first_mean, unit, weighted, options.need_temperature)

@@ -130,6 +130,100 @@ def dvao(
     return scores, (weights * scores).sum(1)
 
 
+def gd2po(
+    rewards: Float[Tensor, "B K"],
+    weights: Float[Tensor, " K"],
+    groups: Groups,
+    gd2po_agreement: float = 0.2,
+    std_epsilon: float = 1e-4,
+) -> Scored:
+    r"""`normalize_then_sum` without the rows whose objectives disagree, and with less of the groups that have many of them.
+
+    $$a_{ik} = w_k \frac{r_{ik} - \bar r_{group,k}}{\mathrm{std}_{group,k} + \epsilon}, \qquad
+    q_i = \frac{\sum_k a_{ik}}{\sum_k |a_{ik}| + 10^{-8}}$$
+
+    A row with positive and negative \(a_{ik}\) is dropped where \(|q_i|\) is below `gd2po_agreement`; 1 drops every such row.
+    The sum of each row that is kept is multiplied by the kept share of its group and standardized over the kept rows.
+
+    Source: after GD2PO (arXiv 2606.16771), reconstructed from a description of its code.
+
+    Example:
+        >>> from trl_apex.aggregation.normalize import group_rows
+        >>> rewards = torch.tensor([[1.0, 1.0], [2.0, 3.0], [3.0, 0.9], [2.0, 2.0]])
+        >>> gd2po(rewards, torch.ones(2), group_rows(torch.tensor([0, 0, 1, 1])))[1].tolist()
+        [-0.707..., 0.707..., 0.0, 0.0]
+    """
+    mean, std = group_mean_std(rewards, groups)
+    scores = ((rewards - mean) / (std + std_epsilon)).nan_to_num(nan=0.0)
+    parts, there = scores * weights, ~rewards.isnan().all(1)
+    agreement = parts.sum(1).abs() / (parts.abs().sum(1) + 1e-8)
+    mixed = (parts > 0).any(1) & (parts < 0).any(1)
+    kept = there & ~(mixed & (agreement < gd2po_agreement))
+    share = groups.sum(kept.to(parts.dtype)) / groups.sum(there.to(parts.dtype)).clamp(min=1.0)
+    weighted = torch.where(kept, parts.sum(1) * share[groups.index], torch.nan)
+    advantages = (weighted - torch.nanmean(weighted)) / (nanstd(weighted) + std_epsilon)
+    return scores * kept[:, None], advantages.nan_to_num(nan=0.0)
+
+
+def saw(
+    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, std_epsilon: float = 1e-4
+) -> Scored:
+    r"""`normalize_then_sum` with weights by each reward's coefficient of variation over the batch.
+
+    $$c_k = \frac{\mathrm{std}_{batch}(r_k)}{|\mathrm{mean}_{batch}(r_k)| + 10^{-8}}, \qquad w'_k = w_k \frac{K c_k}{\sum_j c_j}$$
+
+    A shift of a reward changes its weight: one with mean 22 and spread 0.5 hardly counts beside one between 0 and 1.
+
+    Source: after SAW (arXiv 2606.07705), its form on advantages, reconstructed from a description of its code.
+
+    Example:
+        >>> from trl_apex.aggregation.normalize import group_rows
+        >>> rewards = torch.tensor([[1.0, 21.0], [3.0, 20.0]])
+        >>> saw(rewards, torch.ones(2), group_rows(torch.tensor([0, 0])))[1].tolist()
+        [-0.707..., 0.707...]
+    """
+    variation = (nanstd(rewards)[0] / (torch.nanmean(rewards, 0).abs() + 1e-8)).nan_to_num(nan=0.0, posinf=0.0)
+    total = float(variation.sum())
+    factor = len(variation) * variation / total if total > 0 else torch.ones_like(variation)
+    scores, advantages = normalize_then_sum(rewards, weights * factor, groups, std_epsilon)
+    return scores * factor, advantages
+
+
+def ctwa(
+    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, std_epsilon: float = 1e-4
+) -> Scored:
+    r"""`normalize_then_sum` with weights raised until no objective's reward is anticorrelated with the advantage.
+
+    A policy gradient raises objective \(k\) to first order where \(\mathrm{Cov}(z_k, A) > 0\). With \(z\) the standardized
+    rewards and \(C = z^\top z\), the weights become those that change \(A = z w'\) least:
+
+    $$w' = \arg\min_v\; (v - w)^\top C (v - w) \quad\text{such that}\quad (C v)_k \ge 0 \text{ for all } k \text{ with } w_k > 0$$
+
+    Source: after the condition of CTWA (arXiv 2602.06869); this way to meet it is ours.
+
+    Example:
+        >>> from trl_apex.aggregation.normalize import group_rows
+        >>> rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0], [4.0, 3.0]])
+        >>> ctwa(rewards, torch.tensor([1.0, 0.1]), group_rows(torch.tensor([0, 0, 0, 0])))[1].tolist()
+        [-1.06..., -0.42..., 0.21..., 1.27...]
+    """
+    scores, _ = normalize_then_sum(rewards, weights, groups, std_epsilon)
+    covariance = (scores.double().T @ scores.double()).tolist()
+    given = weights.tolist()
+    raised, size = list(given), range(len(given))
+    for _ in range(500):  # coordinate ascent on the multipliers, which are what each weight was raised by
+        largest = 0.0
+        for k in size:
+            if given[k] > 0 and covariance[k][k] > 0:
+                product = sum(covariance[k][j] * raised[j] for j in size)
+                new = max(given[k], raised[k] - product / covariance[k][k])
+                largest, raised[k] = max(largest, abs(new - raised[k])), new
+        if largest <= 1e-12 * sum(raised):
+            break
+    factor = torch.tensor([r / g if g else 1.0 for r, g in zip(raised, given, strict=True)]).to(scores)
+    return scores * factor, normalize_then_sum(rewards, weights * factor, groups, std_epsilon)[1]
+
+
 # Weights from the Gram matrix of the objectives' gradients
 
 
@@ -246,6 +340,9 @@ TABLE = {
     "normalize_then_sum": Rule(normalize_then_sum, signed=True),
     "weighted_advantages": Rule(weighted_advantages, _SCALED, signed=True),
     "dvao": Rule(dvao),
+    "gd2po": Rule(gd2po, ("gd2po_agreement", "std_epsilon")),
+    "saw": Rule(saw),
+    "ctwa": Rule(ctwa),
     "mgda": Rule(normalize_then_sum, solver=lambda gramian, _c, _seed: _torchjd("MGDAWeighting")(gramian)),
     "upgrad": Rule(normalize_then_sum, solver=lambda gramian, _c, _seed: _torchjd("UPGradWeighting")(gramian)),
     "pcgrad": Rule(normalize_then_sum, solver=lambda gramian, _c, seed: pcgrad_weights(gramian, seed)),

@@ -50,38 +50,22 @@ class PriorityState:
     """What the method needs, in float64 on the CPU.
 
     It is computed from the gathered rewards alone, so it does not depend on the number of processes.
-
-    Args:
-        iteration (`int`): batches seen.
-        weights (`Tensor` of shape `[K]`): the user's weights that the priorities were made for, summing to one.
-        priorities (`Tensor` of shape `[K]`): weights for the next batch, summing to one.
-        variance ([`Average`] of shape `[K]`): pooled within-group variance.
-        fast ([`Average`] of shape `[K]`): mean reward, short memory.
-        slow ([`Average`] of shape `[K]`): mean reward, long memory.
-        error ([`Average`] of shape `[K]`): standard error of a batch's mean reward.
-        first_mean (`Tensor` of shape `[K]`): mean reward at the end of the warm-up; NaN before.
-        first_scale (`Tensor` of shape `[K]`): within-group standard deviation then; NaN before.
-        largest_scale (`Tensor` of shape `[K]`): the largest since then; NaN before.
-        dead_fraction (`Tensor` of shape `[K]`): share of dead groups in the last batch that had the objective.
-        conflict ([`Average`] of shape `[K, K]`): correlation or cosine of the objectives.
-        margin (`Tensor` of shape `[K, K]`): what counts as noise in `conflict`.
-        gradient_weights ([`Average`] of shape `[K]`): weights from the gradients' Gram matrix.
     """
 
-    iteration: int
-    weights: Float[Tensor, " K"]
-    priorities: Float[Tensor, " K"]
-    variance: Average
-    fast: Average
-    slow: Average
-    error: Average
-    first_mean: Float[Tensor, " K"]
-    first_scale: Float[Tensor, " K"]
-    largest_scale: Float[Tensor, " K"]
-    dead_fraction: Float[Tensor, " K"]
-    conflict: Average
-    margin: Float[Tensor, "K K"]
-    gradient_weights: Average
+    iteration: int  # batches seen
+    weights: Float[Tensor, " K"]  # the user's weights that the priorities were made for, summing to one
+    priorities: Float[Tensor, " K"]  # weights for the next batch, summing to one
+    variance: Average  # pooled within-group variance
+    fast: Average  # mean reward, short memory
+    slow: Average  # mean reward, long memory
+    error: Average  # standard error of a batch's mean reward
+    first_mean: Float[Tensor, " K"]  # mean reward at the end of the warm-up; NaN before
+    first_scale: Float[Tensor, " K"]  # within-group standard deviation then; NaN before
+    largest_scale: Float[Tensor, " K"]  # the largest since then; NaN before
+    dead_fraction: Float[Tensor, " K"]  # share of dead groups in the last batch that had the objective
+    conflict: Average  # correlation or cosine of the objectives
+    margin: Float[Tensor, "K K"]  # what counts as noise in `conflict`
+    gradient_weights: Average  # weights from the gradients' Gram matrix
 
     @classmethod
     def initial(cls, weights: Float[Tensor, " K"], margin: float) -> PriorityState:
@@ -118,21 +102,13 @@ class PriorityState:
 
 @dataclass(frozen=True)
 class ReportState:
-    """What logs and warnings need; no advantage depends on it.
+    """What logs and warnings need; no advantage depends on it."""
 
-    Args:
-        owned (`Tensor` of shape `[K]`): batches in a row in which the objective owned the advantage's variance.
-        silent (`Tensor` of shape `[K]`): batches in a row in which all its groups were dead.
-        absent (`Tensor` of shape `[K]`): batches in a row without any reward of it.
-        effective (`Tensor` of shape `[K]`): mean weight over the rows of the last batch.
-        measured (`Tensor` of shape `[K, K]`): cosines of the gradients when last measured; NaN before.
-    """
-
-    owned: Float[Tensor, " K"]
-    silent: Float[Tensor, " K"]
-    absent: Float[Tensor, " K"]
-    effective: Float[Tensor, " K"]
-    measured: Float[Tensor, "K K"]
+    owned: Float[Tensor, " K"]  # batches in a row in which the objective owned the advantage's variance
+    silent: Float[Tensor, " K"]  # batches in a row in which all its groups were dead
+    absent: Float[Tensor, " K"]  # batches in a row without any reward of it
+    effective: Float[Tensor, " K"]  # mean weight over the rows of the last batch
+    measured: Float[Tensor, "K K"]  # cosines of the gradients when last measured; NaN before
 
     @classmethod
     def initial(cls, weights: Float[Tensor, " K"]) -> ReportState:

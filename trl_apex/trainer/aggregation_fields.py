@@ -21,8 +21,9 @@ FLAT = (
     "normalize_objectives",
 )
 OF_TRL = ("scale_rewards",)  # a field of trl.GRPOConfig, with its meaning and default
+NEW = ("gd2po_agreement",)  # never were fields
 # Fields of 0.1.0, hidden from `--help`: accepted with a warning for one release.
-OLD = tuple(name for name in AGGREGATION_OPTIONS if name not in (*FLAT, *OF_TRL))
+OLD = tuple(name for name in AGGREGATION_OPTIONS if name not in (*FLAT, *OF_TRL, *NEW))
 
 
 def _flat(name: str) -> Any:
@@ -100,8 +101,8 @@ class AggregationFields(_OldFields):
     def apex_options(self) -> ApexOptions:
         """The options of the aggregator, as one object."""
         options = self._given()
-        for name, (default, _) in AGGREGATION_OPTIONS.items():
-            value = getattr(self, name)
+        for name in (*FLAT, *OF_TRL, *OLD):
+            value, default = getattr(self, name), AGGREGATION_OPTIONS[name][0]
             if name not in options:
                 options[name] = value
             elif value != default and value != options[name]:
@@ -121,7 +122,7 @@ class AggregationFields(_OldFields):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values; fields of 0.1.0 are under `aggregation_options`."""
         values = super().to_dict()  # type: ignore[misc]
-        rest = {name: value for name, value in self.apex_options().changed().items() if name in OLD}
+        rest = {name: value for name, value in self.apex_options().changed().items() if name in (*OLD, *NEW)}
         return {
             **{name: value for name, value in values.items() if name not in OLD},
             "aggregation_options": {**self._given(), **rest} or None,
