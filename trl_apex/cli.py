@@ -607,6 +607,7 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> None:
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     """Compare adapters with their base, and write tables, pictures and report."""
     from .evaluate import markdown_table, run_evaluation
+    from .hub.card import FACTS_FILE, refresh_model_card
     from .prompts import load_prompts
     from .report import write_report
 
@@ -638,6 +639,8 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     )
     print(f"\n{markdown_table(results)}\nTables and pictures: {output_dir}")
     if alone:
+        if (output_dir / FACTS_FILE).is_file():  # a training run: its card gets the results
+            refresh_model_card(output_dir)
         print(f"Report: {write_report([output_dir])}")
 
 
@@ -652,10 +655,10 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
 def _push(options: argparse.Namespace, rest: list[str]) -> None:
     """Upload a run directory, with report, figures and model card written anew."""
     from .hub import push_run, refresh_model_card
-    from .hub.upload import files_to_upload
+    from .hub.upload import check_uploadable
     from .report import write_figures, write_report
 
-    files_to_upload(options.run_dir)  # says what is missing before anything is written
+    check_uploadable(options.run_dir)  # says what is missing before anything is written
     try:
         write_report([options.run_dir])
         write_figures(options.run_dir)

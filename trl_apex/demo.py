@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .evaluation import compare
+from .hub import refresh_model_card
 from .policy.adapters import LORA_FILE
 from .report import save_samples, write_figures, write_report
 from .rollout.noise import evaluation_noise
@@ -152,6 +153,7 @@ def run_demo(
     save_samples(output / "samples", base, tuned, count=24)
     figures = write_figures(output)
     report = write_report([output])
+    refresh_model_card(output)
     console.print()
     console.print(table(summary))
     console.print(

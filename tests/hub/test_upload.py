@@ -7,6 +7,7 @@ import pytest
 from loopback_hub import READER, STRANGER, WRITER, Hub, Repo
 
 from trl_apex.hub import PushError, push_run, refresh_model_card
+from trl_apex.hub.upload import trying
 
 
 def push(run_dir: Path, hub: Hub, repo_id: str = "me/apex", token: str = WRITER, **options) -> str:
@@ -105,6 +106,18 @@ def test_a_connection_that_stays_broken_loses_nothing_and_a_later_try_works(run_
     hub.fail("", 0)
     push(run_dir, hub)
     assert "pytorch_lora_weights.safetensors" in hub.repos["me/apex"].files
+
+
+def test_an_error_that_is_not_the_networks_is_not_tried_again() -> None:
+    calls = []
+
+    def attempt() -> None:
+        calls.append(1)
+        raise TypeError("a mistake in the code")
+
+    with pytest.raises(PushError, match="TypeError: a mistake in the code") as raised:
+        trying(attempt, "me/apex", None, "http://hub", pauses=(0.0, 0.0))
+    assert len(calls) == 1 and not raised.value.user
 
 
 def test_nobody_listens(run_dir: Path, hub: Hub) -> None:

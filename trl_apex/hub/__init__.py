@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .card import CardFacts, refresh_model_card, write_model_card
-    from .failure import PushError
-    from .upload import push_run
+    from .upload import PushError, push_run
 
 _HOMES = {
     "CardFacts": "card",
-    "PushError": "failure",
+    "PushError": "upload",
     "push_run": "upload",
     "refresh_model_card": "card",
     "write_model_card": "card",

@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..hub import CardFacts, PushError, push_run, write_model_card
-from ..hub.upload import commit, is_uploaded, trying
+from ..hub.upload import is_uploaded, trying
 from ..report import write_figures
 from .denoiser import save_denoiser
 
@@ -153,29 +155,26 @@ class PublishingMixin:
         if busy and not self.args.hub_always_push:
             return
         self.create_model_card()
+        # The folder is laid out as the repository, out of links that outlive the checkpoint.
         staged = Path(tempfile.mkdtemp(prefix=".push-", dir=self.args.output_dir))
         checkpoint = Path(checkpoint_folder)
-        files = _linked(checkpoint, staged / "checkpoint")
+        left_out = {"README.md", *(("adapter_model.safetensors",) if self._ema is not None else ())}  # not averaged
+        _link(checkpoint, staged, lambda path: is_uploaded(path) and path not in left_out)
+        shutil.copy(Path(self.args.output_dir) / "README.md", staged)
+        folder = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(str(strategy.value))
+        if folder:
+            _link(checkpoint, staged / folder)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PeftModel) and self._engine == "ddp":
             with self._ema.averaged() if self._ema is not None else nullcontext():
                 save_denoiser(model, staged / self.policy.denoiser_name)
-        shutil.copy(Path(self.args.output_dir) / "README.md", staged / "README.md")
-        left_out = {"README.md", *(("adapter_model.safetensors",) if self._ema is not None else ())}  # not averaged
-        top = {path: file for path, file in files.items() if is_uploaded(path) and path not in left_out}
-        top |= {
-            p.relative_to(staged).as_posix(): p
-            for p in staged.rglob("*")
-            if "checkpoint" not in p.parts and p.is_file()
-        }
-        folder = {"checkpoint": "last-checkpoint/", "all_checkpoints": f"{checkpoint.name}/"}.get(str(strategy.value))
-        inside = {f"{folder}{path}": file for path, file in files.items()} if folder else {}
-        api, repo_id, revision = HfApi(token=self._hub_token), self.hub_model_id, self.args.hub_revision
-        message = f"Training in progress, {checkpoint.name}"
+        api, repo_id = HfApi(token=self._hub_token), self.hub_model_id
+        options = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": self.args.hub_revision}
 
         def upload() -> None:
             try:
-                trying(lambda: commit(api, repo_id, top | inside, message, revision), repo_id, None, api.endpoint)
+                once = partial(api.upload_folder, repo_id=repo_id, folder_path=staged, **options)
+                trying(once, repo_id, None, api.endpoint)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
 
@@ -187,19 +186,17 @@ class PublishingMixin:
             self.push_in_progress.jobs.append(job)
 
 
-def _linked(source: Path, target: Path) -> dict[str, Path]:
-    """The same files in another folder, by relative path; they stay when the checkpoint is rotated away."""
-    files = {}
-    for path in source.rglob("*"):
-        if path.is_file():
-            name = path.relative_to(source)
-            place = files[name.as_posix()] = target / name
+def _link(source: Path, target: Path, keep: Callable[[str], bool] = lambda path: True) -> None:
+    """The same files in another folder, as links where the disk has them; `keep` takes paths relative to `source`."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        name = path.relative_to(source)
+        if keep(name.as_posix()):
+            place = target / name
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(path, place)
             except OSError:
                 shutil.copy(path, place)
-    return files
 
 
 def _report_failure(job: Future) -> None:
