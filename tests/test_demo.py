@@ -5,7 +5,7 @@ import json
 from PIL import Image
 from rich.console import Console
 
-from trl_apex.demo import HELD_OUT, run_demo
+from trl_apex.demo import HELD_OUT, run_demo, table
 
 
 def test_demo_trains_evaluates_reloads_and_reports(tmp_path):
@@ -22,7 +22,12 @@ def test_demo_trains_evaluates_reloads_and_reports(tmp_path):
     assert summary["objectives"]["ocr"]["base"] == written["objectives"]["ocr"]["base"]
     for name in ("pytorch_lora_weights.safetensors", "aggregator_state.json", "trainer_state.json", "config.json"):
         assert (output / name).is_file(), name
-    assert (output / "report.html").stat().st_size > 20_000
+    page = (output / "report.html").read_text()
+    assert "Of 4 objectives" in page and page.count('class="pair"') == 12 and ">exact_<wbr>word<" in page
+    assert "<dt>test prompts</dt><dd>12</dd>" in page and "<dt>base model</dt><dd>tiny</dd>" in page
+    card = (output / "README.md").read_text()
+    assert "Not evaluated" not in card and "| exact_word" in card and "figures/rewards.png" in card
+    assert "max_steps" in json.loads((output / "environment.json").read_text())["changed"]
     assert Image.open(output / "tuned_grid.png").size == Image.open(output / "base_grid.png").size
     prompts = json.loads((output / "samples" / "prompts.json").read_text())
     assert len(prompts) == 12 and prompts[0]["tuned"]["ocr"] is not None
@@ -30,3 +35,10 @@ def test_demo_trains_evaluates_reloads_and_reports(tmp_path):
     assert any("priority/ocr" in entry and "rewards/deqa/mean" in entry for entry in log)
     assert any("eval_rewards/exact_word/mean" in entry for entry in log)
     assert "Held-out prompts" in console.export_text()
+
+
+def test_a_metric_without_spread_has_no_gain_and_is_shown():
+    row = {"base": 1.0, "tuned": 1.0, "se": 0.0, "gain": None, "gain_se": None}
+    console = Console(record=True, width=140)
+    console.print(table({"objectives": {}, "held_out": {"attributes": row}}))
+    assert "1.000" in console.export_text()

@@ -227,8 +227,11 @@ def table(summary: dict[str, Any]) -> Table:
     for kind in ("objectives", "held_out"):
         for name, row in summary[kind].items():
             label = name if kind == "objectives" else f"[dim]{name} (not trained on)[/dim]"
-            gain = f"[green]{row['gain']:+.2f}[/green]" if row["gain"] > 2 * row["gain_se"] else f"{row['gain']:+.2f}"
-            if row["gain"] < -2 * row["gain_se"]:
-                gain = f"[red]{row['gain']:+.2f}[/red]"
-            result.add_row(label, f"{row['base']:.3f}", f"{row['tuned']:.3f}", gain, f"{row['gain_se']:.2f}")
+            gain, error = row["gain"], row["gain_se"]
+            if gain is None or error is None:  # the base scored the same on every prompt
+                result.add_row(label, f"{row['base']:.3f}", f"{row['tuned']:.3f}", "-", "-")
+                continue
+            colour = "green" if gain > 2 * error else "red" if gain < -2 * error else "default"
+            shown = f"[{colour}]{gain:+.2f}[/{colour}]"
+            result.add_row(label, f"{row['base']:.3f}", f"{row['tuned']:.3f}", shown, f"{error:.2f}")
     return result
