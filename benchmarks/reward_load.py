@@ -7,7 +7,6 @@ four bytes a number for the 64 images of a call.
 """
 
 import argparse
-import ast
 import json
 import multiprocessing
 import socket
@@ -98,11 +97,10 @@ def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--only", type=ast.literal_eval)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name, count, side in arguments.only or [
+    for name, count, side in [
         ("pixels", 144, 512),
         ("pixels", 64, 1024),
         ("floats", 144, 512),

@@ -114,6 +114,10 @@ def test_nobody_there_fails_the_batch():
 def test_options():
     with pytest.raises(ValueError, match="`low` must be below"):
         VLMJudgeReward("http://x", "m", low=5, high=1)
+    for instruction in ('answer {"score": 1 to 5}', "{0}", "a { brace"):
+        with pytest.raises(ValueError, match="Double the braces"):
+            VLMJudgeReward("http://x", "m", instruction=instruction)
+    VLMJudgeReward("http://x", "m", instruction='{prompt} {{"score": 1 to 5}}')
 
 
 def test_a_key_with_a_newline_is_sent_without_it_and_others_are_refused(url, monkeypatch):

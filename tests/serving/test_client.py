@@ -3,7 +3,6 @@
 import asyncio
 import pickle
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -194,15 +193,16 @@ def test_requests_of_several_clients_are_joined(pictures):
 
 
 class Slow:
-    """Loads for a while; fails to if told so."""
+    """Loads for a while, or until it is released; fails to if told so."""
 
-    def __init__(self, fail=False):
+    def __init__(self, fail=False, seconds=0.2):
         self.__name__ = "slow"
-        self.fail = fail
+        self.fail, self.seconds = fail, seconds
         self.unloaded = False
+        self.release = threading.Event()
 
     def load(self):
-        time.sleep(0.3)
+        self.release.wait(self.seconds)
         if self.fail:
             raise RewardLoadError("no weights here")
 
@@ -214,10 +214,11 @@ class Slow:
 
 
 def test_loading_is_waited_for_and_memory_freed(pictures):
-    slow = Slow()
+    slow = Slow(seconds=20)
     with running([slow]) as url:
-        with pytest.raises(RuntimeError, match="did not answer within 0.1 s: the reward is not ready: loading"):
-            call(RemoteReward(url, "slow", timeout=0.1), prompts=["x"], completions=pictures[:1])
+        with pytest.raises(RuntimeError, match="did not answer within 1 s: the reward is not ready: loading"):
+            call(RemoteReward(url, "slow", timeout=1), prompts=["x"], completions=pictures[:1])
+        slow.release.set()
         assert call(RemoteReward(url, "slow"), prompts=["x"], completions=pictures[:1]) == [0.5]
         RemoteReward(url, "slow").check()
     assert slow.unloaded

@@ -162,6 +162,14 @@ def test_bodies_that_are_too_large(url):
         assert answer_line(connection).startswith(b"HTTP/1.1 411")
 
 
+def test_a_client_that_still_sends_gets_to_read_a_refusal(url):
+    body = header(["a"]) + bytes(1_900_000)
+    for _ in range(10):
+        assert post(url, body, "multipart/form-data").status_code == 415
+        assert http.post(f"{url}/v1/rewards/none", content=body).status_code == 404
+        assert post(url, body, Origin="http://evil.example").status_code == 403
+
+
 def connect(url):
     host, port = url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=10)

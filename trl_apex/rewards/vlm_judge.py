@@ -76,7 +76,7 @@ class VLMJudgeReward:
         name (`str`, *optional*, defaults to `"vlm_judge"`): Name of the objective.
 
     Raises:
-        ValueError: If `low` is not below `high`.
+        ValueError: If `low` is not below `high`, or `instruction` has other fields.
         RuntimeError: At a call, if no image at all could be judged because the endpoint is away or busy.
 
     Reference:
@@ -104,6 +104,13 @@ class VLMJudgeReward:
     ) -> None:
         if low >= high:
             raise ValueError(f"`low` must be below `high`. Found {low} and {high}. Pass the worst and the best score.")
+        try:
+            instruction.format(prompt="", low=low, high=high)
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                "`instruction` must have no fields but {prompt}, {low} and {high}. Found one that gives "
+                f"{describe(error)}. Double the braces that are meant as such: {{{{ and }}}}."
+            ) from error
         self.__name__ = name or self.default_name
         self.url, self.model, self.instruction = url.rstrip("/"), model, instruction
         self.low, self.high, self.api_key_env = low, high, api_key_env
@@ -171,6 +178,7 @@ class VLMJudgeReward:
             "max_tokens": self.max_tokens,
         }
 
+        # Plain httpx: the openai package would be no less code, has no `backoff`, and always sends a key.
         async def ask() -> Any:
             try:
                 response = await client.post(f"{self.url}/chat/completions", json=body)

@@ -364,8 +364,8 @@ BODY = {
 
 
 def refuse(status: int, detail: str, **headers: str) -> HTTPException:
-    """A refusal, after which the connection closes, since the rest of the request is not read."""
-    return HTTPException(status, detail, {"Connection": "close", **headers})
+    """A refusal. uvicorn discards the rest of the body, so that a client that still sends gets to read the answer."""
+    return HTTPException(status, detail, headers)
 
 
 async def answer_request(reward: "ServedReward", request: Request) -> RewardAnswer:
@@ -383,7 +383,7 @@ async def answer_request(reward: "ServedReward", request: Request) -> RewardAnsw
     if not length.isdigit():
         raise refuse(411, "the body must have a Content-Length")
     if int(length) > limits.max_body:
-        raise refuse(413, f"the body must have at most {limits.max_body} bytes")
+        raise refuse(413, f"the body must have at most {limits.max_body} bytes", Connection="close")
     check_state(reward)
     async with reward.bodies:
         check_state(reward)
@@ -422,7 +422,7 @@ async def read_body(request: Request, length: int, limits: Limits) -> bytearray:
                 body[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
     except TimeoutError:
-        raise refuse(408, f"the body must arrive within {limits.body_timeout:g} s") from None
+        raise refuse(408, f"the body must arrive within {limits.body_timeout:g} s", Connection="close") from None
     except ClientDisconnect:
         raise refuse(400, "the client left") from None
     return body
@@ -572,7 +572,7 @@ class ServedReward:
         sources = [str(getattr(func, key)) for key in ("model", "clip", "weights") if getattr(func, key, None)]
         model = [getattr(func, "__qualname__", type(func).__name__), *(s for s in sources if s.count("/") <= 1)]
         told = {"name": self.name, "state": self.state, "model": " ".join(model)}
-        return told | {key: getattr(func, key, "") for key in ("range", "weights_licence")}
+        return told | {key: str(getattr(func, key, "")) for key in ("range", "weights_licence")}
 
     async def load(self) -> None:
         """Load the weights in the reward's own thread."""
