@@ -28,13 +28,15 @@ JSON = st.recursive(
 
 @st.composite
 def bodies(draw):
-    """Requests with a few small images, most of them sound."""
-    sizes = draw(st.lists(st.lists(st.integers(-1, 6), min_size=2, max_size=2), max_size=3))
+    """Requests with a few small images, half of them with something that does not fit."""
+    sizes = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3))
     header = {"prompts": [draw(st.text(max_size=5)) for _ in sizes], "sizes": sizes}
-    header |= draw(st.dictionaries(st.sampled_from(sorted(Header.model_fields)), JSON, max_size=1))
-    pixels = sum(3 * height * width for height, width in sizes)
-    line = draw(st.just(json.dumps(header).encode()) | st.binary(max_size=20))
-    return line + b"\n" + draw(st.just(bytes(max(0, pixels))) | st.binary(max_size=20))
+    pixels = bytes(sum(3 * height * width for height, width in sizes))
+    wrong = draw(st.sampled_from(["nothing", "nothing", "nothing", "header", "line", "pixels"]))
+    if wrong == "header":
+        header[draw(st.sampled_from(sorted(Header.model_fields)))] = draw(JSON)
+    line = draw(st.binary(max_size=20)) if wrong == "line" else json.dumps(header).encode()
+    return line + b"\n" + (draw(st.binary(max_size=20)) if wrong == "pixels" else pixels)
 
 
 schemathesis.openapi.media_type(MEDIA_TYPE, bodies())
