@@ -12,9 +12,7 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trl_apex.plan import PlanSettings, load_shapes
-from trl_apex.plan.memory import PerRow, measure_rows, memory
-from trl_apex.plan.shapes import Shapes, count
+from trl_apex.plan import PerRow, PlanSettings, Shapes, count, load_shapes, measure_rows, memory
 
 GPUS = (1, 8, 64, 256, 1024)
 MODELS = {"SD3.5-M": "sd3.5-medium", "SD3.5-L": "sd3.5-large"}
@@ -53,8 +51,8 @@ def held_bytes(name: str, lora: bool, engine: str, gpus: int) -> float:
         512, 512, lora_rank=LORA_RANK if lora else 0, zero_stage=ENGINES[engine], gpus=gpus, samples=gpus,
         rollout_batch=1,
     )  # fmt: skip
-    always = memory(shapes(name), settings, PerRow(0, 0, 0, 0, 0), batched_guidance=False).always
-    others = ("VAE", "trajectories and images", "CUDA context (allowance)")
+    always = memory(shapes(name), settings).always
+    others = ("VAE", "trajectories and images", "CUDA context", "DeepSpeed buckets")
     return 1e9 * sum(size for part, size in always.items() if part not in others)
 
 
@@ -66,7 +64,7 @@ def gathered_bytes(name: str, lora: bool) -> int:
 
 @cache
 def rows(name: str, pixels: int, lora: bool, zero_stage: int) -> PerRow:
-    """What one image keeps, as the planner measures it."""
+    """What one image keeps, as the planner works it out."""
     return measure_rows(
         shapes(name), PlanSettings(pixels, pixels, lora_rank=LORA_RANK if lora else 0, zero_stage=zero_stage)
     )

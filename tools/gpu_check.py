@@ -33,7 +33,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -314,15 +314,15 @@ def train_and_measure(pipeline: Any, size: Size, device: torch.device, peft: boo
 
 @cache
 def medium_memory() -> Callable:
-    """The plan's estimate for Stable Diffusion 3.5 medium; it measures each way of training once."""
-    from trl_apex.plan import estimator, load_shapes
+    """The plan's estimate for Stable Diffusion 3.5 medium."""
+    from trl_apex.plan import load_shapes, memory
 
-    return estimator(load_shapes("sd3.5-medium"))[0]
+    return partial(memory, load_shapes("sd3.5-medium"))
 
 
 def against_plan(config: Any, found: Record, rank: int) -> Record:
     """The memory that the plan foresees, and measured over planned."""
-    from trl_apex.plan.settings import settings_from_config
+    from trl_apex.plan import settings_from_config
 
     settings = settings_from_config(config, (config.height, config.width), lora_rank=rank, prompts=2)
     memory = medium_memory()(replace(settings, unload_encoders=True))  # the tiny encoders are none worth the name

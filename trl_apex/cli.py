@@ -187,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
             own.add_argument("--zero-stage", type=int, default=0)
             own.add_argument("--gpu-memory-gb", type=float)
             own.add_argument("--num-prompts", type=int, default=0)
-            own.add_argument("--rewards-gb", type=float, default=0.0)
+            own.add_argument("--rewards-gb", type=float)
 
     evaluate = command("evaluate", _evaluate, "Compares tuned models with their base on the same prompts and noise.")
     option = evaluate.add_argument
@@ -553,7 +553,7 @@ no weights. Takes the options of `trl-apex train`, and
   --zero_stage 0..3   of DeepSpeed; 0, the default, for none
   --gpu_memory_gb X   of one GPU; a plan that does not fit is an error that says what to change
   --num_prompts N     distinct prompts, for the size of their embeddings
-  --rewards_gb X      memory of reward networks on each GPU
+  --rewards_gb X      memory of reward networks on each GPU; by default from the names of `rewards` and `monitors`
 
 --model may be sd3.5-medium, sd3.5-large, flux.1-dev, sd1.5 or sdxl where the Hub cannot be reached."""
 
@@ -594,6 +594,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
             gpu_memory_gb=options.gpu_memory_gb,
             prompts=options.num_prompts,
             rewards_gb=options.rewards_gb,
+            rewards=[*(given.rewards or ()), *(given.monitors or ())],
         )
     )
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from trl import TrlParser
 
-from trl_apex.cli import main, train_options
+from trl_apex.cli import train_options
 from trl_apex.tiny.pipeline import build_pipeline
 
 ROOT = Path(__file__).parents[2]
@@ -207,20 +207,6 @@ def test_every_value_of_a_recipe_is_explained(path):
         key = line.partition(":")[0]
         if line and not line.startswith((" ", "#")) and key not in plain:
             assert "#" in line, f"{path.name}: {key}"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_fits_its_machine_by_the_command_it_gives(path, capsys):
-    (command,) = [line for line in path.read_text().splitlines() if line.startswith("#   trl-apex plan ")]
-    arguments = [str(ROOT / part) if part.startswith("examples/") else part for part in command.split()[2:]]
-    assert main(arguments) == 0
-    planned = capsys.readouterr().out
-    samples = yaml.safe_load(path.read_text())["generation_batch_size"] // PROCESSES.get(path.stem, 1)
-    assert f"One iteration on each GPU: {samples} images, 2 optimizer step(s)" in planned
-    arguments[arguments.index("--gpu_memory_gb") + 1] = "8"
-    assert main(arguments) == 2
-    assert "The plan must fit into 8 GB a GPU." in capsys.readouterr().err
 
 
 def test_the_notebook_runs_and_shows_what_it_says(monkeypatch):
