@@ -130,6 +130,30 @@ def test_non_finite_updates_in_a_row_stop_with_a_checkpoint(pipeline, dataset, l
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+def test_overflows_of_a_loss_scale_that_is_still_falling_do_not_stop_a_run(pipeline, dataset, lora, make_args):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-30, growth_interval=10**6)
+
+    class Unscale(TrainerCallback):
+        """What accelerate does before the gradient's norm where it scales the loss itself."""
+
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            scaler.unscale_(trainer.optimizer.optimizer)
+
+    args = make_args(max_steps=6, max_nonfinite_updates=1, max_grad_norm=0.0)
+    trainer = APEXTrainer(pipeline, [redness], args, dataset, peft_config=lora)
+    trainer.accelerator.scaler = scaler
+    trainer.callback_handler.callbacks.insert(0, Unscale())
+    weights = []
+    trainer.add_callback(Weights(weights))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    overflows = [entry["skipped_updates/overflow_rate"] for entry in logged]
+    assert overflows[0] == 1.0 and overflows[-1] == 0.0
+    assert all(entry["skipped_updates/nonfinite"] == 0 for entry in logged)
+    changed = [not torch.equal(weights[i], weights[i - 1]) for i in range(1, 6)]
+    assert changed == [not overflow for overflow in overflows[1:]]
+
+
 class Weights(TrainerCallback):
     def __init__(self, seen):
         self.seen = seen

@@ -86,11 +86,17 @@ class GradientGuardCallback(TrainerCallback):
             norm = get_total_norm(gradients).item()  # the one time that an update waits for the device
             finite = math.isfinite(norm)
         if any_rank(not finite, device):
-            self._nonfinite_in_a_row += 1
+            scale = self._loss_scale()
             if not trainer.is_deepspeed_enabled:
                 model.zero_grad(set_to_none=True)
-            self._count(nonfinite=True)
             culprits = self._culprits()
+            if scale > 1 and not any_rank(bool(culprits), device):  # the scaler starts too high and lowers its scale
+                self._ratios, self.update_is_dead = [], True
+                self._count(overflow=True)
+                logger.info("Update %d overflowed at loss scale %g, which is lowered.", state.global_step + 1, scale)
+                return
+            self._nonfinite_in_a_row += 1
+            self._count(nonfinite=True)
             where = "; ".join(culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
             more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
             self._ratios, self.update_is_dead = [], True
@@ -109,11 +115,11 @@ class GradientGuardCallback(TrainerCallback):
                 )
             return
         self._nonfinite_in_a_row, self._ratios = 0, []
+        nothing = self.update_is_dead
+        self.update_is_dead = True
         if trainer.is_deepspeed_enabled:
             self._count()
             return
-        nothing = self.update_is_dead
-        self.update_is_dead = True
         if args.skip_dead_updates and args.beta == 0 and not any_rank(not nothing, device):
             model.zero_grad(set_to_none=True)
             self._count(dead=True)
@@ -121,11 +127,19 @@ class GradientGuardCallback(TrainerCallback):
         self._count()
         self._compare_with_epsilon(norm, sum(g.numel() for g in gradients), args.adam_epsilon)
 
-    def _count(self, *, dead: bool = False, nonfinite: bool = False) -> None:
+    def _loss_scale(self) -> float:
+        """What float16 training multiplies the loss by; 1 where nothing is scaled."""
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def _count(self, *, dead: bool = False, nonfinite: bool = False, overflow: bool = False) -> None:
         """Log one update: a log line gives the number skipped since the last one, and their share."""
+        metrics = self.trainer._metrics["train"]
         for name, skipped in (("dead", dead), ("nonfinite", nonfinite)):
-            self.trainer._metrics["train"][f"skipped_updates/{name}"].append(float(skipped))
-            self.trainer._metrics["train"][f"skipped_updates/{name}_rate"].append(float(skipped))
+            metrics[f"skipped_updates/{name}"].append(float(skipped))
+            metrics[f"skipped_updates/{name}_rate"].append(float(skipped))
+        if getattr(self.trainer.accelerator, "scaler", None) is not None:
+            metrics["skipped_updates/overflow_rate"].append(float(overflow))
 
     def _compare_with_epsilon(self, norm: float, count: int, epsilon: float) -> None:
         """Log the root mean square of the gradient's `count` numbers; warn where AdamW's epsilon is not far below it."""

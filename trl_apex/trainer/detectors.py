@@ -152,7 +152,8 @@ class LearningDetectors(TrainerCallback):
             return
         change = ((sketch - torch.tensor(before)).norm() / sketch.norm().clamp(min=1e-12)).item()
         self.trainer._metrics["train"]["velocity_change"].append(change)
-        if change == 0 and weights_changed:
+        learned = not (self._dead and self._dead[-1])  # else only weight decay moved the weights
+        if change == 0 and weights_changed and learned:
             self._warn(
                 "velocity",
                 "The trained weights changed, but the same noise gives the same velocity: the denoiser that samples does not see "
