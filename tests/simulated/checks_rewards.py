@@ -49,7 +49,7 @@ def makers(tmp_path_factory):
         "aesthetic": (AestheticReward, {"clip": clip, "head": str(folder / "head.safetensors")}),
         "hpsv2": (HPSv2Reward, {"weights": str(folder / "hps.pt"), "clip": str(hps)}),
         "image_reward": (ImageReward, {"weights": str(folder / "ImageReward.pt"), "tokenizer": str(blip)}),
-        "deqa": (DeQAReward, {"model": llava}),
+        "deqa": (DeQAReward, {"model": llava, "dtype": torch.float32}),
     }
 
 

@@ -154,8 +154,13 @@ def test_every_rule_trains(make_trainer, rule):
     "options",
     [
         {"beta": 0.1, "num_iterations": 2},
-        {"gradient_probe": True, "probe_every": 1, "conflict_source": "gradient"},
-        {"gradient_probe": True, "probe_every": 1, "conflict_source": "population", "beta": 0.1},
+        {"gradient_probe": True, "probe_every": 1, "aggregation_options": {"conflict_source": "gradient"}},
+        {
+            "gradient_probe": True,
+            "probe_every": 1,
+            "aggregation_options": {"conflict_source": "population"},
+            "beta": 0.1,
+        },
         {"gradient_checkpointing": True, "reward_overlap": False, "rollout_batch_size": 3},
         {"transition": "cps", "sde_window_size": 1, "sde_window_range": (1, 2), "share_initial_noise": True},
     ],
