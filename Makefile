@@ -36,8 +36,8 @@ test-distributed: $(STAMP)  ## every engine with two processes
 test-robustness: $(STAMP)  ## faults, hostile input, long runs
 	RELIABILITY_JSON=benchmarks/results/reliability.json $(BIN)/python -m pytest -m '' tests/robustness
 
-gpu-check: $(STAMP)  ## tests and measurements on one GPU, in at most 8 minutes
-	$(BIN)/python tools/gpu_check.py
+gpu-check:  ## tests and measurements on one GPU, in at most 8 minutes; installs nothing (PYTHON=... of your PyTorch)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tools/gpu_check.py
 
 test-lowest:  ## a sample of the tests with the lower bounds of setup.cfg, in an environment of its own
 	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)

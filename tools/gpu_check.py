@@ -486,7 +486,9 @@ def part_tests(size: Size, device: torch.device, record: Callable[[Record], None
 
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", f"--junitxml={report}"]
+        # Without conftest and with warnings as warnings: the machine may have other versions, and no test libraries.
+        command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-o", "filterwarnings=default"]
+        command += ["-m", "gpu", "tests/gpu", f"--junitxml={report}"]
         environment = {**os.environ, "TRL_APEX_TEST_DEVICE": device.type}
         if size is SMOKE:
             command += ["-k", "apex and float32 and lora"]
