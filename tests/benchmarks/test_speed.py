@@ -6,8 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def image_is_drawn(path: Path) -> bool:
+    """Whether a picture opens and holds more than one colour."""
+    with Image.open(path) as image:
+        return len(image.convert("RGB").getcolors(10**6) or range(2)) > 1
 
 
 @pytest.fixture
@@ -62,7 +69,7 @@ def test_growth(smoke, tmp_path):
     found = smoke("growth")
     assert [row["what"] for row in found["rows"]] == ["objectives", "group size"]
     assert all(point["cpu_seconds"] > 0 for row in found["rows"] for point in row["cost"])
-    assert (tmp_path / "growth.png").stat().st_size > 5000
+    assert image_is_drawn(tmp_path / "growth.png")
 
 
 def test_fit_finds_a_power_law(monkeypatch):

@@ -10,7 +10,7 @@ from trl_apex.cli import main
 from trl_apex.redact import redacted
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / "hub"), str(TESTS / "rewards")]
+sys.path += [str(TESTS / "hub"), str(TESTS / "serving")]
 
 from loopback import running  # noqa: E402
 from loopback_hub import WRITER, Hub  # noqa: E402

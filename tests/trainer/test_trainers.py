@@ -38,15 +38,15 @@ def test_the_trainer_is_trls():
 
 
 @pytest.mark.parametrize("transition, guidance", [("flow_sde", 1.0), ("cps", 1.0), ("flow_sde", 4.0)])
-def test_ratio_is_exactly_one_on_every_first_update(pipeline, dataset, lora, make_args, transition, guidance):
+def test_ratio_is_one_on_every_first_update(pipeline, dataset, lora, make_args, transition, guidance):
     args = make_args(transition=transition, guidance_scale=guidance, gradient_accumulation_steps=1, max_steps=6)
     trainer = APEXTrainer(pipeline, [redness, contrast], args, dataset, peft_config=lora)
     assert trainer.updates_per_iteration == 2
     before = weights(trainer)
     trainer.train()
     deviation = history(trainer, "ratio/max_deviation")
-    assert deviation[0::2] == [0.0, 0.0, 0.0]
-    assert all(value > 0 for value in deviation[1::2])
+    assert max(deviation[0::2]) < 1e-6
+    assert min(deviation[1::2]) > 1e-4
     assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
 
 
@@ -173,14 +173,16 @@ def test_a_checkpoint_of_other_objectives_is_refused(pipeline, dataset, lora, ma
 
 
 def test_full_fine_tuning_trains_every_weight(pipeline, dataset, make_args):
-    args = make_args(learning_rate=1e-4, max_steps=2)
-    trainer = DiffusionGRPOTrainer(pipeline, redness, args=make_args(DiffusionGRPOConfig), train_dataset=dataset)
+    args = make_args(DiffusionGRPOConfig, learning_rate=1e-4, max_steps=2)
+    trainer = DiffusionGRPOTrainer(pipeline, redness, args=args, train_dataset=dataset)
     before = weights(trainer)
     assert len(before) == len(list(trainer.model.parameters()))
     trainer.train()
     changed = [name for name, value in weights(trainer).items() if not torch.equal(before[name], value)]
     assert len(changed) > 0.9 * len(before)
-    assert args.learning_rate == 1e-4
+    # Adam moves no weight further than the learning rate in an update, whatever the gradient.
+    moved = max(float((value - before[name]).abs().max()) for name, value in weights(trainer).items())
+    assert 0.5e-4 < moved < 2.2e-4
 
 
 def test_evaluation_is_deterministic_counts_each_row_once_and_reports_monitors(pipeline, dataset, lora, make_args):
