@@ -56,6 +56,7 @@ def test_throughput_refuses_to_compare_two_things(smoke, monkeypatch):
         smoke("throughput")
 
 
+@pytest.mark.slow
 def test_overhead(smoke):
     found = smoke("overhead")
     seconds = found["iteration"][0]["seconds"]
@@ -65,6 +66,7 @@ def test_overhead(smoke):
     assert found["probe"][0]["steps"][1]["cosine_error"] < 1e-5
 
 
+@pytest.mark.slow
 def test_growth(smoke, tmp_path):
     found = smoke("growth")
     assert [row["what"] for row in found["rows"]] == ["objectives", "group size"]
