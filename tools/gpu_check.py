@@ -302,7 +302,8 @@ def train_and_measure(pipeline: Any, size: Size, device: torch.device, peft: boo
             found = meter.found()
             first = trainer.state.log_history[0]
             found["ratio_deviation_of_first_update"] = first.get("ratio/max_deviation")
-            found |= guarded(lambda: against_plan(config, found, size.rank if peft else 0))
+            if pipeline.transformer.config.num_layers == size.transformer["num_layers"]:  # the plan is for this model
+                found |= guarded(lambda: against_plan(config, found, size.rank if peft else 0))
             return found
         finally:
             if peft:
