@@ -89,3 +89,16 @@ def test_weights_that_a_callback_changes_count_in_the_next_rollout(pipeline, dat
     trainer.train()
     used = [row["priority/contrast"] for row in trainer.state.log_history if "priority/contrast" in row]
     assert used[0] == pytest.approx(0.5) and used[-1] == pytest.approx(0.9)
+
+
+def test_rewards_of_one_name_are_numbered_with_one_warning(pipeline, dataset, lora, make_args):
+    def brightness(images, **others):
+        return images.mean((1, 2, 3)).tolist()
+
+    with pytest.warns(UserWarning, match=r"named \['brightness', 'brightness_2', 'brightness_3'\] here"):
+        trainer = APEXTrainer(
+            pipeline, [brightness] * 2, make_args(max_steps=2), dataset, peft_config=lora, monitor_funcs=[brightness]
+        )
+    trainer.train()
+    assert "priority/brightness_2" in trainer.state.log_history[0]
+    assert "eval_rewards/brightness_3/mean" in trainer.evaluate(dataset)

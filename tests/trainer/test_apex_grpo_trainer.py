@@ -255,9 +255,14 @@ def test_wrong_options_say_what_to_do(tmp_path, changes, message):
         trainer(tmp_path, **changes)
 
 
-def test_two_rewards_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="distinct names"):
-        trainer(tmp_path, rewards=(LOUD, share_of("a", 1.0)))
+def test_rewards_of_one_name_are_numbered_with_one_warning(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = trainer(tmp_path, rewards=(LOUD, share_of("a", 1.0)), max_steps=1)
+    told = [str(warning.message) for warning in caught if "Reward names" in str(warning.message)]
+    assert len(told) == 1 and "named ['many_a', 'many_a_2'] here" in told[0]
+    run.train()
+    assert {"priority/many_a", "priority/many_a_2", "rewards/many_a_2/mean"} <= set(run.state.log_history[0])
 
 
 def test_a_vision_language_model_trains_on_images(tmp_path):

@@ -208,7 +208,8 @@ def ctwa(
         [-1.06..., -0.42..., 0.21..., 1.27...]
     """
     scores, _ = normalize_then_sum(rewards, weights, groups, std_epsilon)
-    covariance = (scores.double().T @ scores.double()).tolist()
+    wide = scores.cpu().double()
+    covariance = (wide.T @ wide).tolist()
     given = weights.tolist()
     raised, size = list(given), range(len(given))
     for _ in range(500):  # coordinate ascent on the multipliers, which are what each weight was raised by
@@ -220,7 +221,7 @@ def ctwa(
                 largest, raised[k] = max(largest, abs(new - raised[k])), new
         if largest <= 1e-12 * sum(raised):
             break
-    factor = torch.tensor([r / g if g else 1.0 for r, g in zip(raised, given, strict=True)]).to(scores)
+    factor = scores.new_tensor([r / g if g else 1.0 for r, g in zip(raised, given, strict=True)])
     return scores * factor, normalize_then_sum(rewards, weights * factor, groups, std_epsilon)[1]
 
 

@@ -626,3 +626,34 @@ def describe(error: BaseException) -> str:
     except Exception:  # a `__str__` that fails itself
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def numbered_names(names: list[str]) -> list[str]:
+    """The names with the repeated ones numbered, since priorities and logs are kept by name.
+
+    Example:
+        ```python
+        >>> numbered_names(["short", "short", "ocr", "short_2"])
+        ['short', 'short_3', 'ocr', 'short_2']
+
+        ```
+    """
+    result: list[str] = []
+    for name in names:
+        new, number = name, 1
+        while new in result or (new != name and new in names):
+            number += 1
+            new = f"{name}_{number}"
+        result.append(new)
+    return result
+
+
+def warn_of_numbers(names: list[str], numbered: list[str]) -> None:
+    """Warn where rewards had to be numbered."""
+    if names != numbered:
+        warnings.warn(
+            f"Reward names should differ, since priorities and logs are kept by name. Found {names}, named {numbered} here. "
+            "Give each reward its own `name=` (or a function its own `__name__`).",
+            UserWarning,
+            stacklevel=3,
+        )

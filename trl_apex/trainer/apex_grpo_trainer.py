@@ -14,6 +14,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..distributed import local_slice
+from ..rewards.scoring import numbered_names, warn_of_numbers
 from .apex_grpo_config import APEXGRPOConfig
 
 AGGREGATOR_FILE = "aggregator_state.json"
@@ -39,7 +40,7 @@ class APEXGRPOTrainer(GRPOTrainer):
             is accepted and gets the aggregator's defaults.
 
     Raises:
-        ValueError: for rewards of equal names, weights that do not fit, or a rule that does not exist.
+        ValueError: for weights that do not fit, or a rule that does not exist.
 
     Example:
         ```python
@@ -68,6 +69,7 @@ class APEXGRPOTrainer(GRPOTrainer):
         "citation": CITATION,
     }
     args: APEXGRPOConfig
+    reward_func_names: list[str]
     num_generations: int
     num_generations_eval: int
     _logs: dict[str, Any]
@@ -84,6 +86,8 @@ class APEXGRPOTrainer(GRPOTrainer):
                 )
             args = APEXGRPOConfig.from_grpo_config(args)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        names, self.reward_func_names = self.reward_func_names, numbered_names(self.reward_func_names)
+        warn_of_numbers(names, self.reward_func_names)
         rule = args.multi_objective_aggregation
         # TRL computes advantages of its own before ours replace them, and stops at a rule that it does not know.
         self.multi_objective_aggregation = rule if rule in TRL_RULES else "sum_then_normalize"

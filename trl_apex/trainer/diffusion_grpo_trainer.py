@@ -140,9 +140,10 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
                 "`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`."
             )
         reward_funcs, self.monitor_funcs = as_list(reward_funcs), as_list(monitor_funcs)
-        names = reward_names([*reward_funcs, *self.monitor_funcs])[: len(reward_funcs)]
+        every_name = reward_names([*reward_funcs, *self.monitor_funcs], warn=True)
+        names = every_name[: len(reward_funcs)]
         weights = check_weights(args.reward_weights, names)
-        check_best_metric(args, [*names, *reward_names(self.monitor_funcs)], eval_dataset, callbacks)
+        check_best_metric(args, every_name, eval_dataset, callbacks)
         if quantization_config is not None:
             raise ValueError(
                 "`quantization_config` must be None: quantized denoisers are not supported. Found "

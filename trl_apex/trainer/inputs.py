@@ -9,14 +9,14 @@ from torch import nn
 from transformers import EarlyStoppingCallback
 
 from ..policy.load import dtype_argument
-from ..rewards.scoring import reward_name
+from ..rewards.scoring import numbered_names, reward_name, warn_of_numbers
 
 
-def reward_names(reward_funcs: list[Callable]) -> list[str]:
-    """One name per reward function, for logs and priorities.
+def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:
+    """One name per reward function, for logs and priorities; repeated ones are numbered.
 
     Raises:
-        ValueError: if something is not callable or two names are equal.
+        ValueError: if something is not callable.
 
     Example:
         ```python
@@ -34,13 +34,10 @@ def reward_names(reward_funcs: list[Callable]) -> list[str]:
                 "`OCRReward()`, or a function `f(prompts, completions, **kwargs)` that returns one number per image."
             )
         names.append(reward_name(func))
-    collisions = sorted({name for name in names if names.count(name) > 1})
-    if collisions:
-        raise ValueError(
-            f"Reward names must differ, since priorities and logs are kept by name. Found {collisions} more than once in "
-            f"{names}. Give each reward its own `name=` (or a function its own `__name__`)."
-        )
-    return names
+    numbered = numbered_names(names)
+    if warn:
+        warn_of_numbers(names, numbered)
+    return numbered
 
 
 def check_weights(weights: list[float] | None, names: list[str]) -> list[float]:
