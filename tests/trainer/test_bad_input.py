@@ -26,8 +26,6 @@ def named(name):
     [
         ({"reward_funcs": []}, "at least one reward function"),
         ({"reward_funcs": ["some/reward-model"]}, "must be functions.*Found 'some/reward-model'"),
-        ({"reward_funcs": [redness, functools.partial(redness)]}, "must differ.*'redness'.*name="),
-        ({"monitor_funcs": [redness]}, "must differ.*'redness'"),
         ({"train_dataset": None}, "datasets.Dataset.*Found NoneType"),
         ({"train_dataset": Dataset.from_dict({"caption": ["a"]})}, "`prompt` column.*caption"),
         ({"train_dataset": Dataset.from_dict({"prompt": []})}, "at least one prompt"),
