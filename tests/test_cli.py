@@ -249,6 +249,18 @@ def test_training_from_yaml_and_flags_leaves_a_complete_run(folder: Path, capsys
         assert not path.is_file() or b"hf_secret" not in path.read_bytes(), path
 
 
+def test_evaluation_fills_report_and_card_of_a_run(folder: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--config", "run.yaml"]) == 0
+    assert "Not evaluated" in (folder / "out" / "README.md").read_text()
+    flags = ["--model", str(base), "--dataset", "prompts.txt", "--steps", "2", "--guidance_scale", "1"]
+    flags += ["--height=32", "--width=32", "--max_sequence_length", "12", "--monitors", "jpeg_compressibility"]
+    assert main(["evaluate", "out", *flags, "--rewards", "cli_rewards:red", "cli_rewards:dark"]) == 0
+    assert "jpeg_compressibility (not trained on)" in capsys.readouterr().out
+    card, page = ((folder / "out" / name).read_text() for name in ("README.md", "report.html"))
+    assert "Not evaluated" not in card and "| red" in card
+    assert "Objectives: " in page and "<dt>test prompts</dt><dd>4</dd>" in page and page.count('class="pair"') == 4
+
+
 def test_a_report_that_fails_loses_nothing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "out" / "report.html").mkdir(parents=True)  # cannot be written over
     assert main(["train", "--config", "run.yaml"]) == 0

@@ -63,7 +63,7 @@ def test_it_shows_every_part(page: Page) -> None:
         assert words in page.text
     assert "+0.14 ± 0.02" in page.text and "+0.58 ± 0.08" in page.text and "never trained on" in page.text
     assert "Not found" not in page.text and "No " not in page.text
-    assert "Of 4 objectives, 3 rose, 1 stayed within noise. On 45% of the test prompts" in page.text
+    assert "Objectives: 3 rose, 1 stayed within noise. On 45% of the test prompts" in page.text
     assert "test prompts 96" in page.text and "images an iteration 8 prompts × 8" in page.text
     labels = [svg["aria-label"] or "" for svg in page.all("svg")]
     for title in (

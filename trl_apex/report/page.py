@@ -341,9 +341,7 @@ def _verdict(run: Run, rows: list[Outcome]) -> str:
     if not counts:
         return ""
     words = {"rose": "rose", "fell": "fell", "within noise": "stayed within noise"}
-    text = f"Of {sum(counts.values())} objectives, " + ", ".join(
-        f"{counts[k]} {w}" for k, w in words.items() if counts[k]
-    )
+    text = "Objectives: " + ", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts[key])
     share = (run.summary.get("domination") or {}).get("all_at_least_as_good")
     if isinstance(share, int | float) and math.isfinite(share):
         text += (
