@@ -36,3 +36,20 @@ def test_eight_clients_at_once(options):
         assert torch.cat([s.rewards[:, 0] for s in own]).tolist() == pytest.approx(list(range(144)), abs=1e-3)
         assert all(s.failures == {"corner": 0} for s in own)
     assert sum(sizes) == 8 * 144 and max(sizes) <= 64
+
+
+def test_more_connections_than_the_server_takes():
+    """Some are answered 503, some cut off while they send: all of them come again."""
+
+    def corner(completions, **keywords):
+        return [float(image.getpixel((0, 0))[0]) for image in completions]
+
+    images = torch.ones(12, 3, 512, 512) / 255
+    with running([corner], limits=Limits(max_connections=6)) as url:
+        scorers = [RewardScorer([RemoteReward(url, "corner", batch_size=2)], max_retries=0) for _ in range(2)]
+        futures = [s.submit(prompts=["a"] * 12, completions=[None] * 12, images=images) for s in scorers]
+        scored = [future.result(timeout=60) for future in futures]
+        for scorer in scorers:
+            scorer.close()
+    for own in scored:
+        assert own.failures == {"corner": 0} and own.rewards.flatten().tolist() == [1.0] * 12

@@ -59,7 +59,7 @@ def test_a_reward_of_rank_1_stays_on_its_device_in_the_scoring_thread(makers, se
     cls, arguments = makers[name]
     images = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     expected = cls(**arguments, device="cpu")(prompts=PROMPTS, images=images)
-    reward = cls(**arguments)
+    reward = cls(**arguments, dtype=torch.float32)
     assert reward.device == torch.device("sim")
     if given == "images":
         images = images.to(second_device)

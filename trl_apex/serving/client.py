@@ -190,10 +190,17 @@ class RemoteReward:
         said = ""
         try:
             async with asyncio.timeout(self.timeout):
-                while (response := await client.post(address, content=body, headers=headers)).status_code == 503:
-                    said = f": {detail(response)}"  # loading, or more connections than it takes
-                    asked = response.headers.get("retry-after", "")
-                    await asyncio.sleep(min(int(asked), 30) if asked.isdigit() else 1)
+                while True:  # while it loads, or has more connections than it takes, which it may also cut off
+                    try:
+                        response = await client.post(address, content=body, headers=headers)
+                    except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
+                        said, wait = f": {describe(error)}", 1
+                    else:
+                        if response.status_code != 503:
+                            break
+                        asked = response.headers.get("retry-after", "")
+                        said, wait = f": {detail(response)}", min(int(asked), 30) if asked.isdigit() else 1
+                    await asyncio.sleep(wait)
         except TimeoutError:
             raise RuntimeError(f"{self.url} did not answer within {self.timeout:g} s{said}") from None
         except httpx.TransportError as error:
