@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toy_rewards import contrast, redness
 from transformers import EarlyStoppingCallback
 from trl import GRPOConfig
@@ -171,6 +172,17 @@ def test_a_checkpoint_without_the_whole_state_is_refused(build, option, tmp_path
         later = build(checkpoint.parent.name, max_steps=4)
         with pytest.raises(ValueError, match="whole state.*load its adapter"):
             later.train(resume_from_checkpoint=wanted)
+
+
+def test_an_average_without_its_step_is_refused_by_name(build, tmp_path):
+    build(max_steps=2, ema_decay=0.9).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    average = load_file(checkpoint / "ema.safetensors")
+    del average["optimization_step"]
+    save_file(average, checkpoint / "ema.safetensors")
+    publish(checkpoint.rename(tmp_path / "staged"), checkpoint, engine="ddp", world_size=1)
+    with pytest.raises(ValueError, match=r"ema\.safetensors must hold.*optimization_step"):
+        build(max_steps=4, ema_decay=0.9).train(resume_from_checkpoint=True)
 
 
 def test_fields_that_a_plain_config_leaves_at_trls_default_are_named_once(caplog):

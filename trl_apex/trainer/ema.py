@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -39,6 +40,23 @@ class EMACallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
             self._ema.step(self._parameters())
+
+    def check(self, checkpoint: str | Path) -> None:
+        """Raise ValueError if the average in a checkpoint, where there is one, is not of these weights."""
+        file = Path(checkpoint, EMA_FILE)
+        if not file.is_file():
+            return
+        expected = {n.removeprefix("module.") for n, p in self.trainer.model.named_parameters() if p.requires_grad}
+        try:
+            with safe_open(file, "pt") as content:
+                names = sorted((expected | {"optimization_step"}) ^ set(content.keys()))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} must be a safetensors file. Found {error}. Take another checkpoint.") from error
+        if names:
+            raise ValueError(
+                f"{file} must hold the average of each trained weight, and its step. Found {len(names)} names in one of the "
+                f"file and the model alone, e.g. {names[0]}. Take another checkpoint."
+            )
 
     def load(self, checkpoint: str | Path) -> None:
         """Take the average that a checkpoint holds, if it holds one; every rank must call it."""

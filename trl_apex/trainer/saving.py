@@ -130,6 +130,8 @@ class SavingMixin(Trainer):
                 check_state(self._stateful(), found, self._needed_state)
                 if self._engine == "ddp":
                     check_fit(found, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+                if self._ema is not None:
+                    self._ema.check(found)
                 clear_partial(self.args.output_dir)
         return gather_list([found])[0]
 
