@@ -21,6 +21,7 @@ from .rewards.protocol import default_device
 from .rewards.scoring import RewardScorer, reward_name
 from .rollout.noise import evaluation_noise
 from .rollout.sample import sample_deterministic
+from .trainer.prompt_encoding import unload_encoders
 
 BASE = "base"
 Record = dict[str, Any]
@@ -121,6 +122,8 @@ def run_evaluation(
         policy, dataset, images_per_prompt, num_inference_steps, guidance_scale, negative_prompt, height, width,
         max_sequence_length, seed, batch_size, device,
     )  # fmt: skip
+    unload_encoders(policy, own_pipeline=False)
+    draw.pictures = grid_prompts * images_per_prompt
     records = {BASE: draw([*rewards, *monitors], names)}
     report(_line(BASE, records[BASE], names))
     for name, source in named.items():
@@ -152,7 +155,7 @@ class _Drawing:
         self.policy, self.seed, self.batch_size, self.device = policy, seed, batch_size, device
         self.shape = policy.latent_shape(self.height, self.width)
         self.sampler = Sampler(policy.schedule(steps, self.height, self.width), policy.transitions[0], 0.7)
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.pictures = guidance_scale, 0
         self.rows = [row for row in dataset for _ in range(images_per_prompt)]
         self.embeddings = PromptEmbeddings(lambda texts: policy.encode(texts, max_sequence_length))
         self.embeddings.precompute(dataset["prompt"][:])
@@ -162,7 +165,7 @@ class _Drawing:
             self.negative = {key: value.to(device) for key, value in encoded.items()}
 
     def __call__(self, funcs: list[Callable], names: list[str]) -> list[Record]:
-        records = []
+        records: list[Record] = []
         with closing(RewardScorer(funcs, names)) as scorer:
             for start in range(0, len(self.rows), self.batch_size):
                 rows = self.rows[start : start + self.batch_size]
@@ -176,7 +179,8 @@ class _Drawing:
                 ).result()
                 for row, picture, values in zip(rows, pictures, scored.rewards.tolist(), strict=True):
                     rewards = dict(zip(names, values, strict=True))
-                    records.append({"prompt": row["prompt"], "image": picture, "rewards": rewards})
+                    image = picture if len(records) < self.pictures else None  # the files show no more
+                    records.append({"prompt": row["prompt"], "image": image, "rewards": rewards})
         return records
 
     def _images(self, start: int, prompts: list[str]) -> Tensor:

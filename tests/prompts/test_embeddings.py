@@ -129,6 +129,19 @@ def test_a_large_set_in_memory_is_warned_of(encoder, monkeypatch):
         PromptEmbeddings(encoder).precompute([f"{i}" for i in range(10)])
 
 
+def test_what_is_too_large_for_memory_goes_to_disk(encoder, tmp_path):
+    prompts = [f"{i}" for i in range(10)]
+    small = PromptEmbeddings(encoder, batch_size=4, overflow_dir=tmp_path, budget=1000.0)
+    small.precompute(prompts)  # 10 x (3 x 2 x 4 + 2 x 2) bytes
+    assert not small.on_disk and not list(tmp_path.iterdir())
+    large = PromptEmbeddings(encoder, batch_size=4, overflow_dir=tmp_path, budget=200.0)
+    large.precompute(prompts[:4], total=10)
+    assert large.on_disk and not large._rows
+    found, expected = large(prompts, "cpu"), small(prompts, "cpu")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(encoder.prompts) == 20
+
+
 def test_the_fingerprint_tells_encoders_apart():
     def of(pipeline, length=12):
         return encoder_fingerprint(pipeline, load_policy(pipeline).encoder_names, length)

@@ -1,6 +1,8 @@
 """Prompts are encoded before training starts; then the text encoders may go."""
 
 import gc
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from ..distributed import failing_together, num_ranks, this_rank, wait_for_all
 from ..policy.base import DiffusionPolicy
 from ..prompts import PromptEmbeddings
+from ..prompts.embeddings import LARGE
 from ..prompts.fingerprint import encoder_fingerprint
 from ..types import Embeddings
 
@@ -23,14 +26,14 @@ class PromptConditions:
 
     def __init__(self, policy: DiffusionPolicy, args: Any):
         self._policy, self._args = policy, args
-        self._prompts = open_embeddings(policy, args.max_sequence_length, args.prompt_cache_dir)
+        self._prompts = open_embeddings(policy, args.max_sequence_length, args.prompt_cache_dir, args.output_dir)
         self._negative: Embeddings | None = None
 
     def prepare(self, datasets: list[Any], own_pipeline: bool) -> None:
         """Encode the prompts of `datasets` and let the encoders go, as far as the configuration says so."""
         args = self._args
         if args.precompute_prompts:
-            precompute(self._prompts, datasets, shared=args.prompt_cache_dir is not None)
+            precompute(self._prompts, datasets)
         unload = own_pipeline and args.precompute_prompts
         if unload if args.unload_text_encoders is None else args.unload_text_encoders:
             self.negative(guidance_scale=2.0)  # any that needs it: evaluation may have another than training
@@ -59,28 +62,35 @@ class PromptConditions:
         return self._negative
 
 
-def open_embeddings(policy: DiffusionPolicy, max_sequence_length: int, cache_dir: str | None) -> PromptEmbeddings:
-    """The embeddings of a policy's encoders, kept in `cache_dir` if there is one, else in memory."""
-    fingerprint = ""
-    if cache_dir is not None:
-        fingerprint = encoder_fingerprint(policy.pipeline, policy.encoder_names, max_sequence_length)
+def open_embeddings(
+    policy: DiffusionPolicy, max_sequence_length: int, cache_dir: str | None, output_dir: str
+) -> PromptEmbeddings:
+    """The embeddings of a policy's encoders, kept in `cache_dir` if there is one, else in memory or, where they would take
+    more than 2 GB on a node, in `output_dir/prompt_embeddings`."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
     return PromptEmbeddings(
-        lambda prompts: policy.encode(prompts, max_sequence_length), cache_dir=cache_dir, fingerprint=fingerprint
+        lambda prompts: policy.encode(prompts, max_sequence_length),
+        cache_dir=cache_dir,
+        fingerprint=lambda: encoder_fingerprint(policy.pipeline, policy.encoder_names, max_sequence_length),
+        overflow_dir=Path(output_dir) / "prompt_embeddings",
+        budget=LARGE / processes,
     )
 
 
-def precompute(embeddings: PromptEmbeddings, datasets: list[Any], shared: bool) -> None:
-    """Encode every distinct prompt of some datasets.
+def precompute(embeddings: PromptEmbeddings, datasets: list[Any]) -> None:
+    """Encode every distinct prompt of some datasets; where they are kept on disk, each rank encodes its share.
 
     Args:
         embeddings ([`PromptEmbeddings`]): filled here.
         datasets (`list`): of `datasets.Dataset`, dicts of them, or None.
-        shared (`bool`): whether ranks find each other's embeddings on disk; then each encodes its share only.
     """
     parts = [part for one in datasets for part in (one.values() if isinstance(one, dict) else [one])]
     prompts = sorted({prompt for part in parts if part is not None for prompt in part["prompt"]})
     with failing_together("the prompt embeddings"):
-        if shared:
+        if not embeddings.on_disk:  # the first batch tells how large all will be
+            embeddings.precompute(prompts[: embeddings.batch_size], total=len(prompts))
+    with failing_together("the prompt embeddings"):
+        if embeddings.on_disk:
             embeddings.precompute(prompts[this_rank() :: num_ranks()])
     wait_for_all()
     with failing_together("the prompt embeddings"):
