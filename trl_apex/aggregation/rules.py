@@ -40,9 +40,8 @@ def sum_then_normalize(
     Source: the default of `trl.GRPOTrainer`; Flow-GRPO (arXiv 2505.05470).
 
     Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
         >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> sum_then_normalize(rewards, one, group_rows(torch.tensor([0, 0])), "none")[1].tolist()
+        >>> sum_then_normalize(rewards, one, Groups(torch.tensor([0, 0]), torch.tensor([2])), "none")[1].tolist()
         [-1.0, 1.0]
     """
     summed = weighted_sum(rewards, weights)
@@ -70,9 +69,8 @@ def weighted_advantages(
     Source: MixGRPO and Pref-GRPO.
 
     Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
         >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> weighted_advantages(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
+        >>> weighted_advantages(rewards, one, Groups(torch.tensor([0, 0]), torch.tensor([2])))[1].tolist()
         [-0.707..., 0.707...]
     """
     mean, std = group_mean_std(rewards, groups)
@@ -93,9 +91,8 @@ def normalize_then_sum(
     Source: GDPO (arXiv 2601.05242); TRL's option of the same name.
 
     Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
         >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> normalize_then_sum(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
+        >>> normalize_then_sum(rewards, one, Groups(torch.tensor([0, 0]), torch.tensor([2])))[1].tolist()
         [-0.707..., 0.707...]
     """
     mean, std = group_mean_std(rewards, groups)
@@ -119,9 +116,8 @@ def dvao(
     Source: after arXiv 2605.25604.
 
     Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
         >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> dvao(rewards, one, group_rows(torch.tensor([0, 0])))[1].tolist()
+        >>> dvao(rewards, one, Groups(torch.tensor([0, 0]), torch.tensor([2])))[1].tolist()
         [-0.707..., 0.707...]
     """
     mean, std = group_mean_std(rewards, groups)
@@ -148,9 +144,8 @@ def gd2po(
     Source: after GD2PO (arXiv 2606.16771), reconstructed from a description of its code.
 
     Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
         >>> rewards = torch.tensor([[1.0, 1.0], [2.0, 3.0], [3.0, 0.9], [2.0, 2.0]])
-        >>> gd2po(rewards, torch.ones(2), group_rows(torch.tensor([0, 0, 1, 1])))[1].tolist()
+        >>> gd2po(rewards, torch.ones(2), Groups(torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])))[1].tolist()
         [-0.707..., 0.707..., 0.0, 0.0]
     """
     mean, std = group_mean_std(rewards, groups)
@@ -177,9 +172,8 @@ def saw(
     Source: after SAW (arXiv 2606.07705), its form on advantages, reconstructed from a description of its code.
 
     Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
         >>> rewards = torch.tensor([[1.0, 21.0], [3.0, 20.0]])
-        >>> saw(rewards, torch.ones(2), group_rows(torch.tensor([0, 0])))[1].tolist()
+        >>> saw(rewards, torch.ones(2), Groups(torch.tensor([0, 0]), torch.tensor([2])))[1].tolist()
         [-0.707..., 0.707...]
     """
     variation = (nanstd(rewards)[0] / (torch.nanmean(rewards, 0).abs() + 1e-8)).nan_to_num(nan=0.0, posinf=0.0)
@@ -202,9 +196,8 @@ def ctwa(
     Source: after the condition of CTWA (arXiv 2602.06869); this way to meet it is ours.
 
     Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
         >>> rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0], [3.0, 1.0], [4.0, 3.0]])
-        >>> ctwa(rewards, torch.tensor([1.0, 0.1]), group_rows(torch.tensor([0, 0, 0, 0])))[1].tolist()
+        >>> ctwa(rewards, torch.tensor([1.0, 0.1]), Groups(torch.tensor([0, 0, 0, 0]), torch.tensor([4])))[1].tolist()
         [-1.06..., -0.42..., 0.21..., 1.27...]
     """
     scores, _ = normalize_then_sum(rewards, weights, groups, std_epsilon)
@@ -381,8 +374,7 @@ def group_mean_std(values: Float[Tensor, "B K"], groups: Groups) -> tuple[Float[
         row it is 0, as in TRL.
 
     Example:
-        >>> from trl_apex.aggregation.normalize import group_rows
-        >>> mean, std = group_mean_std(torch.tensor([[1.0], [3.0]]), group_rows(torch.tensor([0, 0])))
+        >>> mean, std = group_mean_std(torch.tensor([[1.0], [3.0]]), Groups(torch.tensor([0, 0]), torch.tensor([2])))
         >>> mean.tolist(), std.tolist()
         ([[2.0], [2.0]], [[1.414...], [1.414...]])
     """
