@@ -7,8 +7,8 @@ export TOKENIZERS_PARALLELISM := false
 
 LOWEST := .venv-lowest
 LOWEST_EXTRAS := demo server gradient
-LOWEST_SAMPLE := tests/aggregation tests/loss tests/rollout tests/rewards/test_scoring.py tests/trainer/test_trainers.py \
-	tests/trainer/test_trl_seam.py
+LOWEST_SAMPLE := tests/aggregation tests/diffusion tests/diffusion tests/rewards/test_scoring.py tests/trainers/test_trainers.py \
+	tests/trainers/test_trl_seam.py
 empty :=
 space := $(empty) $(empty)
 comma := ,
@@ -58,6 +58,7 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy trl_apex tools
+	$(BIN)/lint-imports
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

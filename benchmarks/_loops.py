@@ -15,7 +15,7 @@ from plain_loop import PlainLoop, Text, Work, lora
 
 from trl_apex.aggregation.normalize import group_rows
 from trl_apex.aggregation.rules import sum_then_normalize
-from trl_apex.rollout.noise import INITIAL_NOISE, STEP_NOISE, keyed_noise
+from trl_apex.diffusion.rollout import INITIAL_NOISE, STEP_NOISE, keyed_noise
 
 __all__ = ["ExchangedLoop", "Parts", "Work", "lora"]
 

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from trl_apex.tiny.pipeline import build_pipeline
-from trl_apex.trainer.gradient_probe import GradientProbe
+from trl_apex.trainers.probe import GradientProbe
 
 OBJECTIVES = ["ocr", "pickscore", "deqa", "aesthetic"]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

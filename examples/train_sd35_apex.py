@@ -18,7 +18,7 @@ from trl import TrlParser
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.prompts import load_prompts
-from trl_apex.rewards.by_name import load_rewards
+from trl_apex.rewards.registry import load_rewards
 
 
 @dataclass

@@ -17,8 +17,8 @@ import yaml
 from safetensors.numpy import load_file
 
 from trl_apex.cli import COMMANDS, TRAIN_HELP, all_options, explain, main, train_options
-from trl_apex.rewards.by_name import load_rewards
-from trl_apex.trainer.run_record import recorded_warnings
+from trl_apex.rewards.registry import load_rewards
+from trl_apex.trainers.logs import recorded_warnings
 
 REWARDS = """
 def red(images, **columns):

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from PIL import Image
 
 from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
-from trl_apex.evaluate import markdown_table, run_evaluation
-from trl_apex.policy.load import load_policy
-from trl_apex.trainer.denoiser import save_denoiser
+from trl_apex.diffusion.families import load_policy
+from trl_apex.evaluation.run import markdown_table, run_evaluation
+from trl_apex.trainers.weights import save_denoiser
 
 sys.path.insert(0, str(Path(__file__).parent / "policy"))
 from families import build

@@ -293,7 +293,7 @@ def train_and_measure(pipeline: Any, size: Size, device: torch.device, peft: boo
             meter.begin("update")
             return made
 
-        trainer._generate_and_score_completions = measured_rollout
+        trainer._generate_and_score_completions = measured_rollout  # type: ignore[method-assign]
         meter.around(trainer.policy, "decode", "decode")
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Updates())
@@ -307,7 +307,7 @@ def train_and_measure(pipeline: Any, size: Size, device: torch.device, peft: boo
             return found
         finally:
             if peft:
-                trainer.model.unload().requires_grad_(False)
+                trainer.model.unload().requires_grad_(False)  # type: ignore[operator]
             pipeline.transformer.disable_gradient_checkpointing()
             del trainer
             _free()
@@ -372,7 +372,7 @@ def part_sd35(size: Size, device: torch.device, record: Callable[[Record], None]
     record({"what": "model made on the device", "parameters_M": parameters / 1e6, "s": time.perf_counter() - started})
     record({"what": "plain loop", **guarded(lambda: plain_loop(pipeline, size, device))})
     for name, options in SETTINGS.items():
-        record({"what": name, **guarded(lambda o=options: train_and_measure(pipeline, size, device, **o))})
+        record({"what": name, **guarded(partial(train_and_measure, pipeline, size, device, **options))})
 
 
 def plain_loop(pipeline: Any, size: Size, device: torch.device) -> Record:
@@ -451,10 +451,14 @@ def part_demo(size: Size, device: torch.device, record: Callable[[Record], None]
         def run(name: str = name) -> Record:
             _forget_device()
             with tempfile.TemporaryDirectory() as folder:
-                summary = run_demo(
-                    folder, test_prompts=4 if few else 32, max_steps=2 if few else 8, use_cpu=name == "cpu",
-                    save_strategy="no", **({"per_device_train_batch_size": 8, "generation_batch_size": 8} if few else {}),
-                )  # fmt: skip
+                options: dict[str, Any] = {
+                    "max_steps": 2 if few else 8,
+                    "use_cpu": name == "cpu",
+                    "save_strategy": "no",
+                }
+                if few:
+                    options |= {"per_device_train_batch_size": 8, "generation_batch_size": 8}
+                summary = run_demo(folder, test_prompts=4 if few else 32, **options)
             means[name] = summary["objectives"]
             rows = {
                 f"{key}_{when}": round(row[when], 4) for key, row in means[name].items() for when in ("base", "tuned")

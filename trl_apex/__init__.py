@@ -9,13 +9,13 @@ __version__ = "0.1.0"
 
 # Public name -> module that defines it. Loaded on first use: `import trl_apex` itself imports nothing heavy.
 _PUBLIC = {
-    "APEXConfig": "trl_apex.trainer.apex_config",
-    "APEXGRPOConfig": "trl_apex.trainer.apex_grpo_config",
-    "APEXGRPOTrainer": "trl_apex.trainer.apex_grpo_trainer",
-    "APEXTrainer": "trl_apex.trainer.apex_trainer",
-    "DiffusionGRPOConfig": "trl_apex.trainer.diffusion_grpo_config",
-    "DiffusionGRPOTrainer": "trl_apex.trainer.diffusion_grpo_trainer",
-    "GradientProbe": "trl_apex.trainer.gradient_probe",
+    "APEXConfig": "trl_apex.trainers.config",
+    "APEXGRPOConfig": "trl_apex.trainers.config",
+    "APEXGRPOTrainer": "trl_apex.trainers.language",
+    "APEXTrainer": "trl_apex.trainers.apex",
+    "DiffusionGRPOConfig": "trl_apex.trainers.config",
+    "DiffusionGRPOTrainer": "trl_apex.trainers.diffusion_grpo",
+    "GradientProbe": "trl_apex.trainers.probe",
     "MultiObjectiveRewardAggregator": "trl_apex.aggregation",
     "OCRReward": "trl_apex.rewards",
     "PickScoreReward": "trl_apex.rewards",
@@ -30,13 +30,11 @@ _moved.install()
 if TYPE_CHECKING:
     from .aggregation import MultiObjectiveRewardAggregator
     from .rewards import AestheticReward, DeQAReward, OCRReward, PickScoreReward
-    from .trainer.apex_config import APEXConfig
-    from .trainer.apex_grpo_config import APEXGRPOConfig
-    from .trainer.apex_grpo_trainer import APEXGRPOTrainer
-    from .trainer.apex_trainer import APEXTrainer
-    from .trainer.diffusion_grpo_config import DiffusionGRPOConfig
-    from .trainer.diffusion_grpo_trainer import DiffusionGRPOTrainer
-    from .trainer.gradient_probe import GradientProbe
+    from .trainers.apex import APEXTrainer
+    from .trainers.config import APEXConfig, APEXGRPOConfig, DiffusionGRPOConfig
+    from .trainers.diffusion_grpo import DiffusionGRPOTrainer
+    from .trainers.language import APEXGRPOTrainer
+    from .trainers.probe import GradientProbe
 
 
 def __getattr__(name: str) -> Any:

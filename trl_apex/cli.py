@@ -353,7 +353,7 @@ def train_options(arguments: Sequence[str]) -> tuple[Any, ...]:
     """
     from trl import TrlParser
 
-    from .trainer.apex_config import APEXConfig
+    from .trainers.config import APEXConfig
 
     class Parser(TrlParser):
         def error(self, message: str) -> NoReturn:
@@ -400,8 +400,7 @@ def all_options() -> str:
     from transformers import TrainingArguments
     from trl import GRPOConfig
 
-    from .trainer.apex_config import APEXConfig
-    from .trainer.diffusion_grpo_config import LANGUAGE_FIELDS, DiffusionGRPOConfig
+    from .trainers.config import LANGUAGE_FIELDS, APEXConfig, DiffusionGRPOConfig
 
     lines = ["usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]"]
     owners = {
@@ -443,9 +442,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
             raise ValueError(f"`{name}` must be given. Found nothing. Pass --{name}, or set it in the YAML file.")
 
     from .prompts import load_prompts
-    from .trainer.apex_trainer import APEXTrainer
-    from .trainer.callbacks import InterruptCallback
-    from .trainer.run_record import record_arguments, recorded_warnings
+    from .trainers.apex import APEXTrainer
+    from .trainers.callbacks import InterruptCallback
+    from .trainers.logs import record_arguments, recorded_warnings
 
     column = given.prompt_column
     prompts = load_prompts(
@@ -523,7 +522,7 @@ def _lora_config(given: TrainArguments) -> Any:
 
 def _load_rewards(specs: Sequence[str]) -> list[Callable]:
     """The rewards that `specs` name, from modules in the current folder as well."""
-    from .rewards.by_name import load_rewards
+    from .rewards.registry import load_rewards
 
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -607,10 +606,10 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
     """Compare adapters with their base, and write tables, pictures and report."""
-    from .evaluate import markdown_table, run_evaluation
-    from .hub.card import FACTS_FILE, refresh_model_card
+    from .evaluation.run import markdown_table, run_evaluation
     from .prompts import load_prompts
     from .report import write_report
+    from .trainers.publishing import FACTS_FILE, refresh_model_card
 
     first = Path(options.adapters[0])
     alone = len(options.adapters) == 1
@@ -655,9 +654,8 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _push(options: argparse.Namespace, rest: list[str]) -> None:
     """Upload a run directory, with report, figures and model card written anew."""
-    from .hub import push_run, refresh_model_card
-    from .hub.upload import check_uploadable
     from .report import write_figures, write_report
+    from .trainers.publishing import check_uploadable, push_run, refresh_model_card
 
     check_uploadable(options.run_dir)  # says what is missing before anything is written
     try:
@@ -701,7 +699,7 @@ def _env(options: argparse.Namespace, rest: list[str]) -> None:
     """Print versions, devices and the environment variables that change behaviour."""
     import platform
 
-    from .trainer.run_record import versions
+    from .trainers.logs import versions
 
     python = f"{sys.version.split()[0]} ({platform.python_implementation()})"
     facts = {"python": python, "platform": platform.platform(), **versions(), **_devices()}

@@ -13,18 +13,18 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
+from .diffusion.rollout import evaluation_noise
 from .evaluation import compare
-from .hub import refresh_model_card
-from .policy.adapters import LORA_FILE
 from .report import save_samples, write_figures, write_report
-from .rollout.noise import evaluation_noise
 from .tiny.heldout import heldout_metrics
 from .tiny.prompts import tiny_prompts
 from .tiny.world import load_tiny_pipeline, tiny_rewards
-from .trainer.apex_config import APEXConfig
-from .trainer.apex_trainer import APEXTrainer
-from .trainer.progress import ProgressCallback
-from .trainer.run_record import record_arguments
+from .trainers.apex import APEXTrainer
+from .trainers.callbacks import ProgressCallback
+from .trainers.config import APEXConfig
+from .trainers.logs import record_arguments
+from .trainers.publishing import refresh_model_card
+from .trainers.weights import LORA_FILE
 
 HELD_OUT = ("exact_word", "attributes")
 LORA_TARGETS = (

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .policy import base
-from .policy.base import DiffusionPolicy
-from .policy.load import FAMILIES
-from .policy.sampler import sde_window
+from .diffusion.families import FAMILIES, base
+from .diffusion.families.base import DiffusionPolicy
+from .diffusion.schedule import sde_window
 
 CONTEXT = 1e9
 """Bytes for the CUDA context and its libraries."""

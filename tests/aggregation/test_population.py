@@ -9,7 +9,7 @@ from torch import nn
 
 from trl_apex.aggregation import PopulationConflict
 from trl_apex.aggregation.normalize import adaptive_normalize, group_moments, group_rows, pooled_variance
-from trl_apex.trainer.gradient_probe import GradientProbe
+from trl_apex.trainers.probe import GradientProbe
 
 SIZE, PROMPTS, GROUP = 16, 32, 8
 

@@ -117,7 +117,7 @@ def save_forever(rank: int, output_dir: str, seed: int) -> None:
     """Publish one checkpoint after another, until killed."""
     import random
 
-    from trl_apex.trainer.checkpoint import PARTIAL, publish
+    from trl_apex.trainers.checkpoint import PARTIAL, publish
 
     source = random.Random(seed)
     for step in range(1, 100_000):

@@ -14,7 +14,7 @@ from trl_apex import APEXGRPOConfig, APEXGRPOTrainer
 
 def train_language_model(rank: int, output_dir: str, steps: int = 3, resume: str | None = None) -> dict[str, Any]:
     """Two groups of four completions over two processes: each rank holds one group."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
     from tiny_language_models import tiny_causal_lm, tiny_tokenizer
 
     def loud(completions, **kwargs):

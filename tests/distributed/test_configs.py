@@ -12,7 +12,7 @@ from engines import CONFIGS, ENGINES, STAGE, environment, parse
 from processes import launch, run
 from training import train
 
-from trl_apex.trainer.checkpoint import last_whole
+from trl_apex.trainers.checkpoint import last_whole
 
 HERE = Path(__file__).parent
 EXAMPLES = CONFIGS.parent

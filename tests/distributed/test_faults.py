@@ -18,7 +18,7 @@ from faults import (
 from processes import attempt, run
 from training import train
 
-from trl_apex.trainer.checkpoint import PARTIAL, checkpoints, defects, last_whole
+from trl_apex.trainers.checkpoint import PARTIAL, checkpoints, defects, last_whole
 
 
 def test_a_bug_in_a_reward_on_one_rank_ends_all_ranks(tmp_path):

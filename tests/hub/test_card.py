@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from trl_apex.hub import CardFacts, refresh_model_card, write_model_card
+from trl_apex.trainers.publishing import CardFacts, refresh_model_card, write_model_card
 
 OBJECTIVES = [{"name": "ocr", "weight": 2.0, "licence": "Apache-2.0"}, {"name": "deqa", "weight": 1.0, "licence": ""}]
 

@@ -14,10 +14,10 @@ from loopback_hub import WRITER, Hub
 from peft import LoraConfig
 
 from trl_apex import APEXConfig, APEXTrainer
-from trl_apex.hub import PushError
-from trl_apex.policy.adapters import LORA_FILE
-from trl_apex.rollout.noise import evaluation_noise
+from trl_apex.diffusion.rollout import evaluation_noise
 from trl_apex.tiny.pipeline import build_pipeline
+from trl_apex.trainers.publishing import PushError
+from trl_apex.trainers.weights import LORA_FILE
 
 PROMPTS = ['a red circle with " C A T "', "a blue square"]
 DOWNLOAD = """
@@ -197,7 +197,7 @@ def test_a_wrong_token_is_named_before_any_compute(endpoint: Hub, tmp_path: Path
 def test_a_cut_in_the_middle_of_training_loses_nothing(
     endpoint: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trl_apex.hub.upload.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("trl_apex.trainers.publishing.PAUSES", (0.0, 0.0))
     trainer = make_trainer(tmp_path / "run", push_to_hub=True, hub_strategy="every_save", hub_always_push=True)
     endpoint.fail("cut", 1000)
     caplog.set_level(logging.WARNING)

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from loopback_hub import READER, STRANGER, WRITER, Hub, Repo
 
-from trl_apex.hub import PushError, push_run, refresh_model_card
-from trl_apex.hub.upload import trying
+from trl_apex.trainers.publishing import PushError, push_run, refresh_model_card, trying
 
 
 def push(run_dir: Path, hub: Hub, repo_id: str = "me/apex", token: str = WRITER, **options) -> str:

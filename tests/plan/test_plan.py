@@ -26,7 +26,7 @@ from trl_apex.plan import (
     state_bytes,
 )
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
 from families import FAMILIES, build
 
 ALL_ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

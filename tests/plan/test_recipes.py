@@ -10,7 +10,7 @@ import pytest
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.cli import main
 from trl_apex.plan import CONFIGS, plan_text
-from trl_apex.rewards.by_name import REWARDS
+from trl_apex.rewards.registry import REWARDS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [path for path in sorted((ROOT / "examples/configs").glob("*.yaml")) if "tiny" not in path.stem]

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trl_apex.prompts.dataset import load_prompts
+from trl_apex.prompts.datasets import load_prompts
 
 ROWS = [{"prompt": 'a sign, "ÖL"', "target": "ÖL", "level": 3}, {"prompt": "a cat", "target": "", "level": 4}]
 DATA = Dataset.from_list(ROWS)

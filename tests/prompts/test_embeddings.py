@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from trl_apex.policy.load import load_policy
+from trl_apex.diffusion.families import load_policy
 from trl_apex.prompts import PromptEmbeddings
 from trl_apex.prompts import embeddings as module
-from trl_apex.prompts.fingerprint import encoder_fingerprint
+from trl_apex.prompts.embeddings import encoder_fingerprint
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
 from families import build
 
 

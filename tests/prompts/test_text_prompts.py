@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from trl_apex.prompts.text_prompts import PLACES, STYLES, WORDS, text_prompts
+from trl_apex.prompts.datasets import PLACES, STYLES, WORDS, text_prompts
 
 
 def test_prompts_are_different_seeded_and_quote_their_target():

@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from trl_apex.rewards import AestheticReward, CLIPScoreReward, HPSv2Reward, PickScoreReward, RewardLoadError
-from trl_apex.rewards.aesthetic import AestheticHead
-from trl_apex.rewards.image_tower import _towers
+from trl_apex.rewards.clip import AestheticHead, _towers
 
 PROMPTS = ["a red circle", "a blue square", "green", "a red circle with a blue square"]
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from trl_apex.rewards import Reward, RewardFunction
-from trl_apex.rewards.image_tower import EmbeddingCache
-from trl_apex.rewards.images import to_arrays, to_pil, to_uint8
+from trl_apex.rewards.base import to_arrays, to_pil, to_uint8
+from trl_apex.rewards.clip import EmbeddingCache
 
 
 class Recording(Reward):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from trl_apex.rewards import RewardFailureRateError, RewardFailureWarning, RewardLoadError, RewardScorer
-from trl_apex.rewards.protocol import RewardList, TransientRewardError
+from trl_apex.rewards.base import RewardList, TransientRewardError
 
 
 def score(scorer, size=2, **keywords):

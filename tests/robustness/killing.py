@@ -11,7 +11,7 @@ from typing import Any
 from tiny_runs import contrast, fingerprints, redness, tiny_trainer
 
 from trl_apex import APEXTrainer
-from trl_apex.trainer.checkpoint import checkpoints
+from trl_apex.trainers.checkpoint import checkpoints
 
 PHASES = ("start", "rollout", "reward", "update", "evaluation", "saving", "end")
 SETTINGS: dict[str, Any] = {

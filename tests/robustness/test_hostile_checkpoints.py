@@ -13,9 +13,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_runs import contrast, redness, tiny_pipeline, tiny_trainer
 
-from trl_apex.policy.adapters import LORA_FILE, adapted
-from trl_apex.policy.sd3 import SD3Policy
-from trl_apex.trainer.checkpoint import MANIFEST, PARTIAL, defects, last_whole, publish, to_resume_from
+from trl_apex.diffusion.families.sd3 import SD3Policy
+from trl_apex.trainers.checkpoint import MANIFEST, PARTIAL, defects, last_whole, publish, to_resume_from
+from trl_apex.trainers.weights import LORA_FILE, adapted
 
 
 def mostly_slow(values, *sample):

@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 from trl_apex import APEXConfig
 from trl_apex.cli import train_options
-from trl_apex.trainer.diffusion_grpo_config import TYPED_FIELDS, DiffusionGRPOConfig
+from trl_apex.trainers.config import TYPED_FIELDS, DiffusionGRPOConfig
 
 INHERITED = {field.name for field in dataclasses.fields(GRPOConfig)}
 OURS = sorted(

@@ -10,7 +10,7 @@ from tiny_runs import contrast, equal_weights, fingerprints, history, redness, t
 
 from trl_apex import DiffusionGRPOTrainer
 from trl_apex.rewards import RewardFailureRateError, RewardList
-from trl_apex.trainer.checkpoint import checkpoints, defects, last_whole
+from trl_apex.trainers.checkpoint import checkpoints, defects, last_whole
 
 CALL, ROWS = 3, (1, 2)  # the third iteration of six; a sample of either group
 

@@ -8,7 +8,7 @@ import torch
 from tiny_runs import PROMPTS, contrast, history, redness, tiny_pipeline, tiny_trainer, weights_of
 
 from trl_apex import DiffusionGRPOTrainer
-from trl_apex.trainer.checkpoint import last_whole
+from trl_apex.trainers.checkpoint import last_whole
 
 
 def assert_sound(trainer, updates: int = 1) -> None:

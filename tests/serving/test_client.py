@@ -20,7 +20,7 @@ from trl_apex.rewards import (
     RewardScorer,
     TransientRewardError,
 )
-from trl_apex.rewards.images import to_uint8
+from trl_apex.rewards.base import to_uint8
 
 TOKEN = "a-token-of-some-length"
 PROMPTS = ["a red circle", "a blue square", "green", "with"] * 3

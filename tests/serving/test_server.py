@@ -18,7 +18,7 @@ from loopback import running
 from PIL import Image
 
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward, RemoteReward, RewardList
-from trl_apex.rewards.by_name import load_reward
+from trl_apex.rewards.registry import load_reward
 from trl_apex.serving.server import Limits, build_app, make_server, read_token
 from trl_apex.serving.wire import MEDIA_TYPE, decode_images, encode_request
 

@@ -19,7 +19,7 @@ from trl_apex.rewards import (
     PickScoreReward,
     RewardScorer,
 )
-from trl_apex.rewards.aesthetic import AestheticHead
+from trl_apex.rewards.clip import AestheticHead
 
 PROMPTS = ["a red circle", "a blue square", 'a green square with "CAT"']
 

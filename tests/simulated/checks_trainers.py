@@ -18,7 +18,7 @@ from trl_apex import (
     DiffusionGRPOTrainer,
 )
 from trl_apex.aggregation.options import RULES
-from trl_apex.evaluate import run_evaluation
+from trl_apex.evaluation.run import run_evaluation
 from trl_apex.tiny.pipeline import build_pipeline
 
 PROMPTS = ['a red circle with " C A T "', 'a blue square with " H U T "', "a green star", "a red square"]

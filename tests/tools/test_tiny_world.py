@@ -15,9 +15,8 @@ from tools.tiny_world.judges import build_chat_tokenizer, worse_scene
 from tools.tiny_world.measure import rendered_figures, sample_images
 from tools.tiny_world.pretrain import Lengths, pretrain
 from tools.tiny_world.shared import save_pipeline
-from trl_apex.rewards.aesthetic import AestheticReward
+from trl_apex.rewards.clip import AestheticReward, PickScoreReward
 from trl_apex.rewards.deqa import DeQAReward
-from trl_apex.rewards.pickscore import PickScoreReward
 from trl_apex.tiny.heldout import load_heldout
 from trl_apex.tiny.pipeline import build_pipeline
 from trl_apex.tiny.prompts import tiny_prompts, words

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tools.tiny_world.shared import clip_image_processor, descend
-from trl_apex.rewards.aesthetic import AestheticHead
+from trl_apex.rewards.clip import AestheticHead, normalize, pooled
 from trl_apex.rewards.deqa import LEVELS, build_text, level_token_ids
-from trl_apex.rewards.image_tower import normalize, pooled
 from trl_apex.tiny.heldout import HeldoutClassifier
 from trl_apex.tiny.pipeline import MAX_LENGTH, build_tokenizer, build_word_tokenizer
 from trl_apex.tiny.prompts import COLOURS, LETTERS, SHAPES

@@ -1,5 +1,10 @@
-"""What several rewards together say of a run. Plain tensors in, plain numbers out."""
+"""Measures of a multi-objective run."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -136,3 +141,121 @@ def seesaw_rate(means: Float[Tensor, "E K"], errors: Float[Tensor, "E K"]) -> fl
     step = means[1:] - means[:-1]
     noise = 2 * (errors[1:] ** 2 + errors[:-1] ** 2).sqrt()
     return ((step > noise).any(1) & (step < -noise).any(1)).double().mean().item()
+
+
+def compare(
+    names: list[str], base: Float[Tensor, "P K"], tuned: Float[Tensor, "P K"], objectives: int | None = None
+) -> dict[str, Any]:
+    """Means, paired standard errors and gains of every reward, and how many prompts got better all round.
+
+    Args:
+        names (`list[str]`): K rewards, the objectives first.
+        base, tuned (`torch.Tensor` of shape `[P, K]`): rewards, NaN where missing.
+        objectives (`int`, *optional*): how many of the K were trained on; the others are held out. All by default.
+
+    Returns:
+        `dict`: `objectives` and `held_out` (by name, what [`paired_gain`] returns; numbers are None where fewer than two
+        pairs are whole), `domination` (JDR and JCR, over the objectives) and `hypervolume` of the gains above the base (None
+        where a gain is).
+
+    Example:
+        ```python
+        >>> base = torch.tensor([[0.0, 1.0], [1.0, 2.0]])
+        >>> result = compare(["a", "b"], base, base + 1)
+        >>> result["domination"]["all_at_least_as_good"], round(result["objectives"]["a"]["gain"], 3)
+        (1.0, 1.414)
+
+        ```
+    """
+    split = len(names) if objectives is None else objectives
+    rows = {name: _gain(base[:, k], tuned[:, k]) for k, name in enumerate(names)}
+    better, worse = domination_rates(base[:, :split], tuned[:, :split])
+    return {
+        "objectives": {name: rows[name] for name in names[:split]},
+        "held_out": {name: rows[name] for name in names[split:]},
+        "domination": {"all_at_least_as_good": better, "all_at_most_as_good": worse},
+        "hypervolume": joint_hypervolume([{name: rows[name]["gain"] for name in names[:split]}]),
+    }
+
+
+def joint_hypervolume(gains: list[dict[str, float | None]]) -> float | None:
+    """Hypervolume that some models together dominate above the base, each axis in standard deviations of the base.
+
+    Args:
+        gains (`list[dict]`): gain by objective, one dictionary a model.
+    """
+    if not gains or any(value is None for gain in gains for value in gain.values()):
+        return None
+    points = torch.tensor([[float(value or 0.0) for value in gain.values()] for gain in gains])
+    return hypervolume(points, torch.zeros(points.shape[1]))
+
+
+def _gain(base: Tensor, tuned: Tensor) -> dict[str, Any]:
+    whole = int((base.isfinite() & tuned.isfinite()).sum())
+    if whole < 2:
+        return dict.fromkeys(("base", "tuned", "se", "gain", "gain_se"), None) | {"n": whole}
+    return {key: value if math.isfinite(value) else None for key, value in paired_gain(base, tuned).items()}
+
+
+def hacking_signs(
+    names: Sequence[str],
+    first: Float[Tensor, "P K"],
+    latest: Float[Tensor, "P K"],
+    trained: int,
+    threshold: float = 2.0,
+) -> list[str]:
+    """Sentences about watched rewards that fell while the trained ones rose; none where there is no such sign.
+
+    ```
+    d_ik = latest_ik - first_ik                      paired: same prompt, same noise
+    rise = mean over trained k of d_ik / std_i(first_ik), per row i
+    sign: mean_i(rise) > threshold SE(rise)  and, for a watched k,  mean_i(d_ik) < -threshold SE(d_ik)
+    ```
+
+    Args:
+        names (sequence of `str`): K rewards, the trained ones first.
+        first, latest (`torch.Tensor` of shape `[P, K]`): rewards of the first and of the latest evaluation, row by row of the
+            same dataset; NaN where missing.
+        trained (`int`): how many of the K are trained on.
+        threshold (`float`): in standard errors.
+
+    Returns:
+        `list[str]`: one for each watched reward that fell, with the figures.
+
+    Example:
+        ```python
+        >>> first = torch.arange(4.0).repeat(2, 1).T
+        >>> latest = first + torch.tensor([1.0, -1.0]) + 0.1 * torch.tensor([[1.0], [-1.0], [0.0], [0.0]])
+        >>> hacking_signs(["ocr", "faces"], first, latest, trained=1)
+        ['faces fell from 1.5 to 0.5 (-1 ± 0.0408)']
+        >>> hacking_signs(["ocr", "faces"], first, first + 1, trained=1)
+        []
+
+        ```
+    """
+    difference = latest.double() - first.double()
+    spread = torch.stack([_std(column) for column in first[:, :trained].double().T])
+    rise = (difference[:, :trained] / spread)[:, spread > 0].nanmean(1)
+    if not _mean_and_error(rise)[0] > threshold * _mean_and_error(rise)[1]:
+        return []
+    signs = []
+    for k in range(trained, len(names)):
+        mean, error = _mean_and_error(difference[:, k])
+        if mean < -threshold * error:
+            both = difference[:, k].isfinite()
+            before, after = first[both, k].mean().item(), latest[both, k].mean().item()
+            signs.append(f"{names[k]} fell from {before:.4g} to {after:.4g} ({mean:.3g} ± {error:.3g})")
+    return signs
+
+
+def _std(values: Tensor) -> Tensor:
+    values = values[values.isfinite()]
+    return values.std() if len(values) > 1 else values.new_zeros(())
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error; nothing can be said of fewer than two values."""
+    values = values[values.isfinite()]
+    if len(values) < 2:
+        return 0.0, float("inf")
+    return values.mean().item(), values.std().item() / len(values) ** 0.5

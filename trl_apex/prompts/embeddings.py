@@ -1,13 +1,154 @@
-"""Every distinct prompt is encoded once."""
+"""Prompt embeddings: encoded once, in memory or on disk, the same on every process."""
 
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from ..types import Embeddings
-from .embedding_store import EmbeddingStore
+from ..diffusion.families.base import DiffusionPolicy
+from ..diffusion.nouns import Embeddings
+from ..distributed import failing_together, num_ranks, this_rank, wait_for_all
+
+SAMPLES = 16
+VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "_attn_implementation_autoset")
+
+
+def encoder_fingerprint(pipeline: Any, encoder_names: tuple[str, ...], max_sequence_length: int) -> str:
+    """A hash of everything that decides what a prompt's embeddings are.
+
+    Of each encoder: class, configuration, and of every parameter its name, shape, dtype and 16 evenly spaced values; of
+    each tokenizer: class, longest text and vocabulary; and `max_sequence_length`. Where the encoders came from does not count.
+
+    Args:
+        pipeline (`diffusers.DiffusionPipeline`): with its encoders.
+        encoder_names (`tuple[str, ...]`): the components that prompts need.
+        max_sequence_length (`int`): tokens.
+
+    Returns:
+        `str`: 16 hexadecimal digits after the name of the pipeline's class.
+    """
+    digest = hashlib.sha256(f"{type(pipeline).__name__} {max_sequence_length}".encode())
+    for name in encoder_names:
+        encoder = getattr(pipeline, name, None)
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"), None)
+        digest.update(f"{name} {type(encoder).__name__} {type(tokenizer).__name__}".encode())
+        if encoder is not None:
+            _add_encoder(digest, encoder)
+        if tokenizer is not None:
+            vocabulary = sorted(tokenizer.get_vocab().items())
+            digest.update(json.dumps([tokenizer.model_max_length, vocabulary]).encode())
+    return f"{type(pipeline).__name__}-{digest.hexdigest()[:16]}"
+
+
+def _add_encoder(digest: Any, encoder: Any) -> None:
+    config = {key: value for key, value in encoder.config.to_dict().items() if key not in VOLATILE}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(encoder.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().reshape(-1)
+        where = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), device=flat.device).long()
+        digest.update(flat[where].float().cpu().numpy().tobytes())
+
+
+class EmbeddingStore:
+    """A folder of shards, each with the embeddings of some prompts and, in its header, these prompts.
+
+    Any number of processes may read and write one folder at the same time: a shard gets its name only once it is whole,
+    and never changes afterwards. A shard that cannot be read is renamed to `.bad` with a warning, and its prompts
+    count as unknown: another process may still have it open, and the cause may be the disk.
+
+    Args:
+        folder (`Path`): of one encoder fingerprint; made if needed.
+
+    Example:
+        ```python
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = EmbeddingStore(Path(folder))
+        ...     store.add(["a", "b"], {"x": torch.tensor([[1.0], [2.0]])})
+        ...     store.find(["b", "c"]), store.row("b")["x"].tolist()
+        (['c'], [2.0])
+
+        ```
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._place: dict[str, tuple[Path, int]] = {}
+        self._open: dict[Path, Any] = {}
+
+    def find(self, prompts: list[str]) -> list[str]:
+        """Those of `prompts` that no shard holds, after a look for new shards if need be."""
+        if any(prompt not in self._place for prompt in prompts):
+            self._read_new_shards()
+        return [prompt for prompt in prompts if prompt not in self._place]
+
+    def row(self, prompt: str) -> Embeddings | None:
+        """The embeddings of one prompt, each without a batch axis; None if its shard has been damaged meanwhile."""
+        path, index = self._place[prompt]
+        try:
+            shard = self._open[path]
+            return {name: shard.get_slice(name)[index] for name in shard.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors has an exception of its own, the file system others
+            self._drop(path, error)
+            return None
+
+    def add(self, prompts: list[str], embeddings: Embeddings) -> None:
+        """Write one shard: `embeddings` of shape `[len(prompts), ...]` each."""
+        text = json.dumps(prompts)
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+        unfinished = self.folder / f".{path.stem}.{uuid.uuid4().hex}.tmp"
+        try:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in embeddings.items()}
+            save_file(tensors, unfinished, metadata={"prompts": text})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._read_shard(path)
+
+    def _read_new_shards(self) -> None:
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path not in self._open:
+                self._read_shard(path)
+
+    def _read_shard(self, path: Path) -> None:
+        try:
+            shard = safe_open(path, framework="pt", device="cpu")
+            prompts = json.loads(shard.metadata()["prompts"])
+            sizes = {shard.get_slice(name).get_shape()[0] for name in shard.keys()}  # noqa: SIM118
+            if sizes != {len(prompts)}:
+                raise ValueError(f"it holds {sizes} rows for {len(prompts)} prompts")
+        except FileNotFoundError:  # removed by another process
+            return
+        except Exception as error:
+            self._drop(path, error)
+            return
+        self._open[path] = shard
+        self._place.update({prompt: (path, index) for index, prompt in enumerate(prompts)})
+
+    def _drop(self, path: Path, error: Exception) -> None:
+        warnings.warn(
+            f"A file of the prompt cache cannot be read and its embeddings are computed again: {path} ({error}). It is kept "
+            "as *.bad.",
+            stacklevel=4,
+        )
+        self._open.pop(path, None)
+        self._place = {prompt: place for prompt, place in self._place.items() if place[0] != path}
+        with contextlib.suppress(OSError):  # another process renamed it, or the folder is read-only
+            os.replace(path, path.with_suffix(".bad"))
+
 
 LARGE = 2e9
 """Bytes of embeddings in memory, over all processes of a node, above which they go to disk."""
@@ -120,3 +261,105 @@ class PromptEmbeddings:
             "`prompt_cache_dir` to keep them on disk.",
             stacklevel=3,
         )
+
+
+class PromptConditions:
+    """What the denoiser is told: the embeddings of prompts, and of the negative prompt beside them, on the device.
+
+    Args:
+        policy ([`DiffusionPolicy`]): whose encoders and device.
+        args ([`DiffusionGRPOConfig`]): where embeddings are kept, and which negative prompt.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, args: Any):
+        self._policy, self._args = policy, args
+        self._prompts = open_embeddings(policy, args.max_sequence_length, args.prompt_cache_dir, args.output_dir)
+        self._negative: Embeddings | None = None
+
+    def prepare(self, datasets: list[Any], own_pipeline: bool) -> None:
+        """Encode the prompts of `datasets` and let the encoders go, as far as the configuration says so."""
+        args = self._args
+        if args.precompute_prompts:
+            precompute(self._prompts, datasets)
+        unload = own_pipeline and args.precompute_prompts
+        if unload if args.unload_text_encoders is None else args.unload_text_encoders:
+            self.negative(guidance_scale=2.0)  # any that needs it: evaluation may have another than training
+            unload_encoders(self._policy, own_pipeline)
+            self._prompts.close(
+                "The text encoders were unloaded once the prompts of `train_dataset` and `eval_dataset` were encoded."
+            )
+
+    def __call__(self, prompts: list[str]) -> Embeddings:
+        """Embeddings `[B, ...]` of `prompts`, in order."""
+        return self._prompts(prompts, self._args.device)
+
+    def distinct(self, prompts: list[str]) -> tuple[Embeddings, Tensor]:
+        """Embeddings `[P, ...]` of the P distinct `prompts`, and which of them belongs to each prompt, `[B]`."""
+        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        index = torch.tensor([place[prompt] for prompt in prompts], device=self._args.device)
+        return self(list(place)), index
+
+    def negative(self, guidance_scale: float) -> Embeddings | None:
+        """Embeddings `[1, ...]` of the negative prompt; None where guidance has no second branch."""
+        if guidance_scale == 1.0 or not self._policy.batched_guidance:
+            return None
+        if self._negative is None:
+            encoded = self._policy.encode_negative(self._args.negative_prompt, self._args.max_sequence_length)
+            self._negative = {name: value.to(self._args.device) for name, value in encoded.items()}
+        return self._negative
+
+
+def open_embeddings(
+    policy: DiffusionPolicy, max_sequence_length: int, cache_dir: str | None, output_dir: str
+) -> PromptEmbeddings:
+    """The embeddings of a policy's encoders, kept in `cache_dir` if there is one, else in memory or, where they would take
+    more than 2 GB on a node, in `output_dir/prompt_embeddings`."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
+    return PromptEmbeddings(
+        lambda prompts: policy.encode(prompts, max_sequence_length),
+        cache_dir=cache_dir,
+        fingerprint=lambda: encoder_fingerprint(policy.pipeline, policy.encoder_names, max_sequence_length),
+        overflow_dir=Path(output_dir) / "prompt_embeddings",
+        budget=LARGE / processes,
+    )
+
+
+def precompute(embeddings: PromptEmbeddings, datasets: list[Any]) -> None:
+    """Encode every distinct prompt of some datasets; where they are kept on disk, each rank encodes its share.
+
+    Args:
+        embeddings ([`PromptEmbeddings`]): filled here.
+        datasets (`list`): of `datasets.Dataset`, dicts of them, or None.
+    """
+    parts = [part for one in datasets for part in (one.values() if isinstance(one, dict) else [one])]
+    prompts = sorted({prompt for part in parts if part is not None for prompt in part["prompt"]})
+    with failing_together("the prompt embeddings"):
+        if not embeddings.on_disk:  # the first batch tells how large all will be
+            embeddings.precompute(prompts[: embeddings.batch_size], total=len(prompts))
+    with failing_together("the prompt embeddings"):
+        if embeddings.on_disk:
+            embeddings.precompute(prompts[this_rank() :: num_ranks()])
+    wait_for_all()
+    with failing_together("the prompt embeddings"):
+        embeddings.precompute(prompts)  # where the disk is not shared by all ranks, what is still missing
+
+
+def unload_encoders(policy: DiffusionPolicy, own_pipeline: bool) -> None:
+    """Free the memory of the text encoders.
+
+    Args:
+        policy ([`DiffusionPolicy`]): of the pipeline.
+        own_pipeline (`bool`): False for a pipeline that someone else may use again: its encoders are only moved to the CPU.
+    """
+    for name in policy.encoder_names:
+        encoder = getattr(policy.pipeline, name, None)
+        if not isinstance(encoder, nn.Module):
+            continue
+        if own_pipeline:
+            policy.pipeline.register_modules(**{name: None})
+        else:
+            encoder.to("cpu")
+        del encoder
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -4,47 +4,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trl_apex.rewards.aesthetic import AestheticReward
-    from trl_apex.rewards.clip_score import CLIPScoreReward
-    from trl_apex.rewards.deqa import DeQAReward
-    from trl_apex.rewards.from_ddpo import reward_from_ddpo
-    from trl_apex.rewards.hpsv2 import HPSv2Reward
-    from trl_apex.rewards.image_reward import ImageReward
-    from trl_apex.rewards.jpeg import JPEGCompressibilityReward, JPEGIncompressibilityReward
-    from trl_apex.rewards.ocr import OCRReward
-    from trl_apex.rewards.pickscore import PickScoreReward
-    from trl_apex.rewards.protocol import (
+    from trl_apex.rewards.base import (
         Reward,
         RewardFunction,
         RewardList,
         RewardLoadError,
         TransientRewardError,
+        reward_from_ddpo,
     )
+    from trl_apex.rewards.clip import AestheticReward, CLIPScoreReward, HPSv2Reward, PickScoreReward
+    from trl_apex.rewards.deqa import DeQAReward
+    from trl_apex.rewards.image_reward import ImageReward
+    from trl_apex.rewards.jpeg import JPEGCompressibilityReward, JPEGIncompressibilityReward
+    from trl_apex.rewards.ocr import OCRReward
     from trl_apex.rewards.scoring import RewardFailureRateError, RewardFailureWarning, RewardScorer, ScoredBatch
     from trl_apex.rewards.vlm_judge import VLMJudgeReward
 
 _HOMES = {
-    "AestheticReward": "aesthetic",
-    "CLIPScoreReward": "clip_score",
+    "AestheticReward": "clip",
+    "CLIPScoreReward": "clip",
     "DeQAReward": "deqa",
-    "HPSv2Reward": "hpsv2",
+    "HPSv2Reward": "clip",
     "ImageReward": "image_reward",
     "JPEGCompressibilityReward": "jpeg",
     "JPEGIncompressibilityReward": "jpeg",
     "OCRReward": "ocr",
-    "PickScoreReward": "pickscore",
+    "PickScoreReward": "clip",
     "RemoteReward": "trl_apex.serving.client",
-    "Reward": "protocol",
+    "Reward": "base",
     "RewardFailureRateError": "scoring",
     "RewardFailureWarning": "scoring",
-    "RewardFunction": "protocol",
-    "RewardList": "protocol",
-    "RewardLoadError": "protocol",
+    "RewardFunction": "base",
+    "RewardList": "base",
+    "RewardLoadError": "base",
     "RewardScorer": "scoring",
     "ScoredBatch": "scoring",
-    "TransientRewardError": "protocol",
+    "TransientRewardError": "base",
     "VLMJudgeReward": "vlm_judge",
-    "reward_from_ddpo": "from_ddpo",
+    "reward_from_ddpo": "base",
 }
 __all__ = [
     "AestheticReward",

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trl_apex.rewards.images import to_pil
-from trl_apex.rewards.protocol import Images, Reward, RewardLoadError
+from trl_apex.rewards.base import Images, Reward, RewardLoadError, to_pil
 
 LEVELS = ("excellent", "good", "fair", "poor", "bad")
 QUESTION = "How would you rate the quality of this image?"

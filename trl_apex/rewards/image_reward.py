@@ -7,11 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_apex.rewards.aesthetic import AestheticHead
-from trl_apex.rewards.image_tower import clip_image_processor_class
-from trl_apex.rewards.images import to_pil
-from trl_apex.rewards.protocol import Images, Reward, RewardLoadError
-from trl_apex.rewards.weights import find_weights, load_strictly, read_weights
+from trl_apex.rewards.base import Images, Reward, RewardLoadError, find_weights, load_strictly, read_weights, to_pil
+from trl_apex.rewards.clip import AestheticHead, clip_image_processor_class
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 PROMPT_TOKENS = 35

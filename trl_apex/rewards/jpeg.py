@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from trl_apex.rewards.images import to_pil
-from trl_apex.rewards.protocol import Images, Reward
+from trl_apex.rewards.base import Images, Reward, to_pil
 
 QUALITY = 95
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from trl_apex.rewards.images import to_arrays
-from trl_apex.rewards.protocol import Images, Reward, RewardLoadError
+from trl_apex.rewards.base import Images, Reward, RewardLoadError, to_arrays
 
 QUOTED = re.compile(r'"([^"]*)"|\u201c([^\u201d]*)\u201d')
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from trl_apex.redact import redacted
-from trl_apex.rewards.protocol import RewardLoadError, TransientRewardError
+from trl_apex.rewards.base import RewardLoadError, TransientRewardError
 
 logger = logging.getLogger(__name__)
 

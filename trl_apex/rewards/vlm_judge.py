@@ -10,8 +10,7 @@ from typing import Any
 from PIL import Image
 
 from trl_apex.redact import secret_from
-from trl_apex.rewards.images import to_pil
-from trl_apex.rewards.protocol import Images, RewardList, TransientRewardError
+from trl_apex.rewards.base import Images, RewardList, TransientRewardError, to_pil
 from trl_apex.rewards.scoring import describe, retrying
 
 INSTRUCTION = """Rate how well this generated image matches its caption and how good it looks.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trl_apex.redact import secret_from
-from trl_apex.rewards.protocol import Images, RewardList, RewardLoadError, TransientRewardError
+from trl_apex.rewards.base import Images, RewardList, RewardLoadError, TransientRewardError
 from trl_apex.rewards.scoring import describe, retrying
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, encode_request, json_columns
 

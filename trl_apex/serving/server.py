@@ -35,9 +35,8 @@ except ImportError as error:
 
 from trl_apex import __version__
 from trl_apex.redact import checked_secret, secret_from
-from trl_apex.rewards.by_name import load_reward
-from trl_apex.rewards.images import to_arrays
-from trl_apex.rewards.protocol import Reward
+from trl_apex.rewards.base import Reward, to_arrays
+from trl_apex.rewards.registry import load_reward
 from trl_apex.rewards.scoring import Lane, RewardTimeoutError, as_numbers, describe, reward_name, takes_images
 from trl_apex.serving.client import LOOPBACK, TOKEN_VARIABLE
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, decode_images

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from trl_apex.rewards.images import to_arrays
-from trl_apex.rewards.protocol import Images
+from trl_apex.rewards.base import Images, to_arrays
 
 PROTOCOL = 2
 MEDIA_TYPE = "application/vnd.trl-apex.images"

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from trl_apex.rewards.images import to_arrays
+from trl_apex.rewards.base import to_arrays
 from trl_apex.tiny.prompts import COLOURS, LETTERS, SHAPES
 
 _SIDE = 32

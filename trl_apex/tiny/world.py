@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from trl_apex.rewards.protocol import Reward
+from trl_apex.rewards.base import Reward
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _PARTS = {
@@ -54,8 +54,8 @@ def load_tiny_pipeline(dtype: torch.dtype = torch.float32) -> Any:
     """
     from diffusers import StableDiffusion3Pipeline
 
+    from trl_apex.diffusion.families import dtype_argument
     from trl_apex.distributed import whole_models
-    from trl_apex.policy.load import dtype_argument
 
     with whole_models():  # a script has made its arguments by now
         pipeline = StableDiffusion3Pipeline.from_pretrained(weights_path("pipeline"), **dtype_argument(dtype))
@@ -74,10 +74,9 @@ def tiny_rewards() -> list[Reward]:
         >>> [reward.__name__ for reward in tiny_rewards()]
         ['ocr', 'pickscore', 'deqa', 'aesthetic']
     """
-    from trl_apex.rewards.aesthetic import AestheticReward
+    from trl_apex.rewards.clip import AestheticReward, PickScoreReward
     from trl_apex.rewards.deqa import DeQAReward
     from trl_apex.rewards.ocr import OCRReward
-    from trl_apex.rewards.pickscore import PickScoreReward
 
     clip = str(weights_path("clip"))
     return [

@@ -1,0 +1,101 @@
+"""Each family's policy draws the image that diffusers' own pipeline draws."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, build
+
+from trl_apex.diffusion.families import FAMILIES as REGISTERED
+from trl_apex.diffusion.families import base, load_policy
+from trl_apex.diffusion.rollout import denoise, guided_prediction, keyed_noise
+from trl_apex.diffusion.schedule import Sampler
+
+PROMPTS = ['a red circle with "CAT"', 'a blue star with "HUT"']
+SIZE = 16
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_deterministic_sampling_equals_the_pipeline(name, guidance):
+    pipeline = build(name)
+    policy = load_policy(pipeline)
+    shape = policy.latent_shape(SIZE, SIZE)
+    noise = keyed_noise([(0,), (1,)], shape)
+    given = pipeline._pack_latents(noise, 2, *shape) if name == "flux" else noise
+    kwargs = {"max_sequence_length": 12} if name in ("sd3", "sd3.5-medium", "flux") else {}
+    expected = pipeline(
+        PROMPTS, height=SIZE, width=SIZE, latents=given, num_inference_steps=4, guidance_scale=guidance,
+        output_type="pt", **kwargs,
+    ).images  # fmt: skip
+    sampler = Sampler(policy.schedule(4, SIZE, SIZE), policy.transitions[0], 0.7)
+    embeddings = policy.encode(PROMPTS, 12)
+    negative = policy.encode_negative("", 12) if policy.batched_guidance else None
+
+    def predict(latents, timesteps, rows):
+        return guided_prediction(policy, policy.denoiser, latents, timesteps, embeddings, negative, guidance)
+
+    final, _ = denoise(predict, sampler, noise, range(0), noise.new_zeros(2, 0, *shape))
+    torch.testing.assert_close(policy.decode(final), expected.float(), rtol=1e-4, atol=2e-4)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_default_lora_targets_exist(name):
+    policy = load_policy(build(name))
+    modules = [key for key, _ in policy.denoiser.named_modules()]
+    for target in policy.lora_targets:
+        assert any(module.endswith(target) for module in modules), target
+
+
+def test_size_that_the_model_cannot_draw():
+    with pytest.raises(ValueError, match="multiples of 4 pixels.*Found 18 x 16. Use 16 x 16"):
+        load_policy(build("sd3")).latent_shape(18, 16)
+
+
+def test_images_are_decoded_a_few_at_a_time(monkeypatch):
+    policy = load_policy(build("sd3"))
+    latents = keyed_noise([(i,) for i in range(5)], policy.latent_shape(SIZE, SIZE))
+    together = policy.decode(latents)
+    sizes = []
+    policy.pipeline.vae.decoder.register_forward_hook(lambda module, given, images: sizes.append(len(images)))
+    monkeypatch.setattr(base, "DECODE_PIXELS", 2 * SIZE * SIZE)
+    torch.testing.assert_close(policy.decode(latents), together)
+    assert sizes == [2, 2, 1]
+    monkeypatch.setattr(base, "DECODE_PIXELS", 1)
+    policy.decode(latents)
+    assert sizes[3:] == [1] * 5  # an image larger than the limit goes alone
+
+
+def test_a_float16_vae_that_overflows_decodes_in_float32():
+    policy = load_policy(build("sdxl"))
+    vae, latents = policy.pipeline.vae, keyed_noise([(0,)], policy.latent_shape(SIZE, SIZE))
+    vae.decoder.conv_in.weight.data.mul_(1e6).clamp_(-6e4, 6e4)  # beyond float16's 65504 in the activations
+    expected = policy.decode(latents)
+    vae.half()
+    assert not vae.decode(latents.half()).sample.isfinite().all()
+    assert vae.config.force_upcast
+    images = policy.decode(latents)
+    assert images.dtype == torch.float32 and vae.dtype == torch.float16
+    torch.testing.assert_close(images, expected, rtol=0, atol=0.02)
+    assert images.std() > 0.01
+
+
+def test_sd3_and_flux_train_at_512_pixels_where_nothing_is_said(monkeypatch):
+    for name, own in (("sd3", 16), ("flux", 128 * 2), ("sdxl", 16)):
+        policy = load_policy(build(name))
+        assert policy.default_size() == (own, own)  # smaller than 512: the model's own
+    large = {"sample_size": 128, "block_out_channels": (8, 16, 16, 16)}
+    for name, size in (("sd3", 512), ("sdxl", 1024)):
+        policy = load_policy(build(name))
+        monkeypatch.setattr(type(policy), "vae_scale_factor", 8)
+        policy.denoiser.register_to_config(**large)
+        assert policy.default_size() == (size, size)
+
+
+def test_a_family_is_one_short_file():
+    files = {Path(inspect.getsourcefile(policy)) for policy in REGISTERED.values()}
+    assert {file.name for file in files} == {"sd3.py", "flux.py", "stable_diffusion.py"}
+    for file in files:
+        assert len(file.read_text().splitlines()) < 150, file.name

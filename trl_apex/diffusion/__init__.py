@@ -1,0 +1,1 @@
+"""Pipelines as policies: families of models, schedules, transitions, rollouts and losses."""

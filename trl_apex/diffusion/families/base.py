@@ -1,0 +1,139 @@
+"""What a family of pipelines has to tell: how prompts are encoded, the denoiser called, latents decoded."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..nouns import Embeddings, Schedule
+
+DECODE_PIXELS = 1024 * 1024
+"""Pixels that the VAE decodes at a time: four images of 512 x 512, one of 1024 x 1024."""
+
+
+class DiffusionPolicy(ABC):
+    """One text-to-image pipeline seen as a policy.
+
+    The denoiser (the part that is trained) belongs to the trainer; everything else in the pipeline (text encoders, VAE,
+    scheduler) is frozen and stays here. A new model family is one subclass in one file; `docs/models.md` walks through it.
+
+    Args:
+        pipeline (`diffusers.DiffusionPipeline`): the loaded pipeline. Its frozen parts are set to eval mode, without gradients.
+    """
+
+    denoiser_name: ClassVar[str] = "transformer"
+    """Name of the trained component in the pipeline."""
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    """Names of the components that only prompts need, and that may be unloaded once these are encoded."""
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Default LoRA target modules of the denoiser."""
+    transitions: ClassVar[tuple[str, ...]] = ("flow_sde", "cps")
+    """Kinds of stochastic step that suit the schedule; the first is the default."""
+    training_size: ClassVar[int | None] = None
+    """Default height and width in pixels where the model's own size is larger; None for the model's own."""
+    batched_guidance: ClassVar[bool] = True
+    """Whether `guidance_scale > 1` means a second, unconditional prediction (False: the model is told the scale)."""
+
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+
+    @property
+    def denoiser(self) -> Any:
+        """The trained component, an `nn.Module` with diffusers' `config`."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser's own weights are in, and so its inputs."""
+        return next(self.denoiser.parameters()).dtype
+
+    @property
+    def vae_scale_factor(self) -> int:
+        return self.pipeline.vae_scale_factor
+
+    def move_frozen(self, device: torch.device) -> None:
+        """Move everything but the denoiser to `device`."""
+        for name, component in self.pipeline.components.items():
+            if name != self.denoiser_name and isinstance(component, nn.Module):
+                component.to(device)
+
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels where the user gives none: the model's own, or `training_size` if that is smaller."""
+        size = min(self.native_size(), self.training_size or self.native_size())
+        return size, size
+
+    def native_size(self) -> int:
+        """Height and width in pixels that the denoiser was made for."""
+        return self.denoiser.config.sample_size * self.vae_scale_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Shape `(C, H, W)` of one latent for an image of `height` x `width` pixels."""
+        factor = self.size_multiple()
+        if height % factor or width % factor:
+            raise ValueError(
+                f"`height` and `width` must be multiples of {factor} pixels for {type(self.pipeline).__name__}. "
+                f"Found {height} x {width}. Use {height // factor * factor or factor} x {width // factor * factor or factor}."
+            )
+        return self.latent_channels(), height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def size_multiple(self) -> int:
+        """Pixels that height and width must be multiples of."""
+        return self.vae_scale_factor
+
+    def latent_channels(self) -> int:
+        return self.denoiser.config.in_channels
+
+    def scale_initial_noise(self, noise: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Scale unit noise to what the schedule starts from."""
+        return noise
+
+    @abstractmethod
+    def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
+        """Encode prompts; tensors of shape `[B, ...]` keyed by what [`predict`] passes on."""
+
+    def encode_negative(self, prompt: str, max_sequence_length: int) -> Embeddings:
+        """Encode the prompt of the unconditional branch; tensors of shape `[1, ...]`."""
+        return self.encode([prompt], max_sequence_length)
+
+    @abstractmethod
+    def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
+        """The noise grid of `num_steps` steps for images of `height` x `width` pixels."""
+
+    @abstractmethod
+    def predict(
+        self,
+        model: nn.Module,
+        latents: Float[Tensor, "R C H W"],
+        timesteps: Float[Tensor, "R"],
+        embeddings: Embeddings,
+        guidance_scale: float,
+    ) -> Float[Tensor, "R C H W"]:
+        """One forward of `model`, unguided: the velocity `noise - image` (flows) or the noise (DDIM)."""
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
+        """Decode latents into images in [0, 1], float32.
+
+        Decodes at most `DECODE_PIXELS` at a time, so that memory does not grow with the batch. A float16 VAE whose
+        configuration says `force_upcast` (SDXL's overflows) decodes in float32.
+        """
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        own_dtype = vae.dtype
+        upcast = own_dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+        dtype = torch.float32 if upcast else own_dtype
+        pixels = latents.shape[-2] * latents.shape[-1] * self.vae_scale_factor**2
+        try:
+            if upcast:
+                vae.to(torch.float32)
+            chunks = latents.to(dtype).split(max(1, DECODE_PIXELS // pixels))
+            images = [(vae.decode(chunk, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for chunk in chunks]
+        finally:
+            if upcast:
+                vae.to(own_dtype)
+        return torch.cat(images)

@@ -1,0 +1,89 @@
+"""Stable Diffusion 1.x, 2.x and XL, sampled with DDIM: the setting of DDPO."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..nouns import Embeddings, Schedule
+from .base import DiffusionPolicy
+
+
+class StableDiffusionPolicy(DiffusionPolicy):
+    """`StableDiffusionPipeline`: one CLIP encoder, a UNet that predicts the noise (or v)."""
+
+    denoiser_name = "unet"
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    transitions = ("ddim",)
+
+    def size_multiple(self) -> int:
+        return self.vae_scale_factor * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
+        encoder = self.pipeline.text_encoder
+        embeds, _ = self.pipeline.encode_prompt(prompts, encoder.device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds}
+
+    def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(num_steps)
+        timesteps = scheduler.timesteps
+        before = scheduler.alphas_cumprod[timesteps]
+        last = timesteps[-1] - scheduler.config.num_train_timesteps // num_steps
+        final = scheduler.alphas_cumprod[last] if last >= 0 else scheduler.final_alpha_cumprod
+        return Schedule(torch.cat([before, final.reshape(1)]).float(), timesteps.float())
+
+    def predict(
+        self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float
+    ) -> Tensor:
+        embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
+        output = model(
+            sample=latents.to(self.dtype),
+            timestep=timesteps,
+            return_dict=False,
+            **self._conditions(latents, embeddings),
+        )[0]
+        kind = self.pipeline.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return output
+        if kind == "v_prediction":
+            alpha = self.pipeline.scheduler.alphas_cumprod.to(latents.device)[timesteps.long()].view(-1, 1, 1, 1)
+            return alpha.sqrt() * output + (1 - alpha).sqrt() * latents
+        raise ValueError(
+            f"The scheduler's `prediction_type` must be 'epsilon' or 'v_prediction'. Found {kind!r}. Use another model."
+        )
+
+    def _conditions(self, latents: Tensor, embeddings: Embeddings) -> dict:
+        return embeddings
+
+
+class StableDiffusionXLPolicy(StableDiffusionPolicy):
+    """`StableDiffusionXLPipeline`: a second encoder's pooled embedding and the image size as conditions."""
+
+    encoder_names = ("text_encoder", "text_encoder_2")
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.pipeline.text_encoder_2.device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+    def encode_negative(self, prompt: str, max_sequence_length: int) -> Embeddings:
+        embeddings = super().encode_negative(prompt, max_sequence_length)
+        if prompt == "" and self.pipeline.config.force_zeros_for_empty_prompt:
+            return {name: torch.zeros_like(value) for name, value in embeddings.items()}
+        return embeddings
+
+    def _conditions(self, latents: Tensor, embeddings: Embeddings) -> dict:
+        height, width = (size * self.vae_scale_factor for size in latents.shape[-2:])
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=latents.device)
+        added = {
+            "text_embeds": embeddings["text_embeds"],
+            "time_ids": sizes.expand(len(latents), -1).to(self.dtype),
+        }
+        return {"encoder_hidden_states": embeddings["encoder_hidden_states"], "added_cond_kwargs": added}

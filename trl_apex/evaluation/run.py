@@ -1,0 +1,300 @@
+"""The evaluate run: a base model against its adapters, on the same prompts and noise."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import numpy_to_pil
+from torch import Tensor
+
+from ..diffusion.families import dtype_argument, load_policy
+from ..diffusion.families.base import DiffusionPolicy
+from ..diffusion.rollout import evaluation_noise, sample_deterministic
+from ..diffusion.schedule import Sampler
+from ..prompts import PromptEmbeddings, load_prompts
+from ..prompts.embeddings import unload_encoders
+from ..report.figures import image_grid, save_samples
+from ..rewards.base import default_device
+from ..rewards.scoring import RewardScorer, reward_name
+from ..trainers.weights import adapted, check_adapter
+from . import compare, joint_hypervolume
+
+BASE = "base"
+Record = dict[str, Any]
+
+
+def run_evaluation(
+    model: Any,
+    adapters: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
+    prompts: Any = None,
+    rewards: Callable | Sequence[Callable] = (),
+    output_dir: str | Path = "evaluation",
+    *,
+    monitors: Callable | Sequence[Callable] = (),
+    split: str = "test",
+    prompt_column: str = "prompt",
+    max_prompts: int | None = None,
+    images_per_prompt: int = 1,
+    num_inference_steps: int = 40,
+    guidance_scale: float = 4.5,
+    negative_prompt: str = "",
+    height: int | None = None,
+    width: int | None = None,
+    max_sequence_length: int = 256,
+    seed: int = 0,
+    batch_size: int = 8,
+    ema: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    grid_prompts: int = 24,
+    report: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """Draw images with the base and with each adapter, score them, and write what came of it.
+
+    Deterministic sampling: image j of prompt i starts from the same noise for every model, which is also the noise that the
+    trainer's `evaluate` uses at the same seed. The prompt is the unit of all statistics: where there are several images a
+    prompt, their rewards are averaged first.
+
+    Args:
+        model (`str` or `diffusers.DiffusionPipeline`): the base.
+        adapters (path, list of them or dict of name to path): run directories or hub ids with
+            `pytorch_lora_weights.safetensors`, or with a fully trained denoiser in its own folder.
+        prompts (`str`, `Path` or `datasets.Dataset`): as in [`load_prompts`]; every column reaches the rewards.
+        rewards (callable or list): the objectives.
+        output_dir (`str` or `Path`): where results go.
+        monitors (callable or list): rewards that were not trained on, reported apart.
+        split, prompt_column, max_prompts: of `prompts`.
+        images_per_prompt (`int`): each from its own noise.
+        num_inference_steps (`int`): of the noise-free sampler.
+        guidance_scale (`float`), negative_prompt (`str`): classifier-free guidance; 1 for none.
+        height, width (`int`, *optional*): pixels. None: as the trainer, 512 for SD3 and FLUX, else the model's own.
+        max_sequence_length (`int`): tokens of the longest text encoder, as in training.
+        seed (`int`): of the noise.
+        batch_size (`int`): images at a time.
+        ema (`bool`): evaluate the averaged weights (`ema.safetensors`) that a run saved beside its adapter.
+        dtype (`torch.dtype`, *optional*): of a model loaded by name; bfloat16 on a GPU, float32 on a CPU.
+        device (*optional*): a GPU if there is one.
+        grid_prompts (`int`): prompts in the picture files.
+        report (`Callable`): gets one line after each model.
+
+    Returns:
+        `dict`: what `results.json` holds: `settings`, `models` (mean, standard error and number of prompts per reward) and
+        `comparisons` (per adapter, see [`compare`]), and the joint `hypervolume` of all adapters.
+
+    Raises:
+        ValueError: if there are no rewards or prompts, an adapter does not load, or names collide.
+
+    Note:
+        Writes `results.json`, `results.md`, `grid.png` (a row a prompt, a column a model), `{name}_grid.png` for each model,
+        and with one adapter also `summary.json` and `samples/`, which `trl-apex report` reads.
+    """
+    rewards, monitors = _listed(rewards), _listed(monitors)
+    names = [reward_name(func) for func in [*rewards, *monitors]]
+    named = _named(adapters)
+    if not rewards:
+        raise ValueError("`rewards` must hold at least one reward function. Found none. Pass e.g. `[OCRReward()]`.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"Reward names must differ. Found {names}. Give each its own `name=`.")
+    if images_per_prompt < 1 or batch_size < 1:
+        raise ValueError(
+            "`images_per_prompt` and `batch_size` must be at least 1. "
+            f"Found {images_per_prompt} and {batch_size}. Use e.g. 1 and 8."
+        )
+    dataset = load_prompts(prompts, split, prompt_column, limit=max_prompts)
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+
+    device = torch.device(device or default_device())
+    if isinstance(model, str):
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        policy = load_policy(model, **dtype_argument(dtype))
+    else:
+        policy = load_policy(model)
+    for source in named.values():
+        check_adapter(policy, source, ema)
+    policy.move_frozen(device)
+    policy.denoiser.to(device)
+    draw = _Drawing(
+        policy, dataset, images_per_prompt, num_inference_steps, guidance_scale, negative_prompt, height, width,
+        max_sequence_length, seed, batch_size, device,
+    )  # fmt: skip
+    unload_encoders(policy, own_pipeline=False)
+    draw.pictures = grid_prompts * images_per_prompt
+    records = {BASE: draw([*rewards, *monitors], names)}
+    report(_line(BASE, records[BASE], names))
+    for name, source in named.items():
+        with adapted(policy, source, ema):
+            records[name] = draw([*rewards, *monitors], names)
+        report(_line(name, records[name], names))
+
+    settings = {
+        "model": model if isinstance(model, str) else type(model).__name__,
+        "adapters": {name: str(source) for name, source in named.items()},
+        "prompts": len(dataset), "images_per_prompt": images_per_prompt, "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale, "height": draw.height, "width": draw.width, "seed": seed, "ema": ema,
+    }  # fmt: skip
+    results = {"settings": settings, **summarize_models(records, names, len(rewards))}
+    _write(output, results, records, grid_prompts * images_per_prompt)
+    return results
+
+
+class _Drawing:
+    """Draws and scores every row of the dataset with the policy as it is now."""
+
+    def __init__(
+        self, policy: DiffusionPolicy, dataset: Any, images_per_prompt: int, steps: int, guidance_scale: float,
+        negative_prompt: str, height: int | None, width: int | None, max_sequence_length: int, seed: int,
+        batch_size: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        default_height, default_width = policy.default_size()
+        self.height, self.width = height or default_height, width or default_width
+        self.policy, self.seed, self.batch_size, self.device = policy, seed, batch_size, device
+        self.shape = policy.latent_shape(self.height, self.width)
+        self.sampler = Sampler(policy.schedule(steps, self.height, self.width), policy.transitions[0], 0.7)
+        self.guidance_scale, self.pictures = guidance_scale, 0
+        self.rows = [row for row in dataset for _ in range(images_per_prompt)]
+        self.embeddings = PromptEmbeddings(lambda texts: policy.encode(texts, max_sequence_length))
+        self.embeddings.precompute(dataset["prompt"][:])
+        self.negative = None
+        if guidance_scale != 1.0 and policy.batched_guidance:
+            encoded = policy.encode_negative(negative_prompt, max_sequence_length)
+            self.negative = {key: value.to(device) for key, value in encoded.items()}
+
+    def __call__(self, funcs: list[Callable], names: list[str]) -> list[Record]:
+        records: list[Record] = []
+        with closing(RewardScorer(funcs, names)) as scorer:
+            for start in range(0, len(self.rows), self.batch_size):
+                rows = self.rows[start : start + self.batch_size]
+                images = self._images(start, [row["prompt"] for row in rows])
+                pictures = numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
+                scored = scorer.submit(
+                    prompts=[row["prompt"] for row in rows],
+                    completions=pictures,
+                    images=images,
+                    columns={key: [row[key] for row in rows] for key in rows[0] if key != "prompt"},
+                ).result()
+                for row, picture, values in zip(rows, pictures, scored.rewards.tolist(), strict=True):
+                    rewards = dict(zip(names, values, strict=True))
+                    image = picture if len(records) < self.pictures else None  # the files show no more
+                    records.append({"prompt": row["prompt"], "image": image, "rewards": rewards})
+        return records
+
+    def _images(self, start: int, prompts: list[str]) -> Tensor:
+        initial = evaluation_noise(self.seed, range(start, start + len(prompts)), self.shape)
+        embeddings = self.embeddings(prompts, self.device)
+        return sample_deterministic(
+            self.policy, self.policy.denoiser, self.sampler, embeddings, self.negative, self.guidance_scale, initial
+        )
+
+
+def summarize_models(records: dict[str, list[Record]], names: list[str], objectives: int) -> dict[str, Any]:
+    """Means and standard errors of every model, and each against the base.
+
+    Args:
+        records (`dict`): the base's first, under its name, then each adapter's; row by row alike.
+        names (`list[str]`): rewards, the objectives first.
+        objectives (`int`): how many of them are objectives.
+    """
+    tables = {name: _by_prompt(rows, names) for name, rows in records.items()}
+    base, *tuned = tables
+    comparisons = {name: compare(names, tables[base], tables[name], objectives) for name in tuned}
+    gains = [{k: row["gain"] for k, row in part["objectives"].items()} for part in comparisons.values()]
+    return {
+        "models": {name: _means(table, names) for name, table in tables.items()},
+        "comparisons": comparisons,
+        "hypervolume": joint_hypervolume(gains),
+    }
+
+
+def _by_prompt(records: list[Record], names: list[str]) -> Tensor:
+    """Rewards `[P, K]`, averaged over the images of a prompt."""
+    rows: dict[str, list[list[float]]] = {}
+    for record in records:
+        rows.setdefault(record["prompt"], []).append([record["rewards"][name] for name in names])
+    return torch.stack([torch.tensor(values, dtype=torch.float64).nanmean(0) for values in rows.values()])
+
+
+def _means(table: Tensor, names: list[str]) -> dict[str, dict[str, Any]]:
+    result = {}
+    for name, column in zip(names, table.T, strict=True):
+        values = column[column.isfinite()]
+        mean = values.mean().item() if len(values) else None
+        se = values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
+        result[name] = {"mean": mean, "se": se, "n": len(values)}
+    return result
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """The results as Markdown: a row a reward, a column a model, gains in standard deviations of the base's rewards."""
+    models, comparisons = results["models"], results["comparisons"]
+    held_out = next(iter(comparisons.values()))["held_out"] if comparisons else {}
+    heads = ["reward", *(f"{name} (± SE)" for name in models), *(f"gain of {name} (± SE)" for name in comparisons)]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    for reward in models[BASE]:
+        cells = [f"{reward} (not trained on)" if reward in held_out else reward]
+        cells += [_plus_minus(part[reward]["mean"], part[reward]["se"]) for part in models.values()]
+        for part in comparisons.values():
+            row = {**part["objectives"], **part["held_out"]}[reward]
+            cells.append(_plus_minus(row["gain"], row["gain_se"], sign="+"))
+        lines.append("| " + " | ".join(cells) + " |")
+    text = "\n".join(lines)
+    for name, part in comparisons.items():
+        volume = "-" if part["hypervolume"] is None else f"{part['hypervolume']:.3g}"
+        text += (
+            f"\n\n{name}: every objective at least as good and one better on {part['domination']['all_at_least_as_good']:.1%} "
+            f"of the prompts (JDR), the reverse on {part['domination']['all_at_most_as_good']:.1%} (JCR); hypervolume of the "
+            f"gains above the base {volume}."
+        )
+    settings = results["settings"]
+    return text + (
+        f"\n\n{settings['prompts']} prompts, {settings['images_per_prompt']} image(s) each, {settings['width']} x "
+        f"{settings['height']} pixels, {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}, seed "
+        f"{settings['seed']}; the same noise for every model.\n"
+    )
+
+
+def _write(output: Path, results: dict[str, Any], records: dict[str, list[Record]], pictures: int) -> None:
+    (output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False))
+    (output / "results.md").write_text(markdown_table(results))
+    shown = {name: [record["image"] for record in rows[:pictures]] for name, rows in records.items()}
+    side_by_side = [image for row in zip(*shown.values(), strict=True) for image in row]
+    image_grid(side_by_side, len(shown)).save(output / "grid.png")
+    for name, images in shown.items():
+        image_grid(images, 8).save(output / f"{name}_grid.png")
+    if len(records) == 2:
+        base, tuned = records
+        (output / "summary.json").write_text(json.dumps(results["comparisons"][tuned], indent=1, allow_nan=False))
+        save_samples(output / "samples", records[base], records[tuned], pictures)
+
+
+def _listed(funcs: Callable | Sequence[Callable]) -> list[Callable]:
+    return [funcs] if callable(funcs) else list(funcs)
+
+
+def _named(adapters: Any) -> dict[str, str | Path]:
+    if isinstance(adapters, Mapping):
+        named = {str(name): source for name, source in adapters.items()}
+    else:
+        sources = [adapters] if isinstance(adapters, str | Path) else list(adapters)
+        named = {Path(source).name or str(source): source for source in sources}
+        if len(named) < len(sources):  # run directories with one name: tell them by where they lie
+            named = {str(source).replace("/", "_"): source for source in sources}
+        if len(named) < len(sources):
+            raise ValueError(f"Adapters must differ. Found {[str(s) for s in sources]}. Name each once.")
+    if BASE in named:
+        raise ValueError(f"No adapter may be called {BASE!r}. Found {named}. Pass a dict with another name.")
+    return named
+
+
+def _plus_minus(value: float | None, error: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _line(model: str, records: list[Record], names: list[str]) -> str:
+    means = _means(_by_prompt(records, names), names)
+    return f"{model}: " + ", ".join(f"{k} {_plus_minus(v['mean'], v['se'])}" for k, v in means.items())

@@ -1,0 +1,312 @@
+"""Datasets of prompts: from files, from text, from a prompt function."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+
+
+def load_prompts(
+    source: Any,
+    split: str = "train",
+    prompt_column: str = "prompt",
+    *,
+    config: str | None = None,
+    limit: int | None = None,
+) -> Any:
+    """Load prompts with everything that stands beside them: all other columns reach the reward functions by name.
+
+    Args:
+        source (`str`, `Path`, `datasets.Dataset` or dict of them): a file (.json with a list of objects, .jsonl, .csv,
+            .parquet, or .txt with a prompt a line), a folder, a hub id, data that is loaded already, or `"tiny"` for
+            prompts of the tiny world (256, or as many as `limit` says).
+        split (`str`): which part, where the source has parts. A file is one part.
+        prompt_column (`str`): the column that holds the prompts; renamed to `prompt`.
+        config (`str`, *optional*): configuration of a hub dataset.
+        limit (`int`, *optional*): keep the first `limit` rows.
+
+    Returns:
+        `datasets.Dataset`: with a string in the column `prompt` of every row.
+
+    Raises:
+        FileNotFoundError: if the source looks like a file and there is none.
+        ValueError: if it cannot be read, has no such split or column, or holds no prompt.
+
+    Example:
+        ```python
+        >>> from datasets import Dataset
+        >>> captions = Dataset.from_dict({"caption": ["a cat", "a dog"], "legs": [4, 4]})
+        >>> load_prompts(captions, prompt_column="caption").column_names
+        ['prompt', 'legs']
+
+        ```
+    """
+    name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} that was passed"
+    dataset = _tiny(split, limit) if source == "tiny" else _load(source, split, config)
+    columns = dataset.column_names
+    if prompt_column not in columns:
+        raise ValueError(
+            f"The dataset must have the column {prompt_column!r}. Found {columns} in {name}. "
+            "Name the column of the prompts with `prompt_column`."
+        )
+    if prompt_column != "prompt":
+        if "prompt" in columns:
+            raise ValueError(
+                f"The column {prompt_column!r} is to become `prompt`. Found another column of that name in {name}. "
+                'Rename it first: `dataset.rename_column("prompt", ...)`.'
+            )
+        dataset = dataset.rename_column(prompt_column, "prompt")
+    if limit is not None:
+        if limit < 1:
+            raise ValueError(f"`limit` must be at least 1. Found {limit}. Leave it out to keep all rows.")
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    if not len(dataset):
+        raise ValueError(f"There must be at least one prompt. Found none in {name}. Check the file and the split.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"Every prompt must be a text. Found {prompt!r} ({type(prompt).__name__}) in row {row} of {name}. "
+                "Correct or remove that row, or name another column with `prompt_column`."
+            )
+    return dataset
+
+
+def _tiny(split: str, limit: int | None) -> Any:
+    return import_module("trl_apex.tiny.prompts").tiny_prompts(split, limit or 256)
+
+
+def _load(source: Any, split: str, config: str | None) -> Any:
+    from datasets import Dataset
+
+    if isinstance(source, Dataset):
+        return source
+    if isinstance(source, dict):  # a DatasetDict is one
+        return _part(source, split, "the datasets that were passed")
+    if not isinstance(source, str | Path):
+        raise ValueError(
+            f"Prompts must be a `datasets.Dataset`, a file, a folder or a hub id. Found {type(source).__name__}. "
+            'Make a dataset of it: `Dataset.from_dict({"prompt": [...]})`.'
+        )
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(path, split)
+    name = str(source)
+    if path.suffix.lower() in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"The file of prompts must exist. Found no {name}. Check the path.")
+    return _read_hub(name, config, split)
+
+
+def _part(parts: dict, split: str, name: str) -> Any:
+    if split not in parts:
+        raise ValueError(f"`split` must be one of {sorted(parts)} in {name}. Found {split!r}. Pass one of these.")
+    return parts[split]
+
+
+def _read_file(path: Path) -> Any:
+    from datasets import Dataset
+
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"A file of prompts must end in one of {', '.join(SUFFIXES)}. Found {path}. Convert it.")
+    try:
+        if suffix == ".txt":
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            return Dataset.from_dict({"prompt": [line for line in lines if line]})
+        if path.stat().st_size == 0:
+            raise ValueError("it is empty")
+        if suffix == ".csv":
+            return Dataset.from_csv(str(path), keep_in_memory=True)
+        if suffix == ".parquet":
+            return Dataset.from_parquet(str(path), keep_in_memory=True)
+        return Dataset.from_json(str(path), keep_in_memory=True)
+    except Exception as error:  # datasets raises its own classes around those of pandas and arrow
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"A file of prompts must be well-formed {suffix[1:]}, in UTF-8. Found {path}: {cause}. Correct the file."
+        ) from error
+
+
+def _read_folder(path: Path, split: str) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))
+        return _part(saved, split, str(path)) if isinstance(saved, dict) else saved
+    try:
+        return load_dataset(str(path), split=split)
+    except Exception as error:
+        raise ValueError(
+            f"A folder of prompts must hold files that `datasets.load_dataset` reads, with the split {split!r}. "
+            f"Found {path}: {' '.join(str(error).split())}. Pass one file instead, or check `split`."
+        ) from error
+
+
+def _read_hub(name: str, config: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:
+        raise ValueError(
+            "Prompts must be a file, a folder or the id of a hub dataset that can be reached and has the split "
+            f"{split!r}. Found {name!r}: {(str(error) or type(error).__name__).splitlines()[0]}. "
+            "Check the spelling, `split` and `config`, and the connection."
+        ) from error
+
+
+PLACES = (
+    'a wooden shop sign that says "{text}" above a narrow street',
+    'a neon sign with the words "{text}" on a brick wall at night',
+    'a birthday cake with "{text}" written in icing',
+    'a road sign that reads "{text}" beside an empty highway',
+    'a chalkboard in a cafe with "{text}" in white chalk',
+    'a paperback book titled "{text}" on a park bench',
+    'a cotton shirt printed with "{text}", hanging on a line',
+    'a train station board that shows "{text}"',
+    'graffiti spelling "{text}" under a concrete bridge',
+    'a ceramic mug with the inscription "{text}" on a desk',
+    'a banner with "{text}" over the finish line of a race',
+    'a handwritten note saying "{text}" on a refrigerator',
+    'a vintage travel poster with the headline "{text}"',
+    'a brass plate engraved with "{text}" on an old door',
+    'the word "{text}" drawn in wet sand by the sea',
+    'a laptop screen that displays "{text}" in large letters',
+)
+STYLES = (
+    "",
+    ", photograph in soft daylight",
+    ", oil painting",
+    ", watercolour",
+    ", flat vector illustration",
+    ", low light, shallow depth of field",
+)
+_WORDS = (
+    "open harbor coffee market garden winter summer river silver golden window bridge lantern forest mountain "
+    "thunder velvet candle orange planet rocket museum library kitchen theater station velocity horizon compass "
+    "anchor feather marble copper island meadow orchard puzzle quartz ribbon saddle timber umbrella violet whistle "
+    "yellow zebra bakery castle dragon engine festival guitar hammer jacket ladder magnet needle oyster pepper "
+    "rabbit shadow tunnel village wonder autumn basket circus dolphin eclipse falcon glacier hollow ivory jungle"
+)
+WORDS = tuple(_WORDS.split())
+
+
+def text_prompts(
+    count: int,
+    seed: int = 0,
+    words: Sequence[str] = WORDS,
+    templates: Sequence[str] | None = None,
+    max_words: int = 3,
+) -> Any:
+    """Draw different prompts that ask for a text, for an OCR reward.
+
+    A text is one to `max_words` different words, in capitals, lower case or with capital first letters, so that prompts
+    range from easy to hard. Give train and test disjoint `words` to see whether spelling was learned or words were.
+
+    Args:
+        count (`int`): how many.
+        seed (`int`): of the draw; the same arguments give the same prompts.
+        words (`Sequence[str]`): to choose from.
+        templates (`Sequence[str]`, *optional*): each with `{text}` in double quotes; by default 16 places in 6 styles.
+        max_words (`int`): the longest text.
+
+    Returns:
+        `datasets.Dataset`: columns `prompt` and `target` (the text to read, for [`OCRReward`]), `words` (how many).
+
+    Raises:
+        ValueError: if a template has no `"{text}"`, or there are not so many different prompts.
+
+    Example:
+        ```python
+        >>> row = text_prompts(3, seed=1)[0]
+        >>> f'"{row["target"]}"' in row["prompt"]
+        True
+
+        ```
+    """
+    from datasets import Dataset
+
+    if templates is None:
+        templates = [place + style for place in PLACES for style in STYLES]
+    words = list(dict.fromkeys(words))
+    for template in templates:
+        if template.count('"{text}"') != 1:
+            raise ValueError(
+                f'A template must hold "{{text}}", in double quotes, once. Found {template!r}. '
+                "Write e.g. 'a sign that says \"{text}\"'."
+            )
+    if not 1 <= max_words <= len(words):
+        raise ValueError(f"`max_words` must lie between 1 and {len(words)} words. Found {max_words}. Lower it.")
+    if any('"' in word or not word.strip() for word in words):
+        raise ValueError("Words must not be empty or hold double quotes. Found one that does. Remove it.")
+    generator = np.random.default_rng(seed)
+    rows: dict[str, tuple[str, int]] = {}
+    attempts = 0
+    while len(rows) < count:
+        attempts += 1
+        if attempts > 100 * count + 1000:
+            raise ValueError(
+                f"`count` must not exceed the number of different prompts. Found {len(rows)} of {count} after "
+                f"{attempts - 1} draws. Add words or templates, or ask for fewer."
+            )
+        size = int(generator.integers(1, max_words + 1))
+        chosen = [words[i] for i in generator.choice(len(words), size, replace=False)]
+        case = (str.upper, str.lower, str.title)[int(generator.integers(3))]
+        text = case(" ".join(chosen))
+        prompt = templates[int(generator.integers(len(templates)))].replace("{text}", text)
+        rows.setdefault(prompt, (text, size))
+    return Dataset.from_dict(
+        {
+            "prompt": list(rows),
+            "target": [text for text, _ in rows.values()],
+            "words": [size for _, size in rows.values()],
+        }
+    )
+
+
+METADATA_COLUMN = "prompt_metadata"
+
+
+def dataset_from_prompt_function(prompt_function: Callable[[], tuple[str, Any]], size: int) -> Any:
+    """Draw a dataset of prompts from a function that returns `(prompt, metadata)`.
+
+    A dictionary as metadata becomes one column per key, any other becomes the column `prompt_metadata`; both reach the
+    reward functions. Prompts that are drawn more than once are kept once for each.
+
+    Args:
+        prompt_function (`Callable[[], tuple[str, Any]]`): as in `trl.DDPOTrainer`.
+        size (`int`): how many times to call it.
+
+    Returns:
+        `datasets.Dataset`: with a `prompt` column.
+
+    Raises:
+        ValueError: if `size` is below 1, or the function returns anything else.
+
+    Example:
+        >>> animals = iter(["cat", "dog"])
+        >>> dataset = dataset_from_prompt_function(lambda: (f"a {next(animals)}", {}), 2)
+        >>> dataset["prompt"][:]
+        ['a cat', 'a dog']
+    """
+    from datasets import Dataset
+
+    if size < 1:
+        raise ValueError(f"`size` must be at least 1. Found {size}. Pass the number of prompts to draw.")
+    rows = []
+    for _ in range(size):
+        drawn = prompt_function()
+        if not isinstance(drawn, tuple) or len(drawn) != 2 or not isinstance(drawn[0], str):
+            raise ValueError(
+                f"`prompt_function` must return a pair (prompt, metadata). Found {drawn!r}. "
+                "Return e.g. `prompt, {}` where there is no metadata."
+            )
+        prompt, metadata = drawn
+        columns = dict(metadata) if isinstance(metadata, dict) else {METADATA_COLUMN: metadata}
+        rows.append({"prompt": prompt, **columns})
+    return Dataset.from_list(rows)

@@ -1,0 +1,431 @@
+"""What a reward is: the base class, its images and its weights."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+Images = Sequence[Image.Image] | Tensor
+
+
+# Loading sets PyTorch's default dtype for a moment, for the whole process: one network at a time.
+_LOADING = threading.RLock()
+
+
+class RewardLoadError(ValueError):
+    """A reward could not load its weights or is set up wrongly: the run cannot go on with it."""
+
+
+class TransientRewardError(ConnectionError):
+    """A failure that may pass, such as a busy server. The scorer tries the call again.
+
+    Args:
+        message (`str`): The cause, in one line.
+        retry_after (`float`, *optional*): Seconds that the other side asked to wait.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RewardList(list):
+    """Rewards of a batch, with the cause of each missing one.
+
+    A plain list is enough for a reward function. This one also tells a sample that could not be scored because
+    something broke (`errors[i]` is a string) from one that the reward does not apply to (`errors[i]` is None).
+
+    Args:
+        rewards (`Sequence[float | None]`): One number or None per sample.
+        errors (`Sequence[str | None]`, *optional*): One cause or None per sample.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.base import RewardList
+    >>> rewards = RewardList([0.5, None], errors=[None, "the image is truncated"])
+    >>> rewards, rewards.errors
+    ([0.5, None], [None, 'the image is truncated'])
+
+    ```
+    """
+
+    def __init__(self, rewards: Sequence[float | None], errors: Sequence[str | None] | None = None) -> None:
+        super().__init__(rewards)
+        self.errors: list[str | None] = list(errors) if errors is not None else [None] * len(rewards)
+
+
+@runtime_checkable
+class RewardFunction(Protocol):
+    """Any callable, blocking or `async`, that takes TRL's keywords and returns one number or None per sample.
+
+    The keywords are `prompts`, `completions`, `images`, `completion_ids` (None for images), every other column of
+    the dataset as a list, `trainer_state`, `log_extra` and `log_metric`. Larger is better.
+    """
+
+    def __call__(self, *, prompts: list[str], completions: Any, **kwargs: Any) -> Any: ...
+
+
+class Reward:
+    """Base of this package's rewards: a name, loading at the first call, batches, pickling and unloading.
+
+    A subclass implements `_load()`, which returns whatever it must hold in memory, and
+    `_score(loaded, images, prompts, columns)`, which scores one batch.
+
+    Args:
+        name (`str`, *optional*): Name of the objective. Defaults to the class's own.
+        device (`str` or `torch.device`, *optional*): Where the network runs; without an index, the current device of
+            the thread that loads it. Defaults to the GPU if there is one.
+        dtype (`torch.dtype`, *optional*): Precision of the network. Defaults to float32, so that numbers are
+            comparable between machines.
+        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
+
+    Raises:
+        ValueError: If `batch_size` is below 1.
+
+    Note:
+        Networks are not thread-safe, so one instance scores one batch at a time.
+    """
+
+    default_name: ClassVar[str] = "reward"
+    range: ClassVar[str] = ""
+    weights_licence: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1. Found {batch_size}. Pass the samples per forward.")
+        self.__name__ = name or self.default_name
+        self.device = torch.device(device) if device is not None else default_device()
+        self.dtype = dtype or torch.float32
+        self.batch_size = batch_size
+        self._loaded: Any = None
+        self._lock = threading.RLock()
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Images | None = None,
+        images: Float[Tensor, "B 3 H W"] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Score a batch.
+
+        Args:
+            prompts (`Sequence[str]`): One prompt per image.
+            completions (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The images; a
+                tensor is in [0, 1].
+            images (`Tensor` of shape `[B, 3, H, W]`, *optional*): The same images as floats in [0, 1]; used instead
+                of `completions` where given.
+            columns: Every other keyword that TRL passes; a list holds one entry per image.
+
+        Returns:
+            `list[float | None]`: One reward per image; None where the reward does not apply.
+
+        Raises:
+            ValueError: If there is not one image per prompt.
+        """
+        batch = images if images is not None else completions
+        if batch is None or len(batch) != len(prompts):
+            found = "no images" if batch is None else f"{len(batch)} images"
+            raise ValueError(
+                f"`{self.__name__}` needs one image per prompt. Found {found} for {len(prompts)} prompts. "
+                "Pass `completions` or `images` of the same length as `prompts`."
+            )
+        rewards: list[float | None] = []
+        with self._lock, torch.inference_mode():
+            loaded = self.load()
+            for start in range(0, len(prompts), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                per_sample = {
+                    key: value[part]
+                    for key, value in columns.items()
+                    if isinstance(value, (list, tuple)) and len(value) == len(prompts)
+                }
+                rewards += self._score(loaded, batch[part], list(prompts[part]), per_sample)
+        return rewards
+
+    def load(self) -> Any:
+        """Load the weights now instead of at the first call.
+
+        Raises:
+            RewardLoadError: If the weights cannot be loaded.
+            ImportError: If an optional dependency is missing.
+        """
+        with self._lock:
+            if self._loaded is None:
+                try:
+                    self.device = with_index(self.device)
+                    with _LOADING:
+                        self._loaded = self._load()
+                except (ImportError, RewardLoadError):
+                    raise
+                except Exception as error:
+                    raise RewardLoadError(
+                        f"The reward `{self.__name__}` must be able to load its weights. "
+                        f"Found {type(error).__name__}: {error}. Check the model id or path and the connection."
+                    ) from error
+            return self._loaded
+
+    def unload(self) -> None:
+        """Free the memory of the network; the next call loads it again."""
+        with self._lock:
+            self._loaded = None
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()
+
+    def _load(self) -> Any:
+        raise NotImplementedError
+
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list[float | None]:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the settings alone: weights and locks stay in the process that made them."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_loaded", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _loaded=None, _lock=threading.RLock())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(name={self.__name__!r}, device={str(self.device)!r}, dtype={self.dtype})"
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device with the index that it has in this thread, so that it is the same one in every other thread.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.base import with_index
+    >>> with_index(torch.device("cpu")), with_index(torch.device("cuda:1"))
+    (device(type='cpu'), device(type='cuda', index=1))
+
+    ```
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if device.index is not None or accelerator is None or device.type != accelerator.type:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
+    """Quantize float images to bytes, as saving them to a file would.
+
+    `u = round(255 clip(x, 0, 1))`, `x = images`.
+
+    Args:
+        images (`Tensor` of shape `[B, 3, H, W]`): Floats in [0, 1], or bytes, which pass unchanged.
+
+    Returns:
+        `Tensor` of shape `[B, 3, H, W]`, uint8.
+
+    Raises:
+        ValueError: If `images` has another shape or is neither float nor uint8.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_apex.rewards.base import to_uint8
+    >>> to_uint8(torch.tensor([0.0, 0.5, 1.2]).reshape(1, 3, 1, 1)).flatten().tolist()
+    [0, 128, 255]
+
+    ```
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"`images` must have shape [B, 3, H, W]. Found {list(images.shape)}. Pass RGB images, channels first."
+        )
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"`images` must be floats in [0, 1] or uint8. Found {images.dtype}. Convert them first.")
+    # NaN has no defined byte value; black is what a failed decode is saved as.
+    return torch.nan_to_num(images.detach().float(), nan=0.0).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def to_arrays(images: Images) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """The images as RGB byte arrays, channels last, the form that PIL and OpenCV share.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The batch.
+
+    Returns:
+        `list[np.ndarray]`, one `[H, W, 3]` uint8 array per image.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from trl_apex.rewards.base import to_arrays
+    >>> to_arrays([Image.new("L", (4, 2), 7)])[0].shape
+    (2, 4, 3)
+
+    ```
+    """
+    if isinstance(images, Tensor):
+        return list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
+    return [np.asarray(image.convert("RGB")) for image in images]
+
+
+def to_pil(images: Images) -> list[Image.Image]:
+    """The images as RGB PIL images.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The batch.
+
+    Returns:
+        `list[PIL.Image.Image]`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_apex.rewards.base import to_pil
+    >>> to_pil(torch.ones(1, 3, 2, 4))[0].size
+    (4, 2)
+
+    ```
+    """
+    if isinstance(images, Tensor):
+        return [Image.fromarray(array) for array in to_arrays(images)]
+    return [image.convert("RGB") for image in images]
+
+
+def find_weights(source: str, keyword: str) -> Path:
+    """A local file as it is, or the file downloaded from the hub.
+
+    Args:
+        source (`str`): A local file, or `"owner/repo:FILE"`, or `"owner/repo"` with one weights file in it.
+        keyword (`str`): The argument that `source` came from, for the error message.
+
+    Returns:
+        `Path`.
+
+    Raises:
+        RewardLoadError: If the repository does not hold exactly one weights file and none is named.
+    """
+    if Path(source).is_file():
+        return Path(source)
+    from huggingface_hub import HfApi, hf_hub_download
+
+    repo, _, filename = str(source).partition(":")
+    if not filename:
+        names = [name for name in HfApi().list_repo_files(repo) if name.endswith((".safetensors", ".pth", ".pt"))]
+        if len(names) != 1:
+            raise RewardLoadError(
+                f"`{keyword}` must name one weights file. Found {len(names)} in {repo}: {names}. "
+                f'Pass "{repo}:FILE" with one of them.'
+            )
+        filename = names[0]
+    return Path(hf_hub_download(repo, filename))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, in float32.
+
+    Args:
+        path (`Path`): A `.safetensors` file, or a PyTorch file, which is read with `weights_only=True`; a nested
+            `"state_dict"` is unwrapped.
+
+    Returns:
+        `dict[str, Tensor]`.
+
+    Raises:
+        RewardLoadError: If the file holds something other than tensors.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state: Any = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise RewardLoadError(f"{path.name} must hold tensors by name. Found other things. Pass a weights file.")
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict and refuse one with a missing tensor, which would leave random weights behind.
+
+    Args:
+        module (`torch.nn.Module`): What to fill.
+        state (`dict[str, Tensor]`): Its tensors; others are not allowed, buffers of positions aside.
+        source (`str`): Name of the file, for the error message.
+
+    Raises:
+        RewardLoadError: If tensors are missing or left over.
+    """
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.endswith("position_ids")]
+    unexpected = [key for key in unexpected if not key.endswith("position_ids")]
+    if missing or unexpected:
+        raise RewardLoadError(
+            f"{source} must hold the tensors of {type(module).__name__}. Found {len(missing)} missing "
+            f"({', '.join(missing[:3])}) and {len(unexpected)} left over ({', '.join(unexpected[:3])}). "
+            "Pass the file that belongs to this reward."
+        )
+
+
+METADATA_COLUMN = "prompt_metadata"
+
+
+def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Callable:
+    """Adapt `reward_function(images, prompts, metadata) -> (rewards, reward_metadata)`.
+
+    Args:
+        reward_function (`Callable`): as in `trl.DDPOTrainer`: takes images as a float tensor of shape `[B, 3, H, W]` in
+            [0, 1], a tuple of B prompts and a tuple of B metadata, and returns B rewards and something that is dropped.
+        name (`str`, *optional*): of the objective; by default the function's own.
+
+    Returns:
+        `Callable`: takes this package's keywords. The metadata are dictionaries of the dataset's columns, or, where the
+        dataset has the column `prompt_metadata`, what is in there.
+
+    Example:
+        >>> def brightness(images, prompts, metadata):
+        ...     return images.mean((1, 2, 3)), {}
+        >>> reward = reward_from_ddpo(brightness)
+        >>> reward.__name__, reward(prompts=["grey"], completions=None, images=torch.full((1, 3, 8, 8), 0.5))
+        ('brightness', [0.5])
+    """
+
+    def reward(
+        prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
+    ) -> list[float]:
+        batch = images if images is not None else _tensor(completions)
+        rows = {key: list(value) for key, value in columns.items() if _is_column(value, len(prompts))}
+        metadata: list[Any] = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+        metadata = rows.get(METADATA_COLUMN, metadata or [{}] * len(prompts))
+        values, _ = reward_function(batch, tuple(prompts), tuple(metadata))
+        return torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+
+    reward.__name__ = str(name or getattr(reward_function, "__name__", type(reward_function).__name__))
+    return reward
+
+
+def _is_column(value: Any, size: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == size
+
+
+def _tensor(pictures: Any) -> Tensor:
+    arrays = np.stack(list(to_arrays(pictures)))
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255

@@ -1,1 +1,0 @@
-"""From prompt embeddings to images, remembering the stochastic steps."""

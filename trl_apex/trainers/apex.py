@@ -1,0 +1,111 @@
+"""APEX: the diffusion GRPO trainer with adaptive priorities."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..aggregation.aggregator import MultiObjectiveRewardAggregator
+from ..aggregation.conflict import PopulationConflict
+from ..diffusion.transition import Transition
+from ..distributed import all_reduce_sum
+from .config import APEXConfig
+from .diffusion_grpo import DiffusionGRPOTrainer
+from .probe import GradientProbe
+
+logger = logging.getLogger(__name__)
+
+AGGREGATOR_FILE = "aggregator_state.json"
+
+
+class APEXTrainer(DiffusionGRPOTrainer):
+    """[`DiffusionGRPOTrainer`] that keeps several rewards in balance.
+
+    Takes the same arguments; rewards are aggregated by a [`MultiObjectiveRewardAggregator`], whose state is saved with
+    every checkpoint. Reconstructed from the abstract of APEX (arXiv 2601.06574).
+
+    Example:
+        ```python
+        from trl_apex import AestheticReward, APEXConfig, APEXTrainer, OCRReward, PickScoreReward
+
+        trainer = APEXTrainer(
+            model="stabilityai/stable-diffusion-3.5-medium",
+            reward_funcs=[OCRReward(), PickScoreReward(), AestheticReward()],
+            args=APEXConfig(output_dir="run", num_generations=8, generation_batch_size=64),
+            train_dataset=dataset,
+            peft_config=LoraConfig(r=32, lora_alpha=64),
+        )
+        trainer.train()
+        ```
+    """
+
+    _tag_names = ["trl", "grpo", "apex", "diffusers", "text-to-image"]
+    _name = "APEX"
+    config_class = APEXConfig
+    _needed_state = ("aggregator",)
+
+    def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        self.aggregator = MultiObjectiveRewardAggregator(
+            self.reward_func_names,
+            weights=self.reward_weights.tolist(),
+            rule=self.args.multi_objective_aggregation,
+            options=self.args.apex_options(),
+        )
+        self.probe: GradientProbe | None = None
+        self.population = PopulationConflict(len(self.reward_func_names))
+        if self.args.gradient_probe:
+            every = 1 if self.aggregator.options.conflict_source == "population" else self.args.probe_every
+            self.probe = GradientProbe(self.model, self.reward_func_names, self.args.probe_layers, every)
+
+    def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+        self.aggregator.weights = self.reward_weights.tolist()  # a callback may have changed them
+        advantages, metrics = self.aggregator(rewards, group_ids)
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+        return advantages, self.aggregator.normalized
+
+    def training_step(self, model: nn.Module, inputs, num_items_in_batch=None) -> Tensor:
+        if self.probe is None or not self.probe.due(self.state.global_step):
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self.probe.step():
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._step % self.current_gradient_accumulation_steps == 0:
+            self._read_probe(self.probe)
+        return loss
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.probe is not None and self.probe.due(self.state.global_step):
+            halves = inputs["samples"] // self.num_generations % 2
+            self.probe.rows(inputs["advantages"], inputs["normalized"], halves)
+        return super()._compute_loss(model, inputs)
+
+    def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
+        if self.probe is None or not self.probe.due(self.state.global_step):
+            return super()._kl(model, inputs, transition)
+        with self.probe.paused():  # a graph of its own, so that the probed one holds the advantages' gradient alone
+            _, transition, _ = self._step_log_prob(model, inputs)
+            return super()._kl(model, inputs, transition)
+
+    def _read_probe(self, probe: GradientProbe) -> None:
+        result = probe.result(reduce=all_reduce_sum)
+        if result is None:
+            return
+        self._metrics["train"]["gradient_harmony"].append(result.harmony)
+        if self.aggregator.options.conflict_source == "population" and result.cross is not None:
+            self.population.update(result.cross)
+            cosine, error = self.population.estimate()
+            self.aggregator.observe_conflict(cosine, standard_error=error)
+        else:
+            self.aggregator.observe_conflict(result.gramian, samples=result.rows)
+
+    def _stateful(self) -> dict[str, Any]:
+        return {**super()._stateful(), "aggregator": self.aggregator, "population": self.population}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # for readers; a resume takes it from the checkpoint's state
+            state = json.dumps(self.aggregator.state_dict(), indent=1)
+            Path(output_dir or str(self.args.output_dir), AGGREGATOR_FILE).write_text(state)

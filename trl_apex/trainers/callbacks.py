@@ -1,0 +1,305 @@
+"""Callbacks of a run: iteration boundaries, gradient checks, progress, and the watch for reward hacking."""
+
+import hashlib
+import json
+import logging
+import math
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+from torch.nn.utils import get_total_norm
+from transformers import TrainerCallback
+
+from ..distributed import any_rank, local_shard
+from ..evaluation import hacking_signs
+
+logger = logging.getLogger(__name__)
+
+
+class IterationCallback(TrainerCallback):
+    """Keeps saves, stops and the evaluations that pick a best model on the ends of iterations.
+
+    A rollout belongs to the weights that sampled it and is not saved. What falls inside an iteration happens at its end, a
+    few updates later, or at the end of the run.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self._postponed: set[str] = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._step = state.global_step * args.gradient_accumulation_steps
+        self._postponed = set()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.save_and_stop:
+            control.should_save = control.should_training_stop = True
+        boundary = state.global_step % self.trainer.updates_per_iteration == 0 or state.global_step >= state.max_steps
+        events = {"should_save", "should_training_stop"} | (
+            {"should_evaluate"} if args.metric_for_best_model else set()
+        )
+        self._postponed |= {event for event in events if getattr(control, event)}
+        for event in events:
+            setattr(control, event, boundary and event in self._postponed)
+        if boundary:
+            self._postponed = set()
+
+
+class GradientGuardCallback(TrainerCallback):
+    """Leaves the weights alone where an update has nothing to say, or something that is not a number."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.update_is_dead = True  # until a micro-batch of it has an advantage
+        self._nonfinite_in_a_row = 0
+        self._warned_of_epsilon = False
+        self._ratios: list[tuple[torch.Tensor, dict[str, Any]]] = []  # of each micro-batch of the update
+
+    def remember(self, ratio: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Keep the ratios of a micro-batch, to name its samples should the update fail."""
+        self._ratios.append((ratio.detach(), {"samples": inputs["samples"], "steps": inputs["steps"]}))
+
+    def _culprits(self) -> list[str]:
+        """The rows of this update whose ratio is not a number."""
+        trainer, culprits = self.trainer, []
+        prompts = trainer._iteration_rollout["prompts"]
+        first = trainer.accelerator.process_index * len(prompts)
+        for ratio, rows in self._ratios:
+            for row in (~ratio.isfinite()).nonzero().flatten().tolist():
+                sample, step = int(rows["samples"][row]), int(rows["steps"][row])
+                culprits.append(f"image {sample} ({prompts[sample - first]!r:.60}) at denoising step {step}")
+        return culprits
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        trainer = self.trainer
+        device = trainer.accelerator.device
+        if trainer.is_deepspeed_enabled:  # has stepped already, unless a gradient was not finite
+            if self.update_is_dead:
+                self._ratios = []
+                self._count(dead=True)
+                return
+            finite = trainer.model_wrapped.was_step_applied()
+        else:
+            gradients = [local_shard(p.grad) for p in model.parameters() if p.grad is not None]
+            norm = get_total_norm(gradients).item()  # the one time that an update waits for the device
+            finite = math.isfinite(norm)
+        if any_rank(not finite, device):
+            scale = self._loss_scale()
+            if not trainer.is_deepspeed_enabled:
+                model.zero_grad(set_to_none=True)
+            culprits = self._culprits()
+            if scale > 1 and not any_rank(bool(culprits), device):  # the scaler starts too high and lowers its scale
+                self._ratios, self.update_is_dead = [], True
+                self._count(overflow=True)
+                logger.info("Update %d overflowed at loss scale %g, which is lowered.", state.global_step + 1, scale)
+                return
+            self._nonfinite_in_a_row += 1
+            self._count(nonfinite=True)
+            where = "; ".join(culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
+            more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
+            self._ratios, self.update_is_dead = [], True
+            logger.warning(
+                "Update %d has non-finite gradients and is skipped (%d in a row): %s%s.",
+                state.global_step + 1,
+                self._nonfinite_in_a_row,
+                where,
+                more,
+            )
+            if self._nonfinite_in_a_row >= args.max_nonfinite_updates:
+                trainer.request_stop(
+                    f"{self._nonfinite_in_a_row} updates in a row had non-finite gradients, the last of them update "
+                    f"{state.global_step + 1} ({where}{more}). Lower `learning_rate`, use bf16 instead of fp16, or "
+                    "look for a reward that returns huge values."
+                )
+            return
+        self._nonfinite_in_a_row, self._ratios = 0, []
+        nothing = self.update_is_dead
+        self.update_is_dead = True
+        if trainer.is_deepspeed_enabled:
+            self._count()
+            return
+        if args.skip_dead_updates and args.beta == 0 and not any_rank(not nothing, device):
+            model.zero_grad(set_to_none=True)
+            self._count(dead=True)
+            return
+        self._count()
+        self._compare_with_epsilon(norm, sum(g.numel() for g in gradients), args.adam_epsilon)
+
+    def _loss_scale(self) -> float:
+        """What float16 training multiplies the loss by; 1 where nothing is scaled."""
+        scaler = getattr(self.trainer.accelerator, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def _count(self, *, dead: bool = False, nonfinite: bool = False, overflow: bool = False) -> None:
+        """Log one update: a log line gives the number skipped since the last one, and their share."""
+        metrics = self.trainer._metrics["train"]
+        for name, skipped in (("dead", dead), ("nonfinite", nonfinite)):
+            metrics[f"skipped_updates/{name}"].append(float(skipped))
+            metrics[f"skipped_updates/{name}_rate"].append(float(skipped))
+        if getattr(self.trainer.accelerator, "scaler", None) is not None:
+            metrics["skipped_updates/overflow_rate"].append(float(overflow))
+
+    def _compare_with_epsilon(self, norm: float, count: int, epsilon: float) -> None:
+        """Log the root mean square of the gradient's `count` numbers; warn where AdamW's epsilon is not far below it."""
+        if not count:
+            return
+        rms = norm / count**0.5
+        self.trainer._metrics["train"]["grad_rms"].append(rms)
+        if 0 < rms < 10 * epsilon and not self._warned_of_epsilon:
+            self._warned_of_epsilon = True
+            warnings.warn(
+                f"`adam_epsilon` must be far below the gradients or it swallows them. Found adam_epsilon={epsilon:g} and "
+                f"gradients of root mean square {rms:.2g}. Set adam_epsilon={rms / 1e4:.0e} or less.",
+                stacklevel=2,
+            )
+
+
+class InterruptCallback(TrainerCallback):
+    """Stops the trainer at the end of the iteration after SIGINT or SIGTERM, on all processes together.
+
+    A second signal stops at once, and the iteration is lost. Set `trainer` before training starts.
+    """
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals for the length of a `with` block."""
+        before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(
+            "\nStopping at the end of this iteration, with a checkpoint. Press Ctrl-C again to stop at once.",
+            file=sys.stderr,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Agree with the other processes between two updates, then tell the trainer."""
+        if self.trainer.save_and_stop is None and any_rank(self.requested, self.trainer.accelerator.device):
+            self.requested = True
+            self.trainer.request_stop("interrupted.")
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows a progress bar and the latest reward and priority of every objective.
+
+    Args:
+        names (`list[str]`): objectives, in order.
+        console (`rich.console.Console`, *optional*): where to; the terminal by default.
+    """
+
+    def __init__(self, names: list[str], console: Console | None = None):
+        self.names, self.console = names, console or Console()
+        self._live: Live | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        self._bar = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("updates, elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self._text = Text("reward (priority): waiting for the first iteration", overflow="ellipsis", no_wrap=True)
+        self._live = Live(Group(self._bar, self._text), console=self.console, refresh_per_second=4)
+        self._live.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._live is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._live is None or not logs:
+            return
+        parts = []
+        for name in self.names:
+            reward, priority = logs.get(f"rewards/{name}/mean"), logs.get(f"priority/{name}")
+            if reward is not None:
+                parts.append(f"{name} {reward:.3g}" + (f" ({priority:.0%})" if priority is not None else ""))
+        if parts:
+            self._text.plain = "  ".join(parts)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+class RewardHackingWatch:
+    """Warns, once, when a monitored reward has fallen since the first evaluation while the trained ones rose.
+
+    Args:
+        trained (`int`): how many of the rewards, the first ones, are trained on.
+    """
+
+    def __init__(self, trained: int):
+        self._trained = trained
+        self._first: dict[str, dict[str, Any]] = {}
+        self._warned = False
+
+    def see(self, dataset: str, names: list[str], records: list[dict[str, Any]], step: int) -> None:
+        """Compare an evaluation with the first one of the same dataset.
+
+        Args:
+            dataset (`str`): its name, e.g. the prefix of its metrics.
+            names (`list[str]`): of the rewards, trained ones first.
+            records (`list[dict]`): one a row, with `prompt` and `rewards`.
+            step (`int`): optimizer steps so far.
+        """
+        prompts = json.dumps([[record["prompt"] for record in records], names])
+        key = hashlib.sha256(prompts.encode()).hexdigest()[:16]
+        rewards = [[_finite(record["rewards"][name]) for name in names] for record in records]
+        first = self._first.get(dataset)
+        if first is None or first["key"] != key:
+            self._first[dataset] = {"key": key, "rewards": rewards}
+            return
+        if self._warned or len(names) == self._trained:
+            return
+        signs = hacking_signs(names, _tensor(first["rewards"]), _tensor(rewards), self._trained)
+        if signs:
+            self._warned = True
+            logger.warning(
+                "Possible reward hacking at step %d: since the first evaluation, the trained rewards (%s) rose by more than 2 "
+                "standard errors on average, while %s. Look at the images. `beta` > 0, a lower learning rate or an earlier "
+                "checkpoint help.",
+                step,
+                ", ".join(names[: self._trained]),
+                " and ".join(signs),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self._first, "warned": self._warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._first, self._warned = state["first"], state["warned"]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _tensor(rows: list[list[float | None]]) -> torch.Tensor:
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)

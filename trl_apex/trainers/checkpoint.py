@@ -1,0 +1,716 @@
+"""Checkpoints: written as a whole or not at all, checked before a run resumes from them."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer
+
+from ..distributed import check_equal, failing_together, gather_list, wait_for_all
+from .weights import save_denoiser, save_diffusers_lora
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written. Those before it are as they were."""
+
+    exit_code = 1
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make the folder where it is missing, and see whether a file can be written there.
+
+    Raises:
+        ValueError: says what the system said.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` must be a folder that can be written to. Found {folder}: {error.strerror or error}. Pass another "
+            "folder, or mend its permissions or the space on its disk."
+        ) from error
+
+
+@contextmanager
+def saving(name: str, run: str | Path) -> Iterator[None]:
+    """While a checkpoint is written.
+
+    Args:
+        name (`str`): of the checkpoint.
+        run (`str` or `Path`): the output directory.
+
+    Raises:
+        SaveError: where the disk is what failed; other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_the_disk(error):
+            raise
+        clear_partial(run)
+        whole = last_whole(run)
+        raise SaveError(
+            f"{name} must be written whole to {run}. Found that it cannot: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]} ({_free(run)} MB free). Make room or mend the permissions, then "
+            + (f"resume from {whole}, the last whole checkpoint, which is as it was." if whole else "start anew.")
+        ) from error
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return not isinstance(error, ConnectionError | TimeoutError)
+    # PyTorch's writer of zip files reports a failed write as a RuntimeError.
+    return (
+        isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    )
+
+
+def _free(run: str | Path) -> str:
+    try:
+        return f"{shutil.disk_usage(run).free / 2**20:.0f}"
+    except OSError:
+        return "unknown"
+
+
+ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "optimizer.bin")
+
+
+def check_fit(checkpoint: str | Path, model: nn.Module) -> None:
+    """Refuse a checkpoint whose weights are not those of `model`, by name and shape.
+
+    Trainer would load what fits of it and go on; and it would take a pickle where there are no safetensors.
+
+    Args:
+        checkpoint (`str` or `Path`): of one process or DDP.
+        model (`nn.Module`): the denoiser, with its adapter if there is one.
+
+    Raises:
+        ValueError: names the file and the first weight that differs.
+    """
+    adapter = isinstance(model, PeftModel)
+    config: Any = model.peft_config[model.active_adapter] if isinstance(model, PeftModel) else None
+    file = Path(checkpoint, ADAPTER if adapter else FULL)
+    kind = "an adapter" if adapter else "all weights"
+    if not file.is_file():
+        raise ValueError(
+            f"A checkpoint must hold what is trained here, {kind} in {file.name}. Found no such file in {checkpoint}. It "
+            "was saved by a run with other settings of `peft_config`, or by another program."
+        )
+    strange = [name for name in (*PICKLED, *([FULL] if adapter else [])) if Path(checkpoint, name).exists()]
+    if strange:  # Trainer would read them first
+        raise ValueError(
+            f"A checkpoint must hold the files that this trainer wrote. Found {', '.join(strange)} beside them in "
+            f"{checkpoint}. Something else put them there: remove them, or do not use the checkpoint."
+        )
+    wanted = get_peft_model_state_dict(model) if adapter else model.state_dict()
+    expected = {name: list(value.shape) for name, value in wanted.items()}
+    found = _shapes(file)
+    names = sorted(found.keys() ^ expected.keys()) or sorted(n for n in found if found[n] != expected[n])
+    if names:
+        raise ValueError(
+            f"A checkpoint must be of the same model and adapter. Found {len(names)} weights in {file} that differ from "
+            f"this model's, e.g. {names[0]}: {found.get(names[0], 'none')} in the checkpoint, "
+            f"{expected.get(names[0], 'none')} in the model. Use the settings that it was saved with, or start anew."
+        )
+    if adapter:
+        _check_scale(file.with_name("adapter_config.json"), config)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    try:
+        with safe_open(file, "pt") as content:
+            return {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"Weights must be a safetensors file. Found {file}, which is none: {error}. Take another checkpoint."
+        ) from error
+
+
+def _check_scale(file: Path, config: Any) -> None:
+    """The scale of an adapter is in none of its weights."""
+    saved = read_object(file) if file.is_file() else {}
+    for name in ("lora_alpha", "use_rslora"):
+        mine = getattr(config, name, None)
+        if name in saved and saved[name] != mine:
+            raise ValueError(
+                f"An adapter resumes with the `{name}` that it was saved with, {saved[name]}. Found {mine}. Correct "
+                "`peft_config`."
+            )
+
+
+@contextmanager
+def nothing_but_tensors(checkpoint: str | Path) -> Iterator[None]:
+    """While PyTorch reads the optimizer and random states, which it refuses to unpickle beyond tensors and numbers.
+
+    Raises:
+        ValueError: instead of PyTorch's advice to load the file nevertheless.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ValueError(
+            f"A checkpoint must hold tensors and numbers only. Found something else in {checkpoint}, which was not run: "
+            f"{str(error).splitlines()[0]}. The file was not written by this trainer: do not use the checkpoint."
+        ) from error
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+STATE_FILE = "apex_state.json"
+FILES_OF_0_1_0 = {
+    "aggregator": "aggregator_state.json",
+    "population": "population_conflict.json",
+    "monitor": "first_evaluation.json",
+}
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def publish(partial: str | Path, final: str | Path, **facts: Any) -> None:
+    """Give a finished checkpoint its manifest and its name, in one step that either happens or does not.
+
+    Args:
+        partial (`str` or `Path`): directory that holds all files, on the same file system as `final`.
+        final (`str` or `Path`): where it belongs. What is there (a broken checkpoint of an earlier run) is replaced.
+        facts: kept in the manifest: `engine`, `world_size`.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> (run / PARTIAL / "checkpoint-4").mkdir(parents=True)
+        >>> _ = (run / PARTIAL / "checkpoint-4" / "weights").write_bytes(b"1234")
+        >>> publish(run / PARTIAL / "checkpoint-4", run / "checkpoint-4", world_size=2)
+        >>> defects(run / "checkpoint-4"), manifest(run / "checkpoint-4")["world_size"]
+        ([], 2)
+        >>> _ = (run / "checkpoint-4" / "weights").write_bytes(b"12")
+        >>> defects(run / "checkpoint-4")
+        ['weights has 2 of 4 bytes']
+
+        ```
+    """
+    partial, final = Path(partial), Path(final)
+    names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST)
+    for name in names:
+        _sync(partial / name)
+    with ThreadPoolExecutor(8) as pool:
+        hashes = list(pool.map(lambda name: _sha256(partial / name), names))
+    files = {n: {"size": (partial / n).stat().st_size, "sha256": h} for n, h in zip(names, hashes, strict=True)}
+    content = {**facts, "files": files}
+    (partial / MANIFEST).write_text(json.dumps({**content, "sha256": _own_hash(content)}, indent=1))
+    _sync(partial / MANIFEST)
+    for directory in {partial, *((partial / name).parent for name in names)}:
+        _sync(directory)
+    if final.exists():
+        replaced = partial.with_name(final.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        partial.rename(final)
+    _sync(final.parent)
+
+
+def manifest(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The manifest of a checkpoint; None where it has none that can be read."""
+    try:
+        content = json.loads(Path(checkpoint, MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else None
+
+
+def defects(checkpoint: str | Path) -> list[str]:
+    """What keeps a checkpoint from being whole, one line a file; empty for a whole one.
+
+    Files that the manifest does not list were added later, and are no defect.
+    """
+    checkpoint, content = Path(checkpoint), manifest(checkpoint)
+    if content is None:
+        return [f"{MANIFEST} is missing or unreadable"]
+    if "sha256" in content and _own_hash(content) != content["sha256"]:
+        return [f"{MANIFEST} has another hash"]
+    found = []
+    for name, entry in content["files"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != entry["size"]:
+            found.append(f"{name} has {path.stat().st_size} of {entry['size']} bytes")
+    if found:
+        return found
+    with ThreadPoolExecutor(8) as pool:
+        hashes = list(pool.map(lambda name: _sha256(checkpoint / name), content["files"]))
+    expected = [entry["sha256"] for entry in content["files"].values()]
+    return [f"{n} has another hash" for n, a, b in zip(content["files"], hashes, expected, strict=True) if a != b]
+
+
+def lacks(checkpoint: str | Path) -> list[str]:
+    """Which parts of a run's state a checkpoint does not hold, one line each; empty for one that can be resumed from.
+
+    A run with `save_only_model` writes the weights alone: the learning rate and AdamW would start again.
+    """
+    checkpoint = Path(checkpoint)
+    engine = (manifest(checkpoint) or {}).get("engine")
+    if engine is None:
+        return []
+    optimizer = {"ddp": "optimizer.pt", "fsdp": "optimizer*"}.get(engine, "latest")
+    parts = {"optimizer": optimizer, "random state": "rng_state*.pth", "progress": "trainer_state.json"}
+    if not engine.startswith("zero"):
+        parts["schedule"] = "scheduler.pt"
+    return [f"no {part} ({pattern})" for part, pattern in parts.items() if not any(checkpoint.glob(pattern))]
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The directories `checkpoint-N` of a run, whole or not, the latest step first."""
+    run = Path(run)
+    found = [p for p in run.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)] if run.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The step in a checkpoint's name, -1 for another name."""
+    match = _NAME.fullmatch(Path(checkpoint).name)
+    return int(match[1]) if match else -1
+
+
+def last_whole(run: str | Path) -> Path | None:
+    """The latest checkpoint that can be resumed from; says which later ones it passes over, and why."""
+    for checkpoint in checkpoints(run):
+        found = defects(checkpoint) or lacks(checkpoint)
+        if not found:
+            return checkpoint
+        logger.warning("%s is not whole and is passed over: %s.", checkpoint, "; ".join(found[:3]))
+    return None
+
+
+def to_resume_from(wanted: str | Path | Literal[True], run: str | Path) -> Path:
+    """The checkpoint that `resume_from_checkpoint` means.
+
+    Args:
+        wanted (`str`, `Path` or `True`): a checkpoint, or True for the last whole one of the run.
+        run (`str` or `Path`): the output directory.
+
+    Raises:
+        ValueError: where there is no whole checkpoint, or the one asked for is not whole.
+    """
+    if wanted is True:
+        found = last_whole(run)
+        if found is None:
+            _refuse_partial_state([c for c in checkpoints(run) if not defects(c)])
+            raise ValueError(
+                f"`resume_from_checkpoint=True` needs a whole checkpoint in {run}. Found "
+                f"{[c.name for c in checkpoints(run)] or 'none'}, none of them whole. Start anew without it."
+            )
+        later = [c.name for c in checkpoints(run) if step_of(c) > step_of(found)]
+        if later:
+            logger.warning("Resuming from %s, the last whole checkpoint; %s cannot be used.", found, ", ".join(later))
+        return found
+    found_defects = defects(wanted)
+    if found_defects:
+        whole = last_whole(Path(wanted).parent)
+        raise ValueError(
+            f"A checkpoint to resume from must be whole. Found {wanted}: {'; '.join(found_defects[:3])}. "
+            + (
+                f"Resume from {whole}, the last whole one."
+                if whole
+                else "There is no whole one beside it; start anew."
+            )
+        )
+    _refuse_partial_state([Path(wanted)])
+    return Path(wanted)
+
+
+def _refuse_partial_state(found: list[Path]) -> None:
+    """Raise for the first of these whole checkpoints if it holds a part of the state only."""
+    if found and lacks(found[0]):
+        raise ValueError(
+            f"A checkpoint to resume from must hold the run's whole state. Found {found[0]}, saved with `save_only_model` or "
+            f"by another program: {'; '.join(lacks(found[0]))}. To go on from its weights, load its adapter as the model and "
+            "start a new run."
+        )
+
+
+def read_object(file: str | Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: if the file holds anything else; names it.
+    """
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} must be a JSON file. Found {error}. Take another checkpoint.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object. Found {type(content).__name__}. Take another checkpoint.")
+    return content
+
+
+def read_state(checkpoint: str | Path) -> dict[str, tuple[Path, Any]]:
+    """The states of a checkpoint beside Trainer's own, by name, each with the file that holds it.
+
+    Version 0.1.0 wrote a file for each.
+    """
+    checkpoint = Path(checkpoint)
+    if (checkpoint / STATE_FILE).is_file():
+        return {name: (checkpoint / STATE_FILE, state) for name, state in read_object(checkpoint / STATE_FILE).items()}
+    files = {name: checkpoint / file for name, file in FILES_OF_0_1_0.items()}
+    return {name: (file, read_object(file)) for name, file in files.items() if file.is_file()}
+
+
+def restore(stateful: dict[str, Any], checkpoint: str | Path) -> None:
+    """Give each object its state from a checkpoint; those without one there stay as they are.
+
+    Args:
+        stateful (`dict`): objects with `load_state_dict`, by name.
+        checkpoint (`str` or `Path`): a directory.
+
+    Raises:
+        ValueError: names the file, where a state is not in the form that its object writes.
+    """
+    states = read_state(checkpoint)
+    for name, owner in stateful.items():
+        if name not in states:
+            continue
+        file, state = states[name]
+        try:
+            owner.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{file} must hold the state of the {name} as this trainer writes it. Found {type(error).__name__}: {error}. "
+                "Take another checkpoint."
+            ) from error
+
+
+def check_state(stateful: dict[str, Any], checkpoint: str | Path, needed: tuple[str, ...] = ()) -> None:
+    """Raise, before anything is loaded, if a checkpoint's states cannot be restored.
+
+    Args:
+        stateful (`dict`): objects with `state_dict` and `load_state_dict`, by name. They keep their states.
+        checkpoint (`str` or `Path`): a directory.
+        needed (`tuple[str, ...]`): names that must be there.
+
+    Raises:
+        ValueError: names the file.
+    """
+    progress = read_object(Path(checkpoint, "trainer_state.json"))
+    steps = [progress.get(key) for key in ("global_step", "max_steps")]
+    if not all(isinstance(step, int) for step in steps) or not isinstance(progress.get("log_history"), list):
+        raise ValueError(
+            f"{checkpoint}/trainer_state.json must hold a run's steps and logs. Found {sorted(progress)[:5]}. Take another "
+            "checkpoint."
+        )
+    missing = sorted(set(needed) - read_state(checkpoint).keys())
+    if missing:
+        raise ValueError(
+            f"A checkpoint of this trainer must hold the state of the {missing[0]}, in {STATE_FILE} or, from version 0.1.0, "
+            f"{FILES_OF_0_1_0[missing[0]]}. Found none in {checkpoint}. It was saved by another trainer: load its adapter as the "
+            "model and start anew instead of resuming."
+        )
+    before = {name: owner.state_dict() for name, owner in stateful.items()}
+    try:
+        restore(stateful, checkpoint)
+    finally:
+        for name, owner in stateful.items():
+            owner.load_state_dict(before[name])
+
+
+def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
+    """Refuse a checkpoint that this engine, or this number of processes, cannot read.
+
+    Args:
+        checkpoint (`str` or `Path`): with a manifest.
+        engine (`str`): "ddp" (also one process), "zero1" to "zero3", or "fsdp".
+        world_size (`int`): processes now.
+
+    Raises:
+        ValueError: names both engines, or both numbers of processes.
+
+    Example:
+        ```python
+        >>> import tempfile
+        >>> run = Path(tempfile.mkdtemp())
+        >>> (run / PARTIAL).mkdir()
+        >>> publish(run / PARTIAL, run / "checkpoint-1", engine="zero2", world_size=4)
+        >>> check_engine(run / "checkpoint-1", "zero2", 4)
+        >>> check_engine(run / "checkpoint-1", "zero2", 2)
+        Traceback (most recent call last):
+        ValueError: A checkpoint of zero2 resumes on the number of processes that saved it, 4. Found 2. ...
+
+        ```
+    """
+    facts = manifest(checkpoint) or {}
+    saved_engine, saved_world = facts.get("engine"), facts.get("world_size")
+    remedy = (
+        f'To go on with other settings, start a new run from its adapter with `adapter="{checkpoint}"`, or from the '
+        "fully trained weights that `save_model` wrote, loaded into the pipeline."
+    )
+    if saved_engine is not None and saved_engine != engine:
+        raise ValueError(
+            f"A checkpoint resumes under the engine that saved it, {saved_engine}. Found {engine}. {remedy}"
+        )
+    if engine.startswith("zero") and saved_world is not None and saved_world != world_size:
+        raise ValueError(
+            f"A checkpoint of {engine} resumes on the number of processes that saved it, {saved_world}. Found "
+            f"{world_size}. Its optimizer state is split in that many parts. {remedy}"
+        )
+
+
+def rotate(run: str | Path, limit: int | None, keep: str | Path | None = None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but not `keep` (the best one) nor the last that can be resumed from."""
+    if not limit or limit < 0:
+        return
+    found = checkpoints(run)
+    resumable = [c for c in found if manifest(c) and not lacks(c)]
+    spared = {c for c in found if keep and c.name == Path(keep).name} | set(resumable[:1] or found[:1])
+    for checkpoint in found:
+        if len(spared) < limit:
+            spared.add(checkpoint)
+    for checkpoint in set(found) - spared:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def clear_partial(run: str | Path) -> None:
+    """Delete what a killed save left behind, and say so."""
+    partial = Path(run, PARTIAL)
+    left = sorted(p.name for p in partial.iterdir()) if partial.is_dir() else []
+    if left:
+        logger.warning("A save was cut off before it was whole; what it left is deleted: %s.", ", ".join(left))
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _own_hash(content: dict[str, Any]) -> str:
+    """Of a manifest, leaving out the entry that holds it."""
+    plain = json.dumps({key: value for key, value in content.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class SavingMixin(Trainer):
+    """Trainer's entry points for saving and resuming, with checkpoints that are whole or not there."""
+
+    resumed_from: str | None = None
+    save_and_stop: str | None = None
+    """Why the run stops at the end of this iteration; None while it does not."""
+    _stop_error: type[RuntimeError] = RuntimeError
+    _partial_dir: Path | None = None
+    _needed_state: tuple[str, ...] = ()
+    """Names of `_stateful` that a checkpoint must hold."""
+
+    def request_stop(self, cause: str, error: type[RuntimeError] = RuntimeError) -> None:
+        """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""
+        logger.error("%s", cause)
+        self.save_and_stop, self._stop_error = cause, error
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        with nothing_but_tensors(checkpoint):
+            Trainer._load_optimizer_and_scheduler(self, checkpoint)
+        self.resumed_from = checkpoint
+        if checkpoint is not None:
+            restore(self._stateful(), checkpoint)
+
+    def _stateful(self) -> dict[str, Any]:
+        """What a checkpoint keeps in `apex_state.json`: objects with `state_dict` and `load_state_dict`, by name."""
+        return {"monitor": self._watch, "detectors": self._detectors}
+
+    def _load_callback_state(self) -> None:
+        """Trainer's own, and how long early stopping has waited already."""
+        super()._load_callback_state()
+        stored = self.state.stateful_callbacks.get("EarlyStoppingCallback", [])
+        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        for callback, state in zip(callbacks, stored if isinstance(stored, list) else [stored], strict=False):
+            waited = state.get("attributes", {}).get("early_stopping_patience_counter", 0)
+            callback.early_stopping_patience_counter = waited
+
+    # The ends of a run
+
+    def _finished(self) -> bool:
+        """Whether a resumed run has nothing left to do."""
+        return self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._finished():  # Trainer would take a step before it looks
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """Trainer's own; with `load_best_model_at_end` a new best is saved, whatever `save_steps` says."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if self.args.metric_for_best_model and name not in metrics:
+            logger.warning("%s could not be measured at step %d: no score is there.", name, self.state.global_step)
+            return False
+        best = super()._determine_best_metric(metrics, trial)
+        if best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return best
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        with failing_together("loading the best model"):
+            found = defects(best) if self.accelerator.is_main_process else []
+            if found:
+                raise ValueError(
+                    f"The best checkpoint must be whole to be loaded. Found {best}: {'; '.join(found[:3])}. The trained "
+                    f"weights are those of the last step; {last_whole(self.args.output_dir)} holds them too."
+                )
+        super()._load_best_model()
+        if self._ema is not None:
+            self._ema.load(best)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any):
+        """Trainer's own, without its last rotation, which would leave the best checkpoint alone."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with nothing_but_tensors(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _resume_point(self, wanted) -> str | None:
+        """The whole checkpoint behind `resume_from_checkpoint`, the same on every rank; None to start anew."""
+        if wanted is None or wanted is False:
+            return None
+        found = None
+        with failing_together("the choice of a checkpoint"):
+            if self.accelerator.is_main_process:
+                found = str(to_resume_from(wanted, self.args.output_dir))
+                check_engine(found, self._engine, self.accelerator.num_processes)
+                check_state(self._stateful(), found, self._needed_state)
+                if self._engine == "ddp":
+                    check_fit(found, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+                if self._ema is not None:
+                    self._ema.check(found)
+                clear_partial(self.args.output_dir)
+        return gather_list([found])[0]
+
+    @property
+    def _engine(self) -> str:
+        """What saves and loads the state: "ddp" (one process too), "zero1" to "zero3" or "fsdp"."""
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "fsdp" if self.is_fsdp_enabled else "ddp"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what a plain diffusers pipeline loads: an adapter, or all weights under `transformer/`.
+
+        With `ema_decay`, these are the averaged weights, which `evaluate` uses too. Every rank must call it; the main
+        process writes.
+        """
+        sharded = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if not sharded:
+            super().save_model(output_dir, _internal_call)
+        else:  # Trainer would write nothing
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        wait_for_all()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        output_dir = output_dir or str(self.args.output_dir)
+        averaged = self._ema.save(output_dir) if self._ema is not None else None
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        to_resume_from = self._partial_dir is not None
+        shown = averaged or state_dict  # what `evaluate` draws with, and so what others load
+        if isinstance(model, PeftModel):
+            super()._save(output_dir, state_dict if to_resume_from else shown)
+            save_diffusers_lora(model, self.policy, output_dir, shown)
+        elif to_resume_from:
+            super()._save(output_dir, state_dict)
+        else:
+            whole = {**(state_dict or model.state_dict()), **(averaged or {})}
+            save_denoiser(model, Path(output_dir, self.policy.denoiser_name), whole)
+        if to_resume_from:
+            states = {name: owner.state_dict() for name, owner in self._stateful().items()}
+            Path(output_dir, STATE_FILE).write_text(json.dumps(states, indent=1))
+        if self._partial_dir is None and Path(output_dir) == Path(self.args.output_dir):
+            self.create_model_card()  # in place of PEFT's
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's own, but into a place that no resume looks at, renamed once it is whole."""
+        for name, owner in self._stateful().items():
+            check_equal(f"The state of the {name}", owner.state_dict())
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear_partial(run)
+        wait_for_all()
+        self._partial_dir = run / PARTIAL
+        try:
+            with saving(name, run):
+                Trainer._save_checkpoint(self, model, trial)
+        finally:
+            self._partial_dir = None
+        wait_for_all()
+        with failing_together(f"saving {name}"), saving(name, run):
+            if self.args.should_save:
+                best = run / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step and (best.exists() or best.name == name):
+                    self.state.best_model_checkpoint = str(best)
+                self.state.save_to_json(str(run / PARTIAL / name / "trainer_state.json"))
+                publish(
+                    run / PARTIAL / name, run / name, engine=self._engine, world_size=self.accelerator.num_processes
+                )
+                clear_partial(run)
+                rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run / name))
+
+    def _save_before_failing(self) -> None:
+        """Save the step that the run has come to, where it is about to end with an error between two iterations."""
+        step = self.state.global_step
+        if self._scorer is None or step == 0 or step % self.updates_per_iteration:
+            return
+        saved = not defects(Path(self.args.output_dir, f"checkpoint-{step}"))
+        if gather_list([saved])[0]:
+            return
+        try:
+            self._save_checkpoint(self.model, None)
+        except SaveError as error:
+            logger.error("%s", error)
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._partial_dir or super()._get_output_dir(trial))

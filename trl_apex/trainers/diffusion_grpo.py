@@ -1,0 +1,688 @@
+"""Which (sample, step) rows each optimizer step of an iteration trains on."""
+
+import copy
+import logging
+import math
+import sys
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import ProgressCallback as TqdmCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import prepare_deepspeed
+
+from ..aggregation.normalize import group_rows
+from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
+from ..diffusion.families import load_policy
+from ..diffusion.losses import clipped_surrogate, gaussian_kl
+from ..diffusion.nouns import Embeddings, Rollout
+from ..diffusion.rollout import (
+    INITIAL_NOISE,
+    ROW_ORDER,
+    STEP_NOISE,
+    guided_prediction,
+    keyed_generator,
+    keyed_noise,
+    sample,
+)
+from ..diffusion.schedule import Sampler, sde_window
+from ..diffusion.transition import Transition
+from ..distributed import (
+    OtherRankError,
+    failing_together,
+    gather_rows,
+    gathered_for_rollout,
+    is_sharded,
+    local_slice,
+    lost_rank,
+    whole_models,
+)
+from ..prompts import GroupSampler
+from ..prompts.embeddings import PromptConditions
+from ..rewards.base import Reward, to_pil
+from ..rewards.scoring import RewardScorer
+from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallback, RewardHackingWatch
+from .checkpoint import SavingMixin, check_writable, last_whole
+from .config import DiffusionGRPOConfig
+from .detectors import LearningDetectors, disable_dropout
+from .evaluation import EvaluatingMixin
+from .inputs import (
+    as_list,
+    check_best_metric,
+    check_dataset,
+    check_weights,
+    check_whole,
+    loading_arguments,
+    reward_names,
+)
+from .logs import LogsMixin
+from .publishing import PublishingMixin, without_token
+from .trl_seam import set_inherited_attributes
+from .weights import (
+    ADAPTER_RATE,
+    FULL_RATE,
+    EMACallback,
+    add_adapter,
+    answer_as_transformers,
+    compile_blocks,
+    frozen_copy,
+    take_adapter,
+    warn_of_all_weights,
+)
+
+
+def update_rows(
+    num_samples: int, window: int, updates: int, first_sample: int, key: tuple[int, ...]
+) -> Int[Tensor, "U M 2"]:
+    """Deal the rows of this rank's samples to the updates of one pass, evenly and at random.
+
+    The deal of a sample depends on its number among all ranks' samples alone, so the set of rows behind each optimizer
+    step is the same on any number of processes.
+
+    Args:
+        num_samples (`int`): samples on this rank.
+        window (`int`): N, trained steps a sample.
+        updates (`int`): U, optimizer steps a pass; must divide `num_samples * window`.
+        first_sample (`int`): number of this rank's first sample among all.
+        key (`tuple[int, ...]`): seeds the deal, e.g. `(seed, iteration, pass)`.
+
+    Returns:
+        `torch.Tensor` of shape `[U, num_samples * N / U, 2]`: local sample and step of the window.
+
+    Example:
+        ```python
+        >>> rows = update_rows(num_samples=4, window=3, updates=2, first_sample=0, key=(0,))
+        >>> rows.shape, sorted(map(tuple, rows.flatten(0, 1).tolist()))[:4]
+        (torch.Size([2, 6, 2]), [(0, 0), (0, 1), (0, 2), (1, 0)])
+
+        ```
+    """
+    if num_samples * window % updates:
+        raise ValueError(f"{num_samples} x {window} rows cannot be dealt evenly to {updates} updates")
+    block = updates // math.gcd(updates, window)  # the fewest samples whose rows split evenly
+    if num_samples % block or first_sample % block:
+        block = num_samples
+    dealt = []
+    for start in range(0, num_samples, block):
+        order = torch.randperm(block * window, generator=keyed_generator(*key, (first_sample + start) // block))
+        sample, step = order // window + start, order % window
+        dealt.append(torch.stack([sample, step], -1).reshape(updates, -1, 2))
+    return torch.cat(dealt, 1)
+
+
+def updates_per_pass(
+    samples: int, window: int, batch_size: int, timestep_batch_size: int, accumulation_steps: int
+) -> int:
+    """How many optimizer steps one pass over this rank's rows of an iteration takes.
+
+    Args:
+        samples (`int`): images on this rank.
+        window (`int`): trained steps of each.
+        batch_size (`int`): `per_device_train_batch_size`.
+        timestep_batch_size (`int`): steps of an image that share a forward.
+        accumulation_steps (`int`): micro-batches of `batch_size * timestep_batch_size` rows an optimizer step.
+
+    Raises:
+        ValueError: if the rows do not split into whole updates.
+
+    Example:
+        ```python
+        >>> updates_per_pass(samples=8, window=3, batch_size=4, timestep_batch_size=1, accumulation_steps=2)
+        3
+
+        ```
+    """
+    rows_per_step = batch_size * timestep_batch_size
+    rows_per_update = rows_per_step * accumulation_steps
+    if samples * window % rows_per_update:
+        raise ValueError(
+            "An iteration must split into whole updates: images per device x trained steps must be a multiple of "
+            "per_device_train_batch_size x timestep_batch_size x gradient_accumulation_steps. Found "
+            f"{samples} x {window} rows and {batch_size} x {timestep_batch_size} x {accumulation_steps} = "
+            f"{rows_per_update} rows an update. For one update an iteration set "
+            f"gradient_accumulation_steps={max(samples * window // rows_per_step, 1)}."
+        )
+    return samples * window // rows_per_update
+
+
+logger = logging.getLogger(__name__)
+
+
+class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMixin, GRPOTrainer):
+    """Trains the denoiser of a text-to-image pipeline with GRPO.
+
+    One iteration: sample a group of images for each of a few prompts, score them, turn scores into advantages, and make
+    denoising steps that led to better images more likely. Constructor, reward functions, logs, checkpoints and
+    distributed training are those of `trl.GRPOTrainer`.
+
+    Args:
+        model (`str` or `diffusers.DiffusionPipeline`): hub id, folder or loaded pipeline.
+        reward_funcs (callable or `list`): called with keywords `prompts`, `completions` (PIL images), `images` (float
+            tensor `[B, 3, H, W]` in [0, 1], where the signature takes it), every dataset column, `trainer_state`,
+            `log_metric` and `log_extra`; return one number, or None, per image. May be async.
+        args ([`DiffusionGRPOConfig`] or `trl.GRPOConfig`, *optional*): a plain GRPOConfig is upgraded field by field.
+        train_dataset (`datasets.Dataset`): with a `prompt` column.
+        eval_dataset (`datasets.Dataset` or dict of them, *optional*): likewise.
+        processing_class, reward_processing_classes: accepted for compatibility; a pipeline brings its own.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        quantization_config: must be None.
+        peft_config (`peft.LoraConfig`, *optional*): train an adapter instead of all weights.
+        monitor_funcs (callable or `list`, *optional*): reward functions that evaluation reports and training never sees.
+        adapter (`str` or `Path`, *optional*): run folder or hub id of an adapter to go on from. An adapter that is on
+            the pipeline already is gone on from likewise. `beta` measures the KL divergence to that start.
+
+    Raises:
+        ValueError: for anything of the above that cannot work, before any compute.
+
+    Example:
+        ```python
+        from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+        trainer = DiffusionGRPOTrainer(
+            model="stabilityai/stable-diffusion-3.5-medium",
+            reward_funcs=[ocr, brightness],
+            args=DiffusionGRPOConfig(output_dir="run", num_generations=8, generation_batch_size=64),
+            train_dataset=dataset,
+            peft_config=LoraConfig(r=32, lora_alpha=64),
+        )
+        trainer.train()
+        ```
+    """
+
+    _tag_names = ["trl", "grpo", "diffusers", "text-to-image"]
+    _name = "GRPO"
+    config_class: type[DiffusionGRPOConfig] = DiffusionGRPOConfig
+    args: DiffusionGRPOConfig
+    model: nn.Module
+    num_generations: int
+    _logs: dict[str, Any]
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        *,
+        monitor_funcs=None,
+        adapter=None,
+    ):
+        args, self._hub_token = without_token(self._upgrade_args(args))
+        if reward_funcs is None or reward_funcs == []:
+            raise ValueError(
+                "`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`."
+            )
+        reward_funcs, self.monitor_funcs = as_list(reward_funcs), as_list(monitor_funcs)
+        every_name = reward_names([*reward_funcs, *self.monitor_funcs], warn=True)
+        names = every_name[: len(reward_funcs)]
+        weights = check_weights(args.reward_weights, names)
+        check_best_metric(args, every_name, eval_dataset, callbacks)
+        if quantization_config is not None:
+            raise ValueError(
+                "`quantization_config` must be None: quantized denoisers are not supported. Found "
+                f"{type(quantization_config).__name__}. Use bf16 with a LoRA adapter to save memory."
+            )
+        if args.should_save:
+            check_writable(args.output_dir)
+        check_dataset(train_dataset, "train_dataset")
+        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
+            if dataset is not None:
+                check_dataset(dataset, f"eval_dataset{name and '.' + name}")
+        train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
+
+        with whole_models():
+            self.policy = load_policy(model, **loading_arguments(model, args))
+        check_whole(self.policy.pipeline)
+        self._plan_rollout(args)
+        self._plan_updates(args, len(train_dataset))
+        self._reference: Any = None  # the frozen copy that full fine-tuning measures its KL to
+        denoiser = self._prepare_denoiser(args, peft_config, adapter)
+        if args.learning_rate is None:
+            args = copy.copy(args)
+            args.learning_rate = ADAPTER_RATE if isinstance(denoiser, PeftModel) else FULL_RATE
+        self.policy.move_frozen(args.device)
+        self._conditions = PromptConditions(self.policy, args)
+        # Before the denoiser moves to the device: it and the text encoders need not fit there together.
+        self._conditions.prepare([train_dataset, eval_dataset], own_pipeline=isinstance(model, str))
+
+        super(GRPOTrainer, self).__init__(
+            model=denoiser,
+            args=args,
+            data_collator=as_list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        set_inherited_attributes(self, args, reward_funcs, names)
+        self.reward_weights = torch.tensor(weights, dtype=torch.float64)
+        sharding = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self._starts_from_adapter and args.beta > 0:
+            self._reference = frozen_copy(self.model, share_frozen=not sharding)
+        self._offload_reference = args.offload_reference and not (self._starts_from_adapter and not sharding)
+        if self._reference is not None:
+            if self.is_deepspeed_enabled:
+                self._reference = prepare_deepspeed(self._reference, self.accelerator)
+            else:
+                self._reference = self.accelerator.prepare_model(
+                    self._reference, device_placement=not self._offload_reference, evaluation_mode=True
+                )
+        self._scorer: Any = None  # a RewardScorer while training
+        self._iteration_rollout: dict[str, Any] | None = None
+        self._watch = RewardHackingWatch(len(reward_funcs))
+        self.eval_records: list[dict[str, Any]] = []
+        self._scored_objectives: set[str] = set()
+        self._unscored: set[str] = set()  # what an evaluation has warned of
+        if not args.disable_tqdm and sys.stdout.isatty():
+            self.remove_callback(TqdmCallback)
+            self.add_callback(ProgressCallback(names))
+        self.add_callback(IterationCallback(self))
+        self._detectors = LearningDetectors(self)
+        self.add_callback(self._detectors)
+        self._guard = GradientGuardCallback(self)
+        self.add_callback(self._guard)
+        self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps) if args.ema_decay else None
+        if self._ema is not None:
+            self.add_callback(self._ema)
+
+    # Set-up
+
+    def _upgrade_args(self, args: Any) -> DiffusionGRPOConfig:
+        if args is None:
+            return self.config_class(output_dir=f"{type(self).__name__}-output")
+        if isinstance(args, self.config_class):
+            return args
+        if not isinstance(args, GRPOConfig):
+            raise ValueError(
+                f"`args` must be a {self.config_class.__name__} or a trl.GRPOConfig. Found {type(args).__name__}. "
+                f"Construct a {self.config_class.__name__}(output_dir=...)."
+            )
+        return self.config_class.from_grpo_config(args)
+
+    def _plan_rollout(self, args: DiffusionGRPOConfig) -> None:
+        default_height, default_width = self.policy.default_size()
+        self.height, self.width = args.height or default_height, args.width or default_width
+        self.latent_shape = self.policy.latent_shape(self.height, self.width)
+        self.transition = args.transition or self.policy.transitions[0]
+        if self.transition not in self.policy.transitions:
+            raise ValueError(
+                f"`transition` must be one of {self.policy.transitions} for {type(self.policy.pipeline).__name__}. "
+                f"Found {self.transition!r}. None picks the first."
+            )
+        schedule = self.policy.schedule(args.num_inference_steps, self.height, self.width)
+        self.sampler = Sampler(schedule, self.transition, args.noise_level)
+        self._window(args, iteration=0)
+
+    def _window(self, args: DiffusionGRPOConfig, iteration: int) -> range:
+        steps, size, where = args.num_inference_steps, args.sde_window_size, args.sde_window_range
+        return sde_window(steps, size, where, args.seed, iteration)
+
+    def _plan_updates(self, args: DiffusionGRPOConfig, num_prompts: int) -> None:
+        self.updates_per_pass = updates_per_pass(
+            args.per_device_train_batch_size * args.steps_per_generation,
+            len(self._window(args, 0)),
+            args.per_device_train_batch_size,
+            args.timestep_batch_size,
+            args.gradient_accumulation_steps,
+        )
+        self.updates_per_iteration = self.updates_per_pass * args.num_iterations
+        self.steps_per_iteration = self.updates_per_iteration * args.gradient_accumulation_steps
+        groups = args.generation_batch_size // args.num_generations
+        GroupSampler(num_prompts, groups, args.num_generations, 1, False, 0)  # raises where prompts are too few
+
+    def _prepare_denoiser(self, args: Any, peft_config: Any, adapter: Any) -> nn.Module:
+        """The model to train: with an adapter, new or gone on from, or all weights of the denoiser."""
+        start = take_adapter(self.policy, adapter)
+        self._starts_from_adapter = start is not None
+        denoiser = self.policy.denoiser
+        if args.disable_dropout:
+            disable_dropout(denoiser)
+        if args.compile_denoiser:
+            compile_blocks(denoiser)
+        answer_as_transformers(denoiser)
+        if peft_config is not None or start is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(args.seed)  # equal on all ranks, also where an engine does not broadcast
+                return add_adapter(denoiser, peft_config, self.policy, start)
+        if args.beta > 0:
+            self._reference = frozen_copy(denoiser)
+            if args.bf16 or args.fp16:  # autocast would compute in half precision anyway
+                self._reference.to(torch.bfloat16 if args.bf16 else torch.float16)
+        warn_of_all_weights(denoiser)
+        denoiser.float()  # trained weights are float32; autocast does the rest
+        return denoiser.requires_grad_(True)
+
+    # Trainer's and TRL's seams
+
+    def _send_telemetry(self) -> None:
+        """TRL's telemetry reads fields that diffusers models do not have."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = None
+
+    def _get_train_sampler(self, dataset=None) -> GroupSampler:
+        args = self.args
+        return GroupSampler(
+            len(self.train_dataset if dataset is None else dataset),
+            groups=args.generation_batch_size // args.num_generations,
+            group_size=args.num_generations,
+            repeats=self.steps_per_iteration,
+            shuffle=args.shuffle_dataset,
+            seed=args.seed,
+        )
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        resume_from_checkpoint = self._resume_point(resume_from_checkpoint)
+        self._scorer = self._open_scorer(self.reward_funcs, self.reward_func_names)
+        self.save_and_stop = None
+        try:
+            with whole_models():  # a reward may load its network at its first call
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error, OtherRankError) or not lost_rank(error):
+                raise
+            whole = last_whole(self.args.output_dir)
+            raise OtherRankError(
+                f"All {self.accelerator.num_processes} processes must live until the end. Found that another one is gone "
+                f"(at step {self.state.global_step}, on rank {self.accelerator.process_index}: {str(error)[:200]}). Look "
+                "for the first error of the other ranks, then "
+                + (f"resume from {whole}, the last whole checkpoint." if whole else "start anew: none was saved yet.")
+            ) from error
+        finally:
+            self._scorer.close()
+            self._scorer = None
+            self._iteration_rollout = None
+        if self.save_and_stop:
+            raise self._stop_error(
+                f"Training was stopped at step {self.state.global_step}, with a checkpoint saved: {self.save_and_stop}"
+            )
+        return result
+
+    def _open_scorer(self, funcs: list, names: list[str]) -> RewardScorer:
+        """Scoring in the background, once every reward is known to work.
+
+        Networks are loaded here and not at their first call: loading sets PyTorch's default dtype for a moment, which
+        would reach a rollout or another reward that runs at the same time.
+        """
+        scorer = RewardScorer(funcs, names, timeout=self.args.reward_timeout)
+        with failing_together("the check of the rewards"), whole_models():
+            scorer.check()
+            for func in funcs:
+                if isinstance(func, Reward):
+                    func.load()
+        return scorer
+
+    # One iteration
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One micro-batch. DeepSpeed steps inside the backward, so that an update without a signal is left out here."""
+        if not self.is_deepspeed_enabled:
+            return super().training_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        self._guard.update_is_dead = inputs["dead"] and self.args.skip_dead_updates and self.beta == 0
+        if not self._guard.update_is_dead:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._step += 1
+        return torch.zeros((), device=self.accelerator.device)
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if isinstance(generation_batch, dict):  # prepared already
+            return generation_batch
+        position = self._step % self.steps_per_iteration
+        if position == 0 or self._iteration_rollout is None:
+            if position:
+                logger.warning(
+                    "The checkpoint lies inside an iteration: update %d of %d. Its rollout is gone, so the rest of the "
+                    "iteration trains on a fresh one.",
+                    position // self.args.gradient_accumulation_steps,
+                    self.updates_per_iteration,
+                )
+            self._iteration_rollout = self._generate_and_score_completions(generation_batch)
+        return self._rows(self._iteration_rollout, position)
+
+    @property
+    def _iteration(self) -> int:
+        return self._step // self.steps_per_iteration
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rollout, rewards and advantages of this rank's share of one iteration."""
+        started = time.perf_counter()
+        device, metrics = self.accelerator.device, self._metrics["train"]
+        chunk = self.args.rollout_batch_size or len(inputs)
+        first = self.accelerator.process_index * len(inputs)
+        prompts = [row["prompt"] for row in inputs]
+        rollouts, pending = [], []
+        self._detectors.note_weights()
+        with self._rollout_weights(), self._failing_together_unless_sharded():
+            self._detectors.probe_velocity()
+            embeddings, prompt_of = self._conditions.distinct(prompts)
+            for start in range(0, len(inputs), chunk):
+                rows = inputs[start : start + chunk]
+                own = {name: value[prompt_of[start : start + chunk]] for name, value in embeddings.items()}
+                rollout = self._rollout(own, first + start)
+                rollouts.append(rollout)
+                if self.args.reward_overlap:
+                    pending.append(self._submit(self._scorer, rows, rollout.images))
+        sampled = time.perf_counter()
+        try:
+            with failing_together("the rewards"):
+                if not self.args.reward_overlap:
+                    pending = [self._submit(self._scorer, inputs, torch.cat([r.images for r in rollouts]))]
+                scored = [future.result() for future in pending]
+        except Exception:
+            self._save_before_failing()
+            raise
+        metrics["time/rollout"].append(sampled - started)
+        metrics["time/rewards_wait"].append(time.perf_counter() - sampled)
+        self._log_scoring(scored)
+
+        rewards = gather_rows(torch.cat([s.rewards for s in scored]).to(device)).cpu()
+        group_ids = torch.arange(len(rewards)) // self.num_generations
+        advantages, normalized = self._compute_advantages(rewards, group_ids)
+        self._log_rewards(rewards, advantages, inputs, rollouts)
+        self._detectors.see_rollout(rollouts, advantages)
+        here = local_slice(len(inputs), self.accelerator.process_index)
+        result = {
+            "latents": torch.cat([r.trajectory.latents for r in rollouts]),
+            "old_log_prob": torch.cat([r.trajectory.log_prob for r in rollouts]),
+            "window": rollouts[0].trajectory.steps,
+            "advantages": advantages[here].to(device, torch.float32),
+            "normalized": normalized[here].to(device, torch.float32),
+            "embeddings": embeddings,
+            "prompt_of": prompt_of,
+            "prompts": prompts,
+            "dead": bool((advantages == 0).all()),
+            "live": (advantages[here] != 0).cpu(),
+        }
+        if self._reference is not None:
+            result["reference_mean"] = self._reference_means(result)
+        return result
+
+    @torch.no_grad()
+    def _reference_means(self, rollout: dict[str, Any]) -> Tensor:
+        """Means `[B, N, C, H, W]` of the frozen copy's transitions: it never changes, so once an iteration is enough."""
+        args, window, device = self.args, rollout["window"], self.accelerator.device
+        if self._offload_reference:
+            self._reference.to(device)
+        count = len(rollout["latents"])
+        means = torch.empty_like(rollout["latents"][:, 1:])
+        for rows in torch.arange(count, device=device).split(args.rollout_batch_size or count):
+            embeddings = {name: value[rollout["prompt_of"][rows]] for name, value in rollout["embeddings"].items()}
+            for i, step in enumerate(window):
+                inputs = {
+                    "latents": rollout["latents"][rows, i],
+                    "next_latents": rollout["latents"][rows, i + 1],
+                    "steps": torch.full((len(rows),), step),
+                    "embeddings": embeddings,
+                }
+                means[rows, i] = self._step_log_prob(self._reference, inputs)[1].mean
+        if self._offload_reference:
+            self._reference.to("cpu")
+        return means
+
+    def _rollout_weights(self):
+        """Whole weights on every rank for the length of a rollout, where an engine shards them and memory allows."""
+        return gathered_for_rollout(self.model_wrapped) if self.args.gather_for_rollout else nullcontext()
+
+    def _failing_together_unless_sharded(self):
+        """Sharded layers are gathered in each forward; a rank that fails there leaves the others in that collective."""
+        if not self.args.gather_for_rollout and any(map(is_sharded, self.model.parameters())):
+            return nullcontext()
+        return failing_together("the rollout")
+
+    def _rollout(self, embeddings: Embeddings, first_sample: int) -> Rollout:
+        args, device = self.args, self.accelerator.device
+        seed, iteration = args.seed, self._iteration
+        window = self._window(args, iteration)
+        samples = range(first_sample, first_sample + len(next(iter(embeddings.values()))))
+        group = self.num_generations
+        initial_keys = [
+            (seed, INITIAL_NOISE, iteration, i // group if args.share_initial_noise else i) for i in samples
+        ]
+        step_keys = [(seed, STEP_NOISE, iteration, i) for i in samples]
+        initial = keyed_noise(initial_keys, self.latent_shape)
+        noise = keyed_noise(step_keys, (len(window), *self.latent_shape)).to(device)
+        representative = None
+        if args.share_initial_noise:
+            representative = torch.tensor([max(i // group * group - first_sample, 0) for i in samples], device=device)
+        return self._sample(embeddings, initial, window, noise, self.sampler, args.guidance_scale, representative)
+
+    def _sample(self, embeddings, initial, window, noise, sampler, guidance_scale, representative=None) -> Rollout:
+        model, negative = self._rollout_model(), self._conditions.negative(guidance_scale)
+        return sample(
+            self.policy, model, sampler, embeddings, negative, guidance_scale, initial, window, noise, representative
+        )
+
+    def _rollout_model(self) -> nn.Module:
+        """The model to sample with: through an engine's wrapper where it shards weights, else without DDP's."""
+        if self.model_wrapped is self.model and all(model is not self.model for model in self.accelerator._models):
+            self._prepare_untrained()
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return self.model_wrapped
+        return self.model
+
+    def _prepare_untrained(self) -> None:
+        """Before training: place the model and give it training's mixed precision, so that it makes the same images.
+
+        Engines shard weights only when they train: until then every rank holds them whole, DeepSpeed's in the type that
+        its engine will cast them to.
+        """
+        if self.is_deepspeed_enabled:
+            dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            self.model.to(self.accelerator.device, dtypes.get(self.accelerator.mixed_precision))
+        else:
+            self.accelerator.prepare_model(self.model.to(self.accelerator.device), evaluation_mode=True)
+            del self.model._is_accelerate_prepared  # by this mark, training would not wrap it in DDP
+
+    def _submit(self, scorer: RewardScorer, rows: list[dict[str, Any]], images: Tensor):
+        completions = to_pil(images)
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
+        return scorer.submit(
+            prompts=[row["prompt"] for row in rows],
+            completions=completions,
+            images=images,
+            columns=columns,
+            trainer_state=self.state,
+            log_metric=self._log_metric,
+            log_extra=self._log_completion_extra,
+        )
+
+    def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn gathered rewards `[B, K]` into advantages `[B]`, and what each objective alone would say `[B, K]`.
+
+        All on the CPU: some accelerators have no float64. The one method that `APEXTrainer` overrides.
+        """
+        rewards = wide_enough(rewards)
+        weights, groups = self.reward_weights.to(rewards), group_rows(group_ids)
+        if self.args.multi_objective_aggregation == "normalize_then_sum":
+            scores, advantages = normalize_then_sum(rewards, weights, groups)
+        else:
+            scores, advantages = sum_then_normalize(rewards, weights, groups, self.args.scale_rewards)
+        return advantages, scores
+
+    # The update
+
+    def _rows(self, rollout: dict[str, Any], position: int) -> dict[str, Any]:
+        args, samples = self.args, len(rollout["prompt_of"])
+        steps_per_pass = self.updates_per_pass * args.gradient_accumulation_steps
+        pass_number, step = divmod(position, steps_per_pass)
+        update, micro = divmod(step, args.gradient_accumulation_steps)
+        key = (args.seed, ROW_ORDER, self._iteration, pass_number)
+        first = self.accelerator.process_index * samples
+        if (
+            step == 0 or "dealt" not in rollout
+        ):  # once a pass: dealing again for every micro-batch would grow with the square of the images
+            rollout["dealt"] = update_rows(samples, len(rollout["window"]), self.updates_per_pass, first, key)
+        count = args.per_device_train_batch_size * args.timestep_batch_size
+        rows = rollout["dealt"][update][micro * count : (micro + 1) * count]
+        window_step = rows[:, 1]
+        self._metrics["train"]["dead_step_rate"].append(float(not rollout["live"][rows[:, 0]].any()))
+        sample, on_device = rows.to(self.accelerator.device).unbind(1)
+        return {
+            "latents": rollout["latents"][sample, on_device],
+            "next_latents": rollout["latents"][sample, on_device + 1],
+            "old_log_prob": rollout["old_log_prob"][sample, on_device],
+            "advantages": rollout["advantages"][sample],
+            "normalized": rollout["normalized"][sample],
+            "steps": window_step + rollout["window"].start,  # on the CPU, where the schedule is
+            "samples": sample + first,
+            "reference_mean": None if self._reference is None else rollout["reference_mean"][sample, on_device],
+            "embeddings": {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()},
+            "dead": rollout["dead"],
+            "first_update": pass_number == 0 and update == 0,
+        }
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Clipped surrogate, plus `beta` times the KL divergence to the reference, over the rows of one micro-batch."""
+        prediction, transition, log_prob = self._step_log_prob(model, inputs)
+        surrogate = clipped_surrogate(
+            log_prob,
+            inputs["old_log_prob"],
+            inputs["advantages"],
+            self.epsilon_low,
+            self.epsilon_high,
+            self.args.delta,
+        )
+        loss = surrogate.loss.mean()
+        kl = None
+        if self.beta > 0:
+            kl = self._kl(model, inputs, transition)
+            loss = loss + self.beta * kl
+        self._guard.update_is_dead &= inputs["dead"]
+        if inputs["first_update"]:
+            self._detectors.watch_ratio(surrogate.ratio)
+        self._log_update(surrogate, kl)
+        self._guard.remember(surrogate.ratio, inputs)
+        return loss / self.current_gradient_accumulation_steps
+
+    def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
+        """Mean KL divergence of `transition` to that of the model without its adapter, or of the frozen start."""
+        if self._reference is None:
+            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+                mean = self._step_log_prob(model, inputs)[1].mean
+        else:
+            mean = inputs["reference_mean"]
+        return gaussian_kl(transition.mean, mean, transition.std).mean()
+
+    def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
+        guidance = self.args.guidance_scale
+        timesteps = self.sampler.timesteps(inputs["steps"]).to(inputs["latents"].device)
+        negative = self._conditions.negative(guidance)
+        prediction = guided_prediction(
+            self.policy, model, inputs["latents"], timesteps, inputs["embeddings"], negative, guidance
+        )
+        transition = self.sampler.stochastic(inputs["latents"], prediction, inputs["steps"])
+        return prediction, transition, self.sampler.log_prob(inputs["next_latents"], transition)

@@ -1,0 +1,160 @@
+"""APEX in TRL's own trainer of language and vision-language models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import get_config_model_id
+
+from ..aggregation.aggregator import MultiObjectiveRewardAggregator
+from ..distributed import local_slice
+from ..rewards.scoring import numbered_names, warn_of_numbers
+from .config import APEXGRPOConfig
+
+AGGREGATOR_FILE = "aggregator_state.json"
+TRL_RULES = ("sum_then_normalize", "normalize_then_sum")
+CITATION = """\
+@article{chen2026apex,
+    title        = {{APEX: Learning Adaptive Priorities for Multi-Objective Alignment in Vision-Language Generation}},
+    author       = {Chen and others},
+    year         = 2026,
+    eprint       = {arXiv:2601.06574},
+}"""
+
+
+class APEXGRPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` whose rewards are kept in balance by a [`MultiObjectiveRewardAggregator`].
+
+    Everything else is TRL's: models, tokenizers and processors, generation (vLLM included), tools, losses, logs. Each
+    prompt's completions are scored by all rewards, TRL gathers the scores over ranks, and the aggregator's advantages take
+    the place of TRL's. Reconstructed from the abstract of APEX (arXiv 2601.06574).
+
+    Args:
+        model, reward_funcs, args, ...: as in `trl.GRPOTrainer`. `args` is an [`APEXGRPOConfig`]; a plain `trl.GRPOConfig`
+            is accepted and gets the aggregator's defaults.
+
+    Raises:
+        ValueError: for weights that do not fit, or a rule that does not exist.
+
+    Example:
+        ```python
+        from trl_apex import APEXGRPOConfig, APEXGRPOTrainer
+
+        trainer = APEXGRPOTrainer(
+            model="Qwen/Qwen3-0.6B",
+            reward_funcs=[correct, short],
+            args=APEXGRPOConfig(output_dir="run", num_generations=8),
+            train_dataset=dataset,
+        )
+        trainer.train()
+        ```
+
+    Note:
+        The seam is two private methods of TRL: what `_calculate_rewards` returns is kept, and the local slice in the
+        output of `_generate_and_score_completions` is replaced. `tests/trainers/test_apex_grpo_trainer.py` names the TRL
+        release that moves either.
+    """
+
+    _tag_names = ["trl", "grpo", "apex"]
+    _name = "APEX"
+    _paper = {
+        "title": "APEX: Learning Adaptive Priorities for Multi-Objective Alignment in Vision-Language Generation",
+        "id": "2601.06574",
+        "citation": CITATION,
+    }
+    args: APEXGRPOConfig
+    reward_func_names: list[str]
+    num_generations: int
+    num_generations_eval: int
+    _logs: dict[str, Any]
+
+    def __init__(self, model, reward_funcs=None, args: GRPOConfig | None = None, *positional, **kwargs):
+        if args is None:  # as TRL names its own
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = APEXGRPOConfig(f"{name.split('/')[-1]}-APEX")
+        elif not isinstance(args, APEXGRPOConfig):
+            if not isinstance(args, GRPOConfig):
+                raise ValueError(
+                    f"`args` must be an APEXGRPOConfig or a trl.GRPOConfig. Found {type(args).__name__}. "
+                    "Construct an APEXGRPOConfig(output_dir=...)."
+                )
+            args = APEXGRPOConfig.from_grpo_config(args)
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        names, self.reward_func_names = self.reward_func_names, numbered_names(self.reward_func_names)
+        warn_of_numbers(names, self.reward_func_names)
+        rule = args.multi_objective_aggregation
+        # TRL computes advantages of its own before ours replace them, and stops at a rule that it does not know.
+        self.multi_objective_aggregation = rule if rule in TRL_RULES else "sum_then_normalize"
+        self.aggregator = MultiObjectiveRewardAggregator(
+            self.reward_func_names,
+            weights=self.reward_weights.tolist(),
+            rule=rule,
+            options=args.apex_options(),
+        )
+        self._gathered_rewards: Tensor | None = None
+
+    # The seam
+
+    def _calculate_rewards(self, *args, **kwargs) -> Tensor:
+        self._gathered_rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._gathered_rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        rewards, self._gathered_rewards = self._gathered_rewards, None
+        local = len(inputs)
+        expected = local * self.accelerator.num_processes
+        if rewards is None or "advantages" not in output or len(rewards) != expected:
+            raise RuntimeError(
+                f"trl {trl.__version__} no longer passes the rewards of {expected} completions through "
+                "`_calculate_rewards` and their advantages out of `_generate_and_score_completions`. "
+                "Install a release that trl_apex names in its requirements."
+            )
+        training = self.model.training
+        group_size = self.num_generations if training else self.num_generations_eval
+        groups = torch.arange(expected, device=rewards.device) // group_size
+        self.aggregator.weights = self.reward_weights.tolist()  # a callback may have changed them
+        advantages, metrics = self.aggregator(rewards, groups, update=training)
+        for name, value in metrics.items():
+            self._metrics["train" if training else "eval"][name].append(value)
+        own = advantages[local_slice(local, self.accelerator.process_index)]
+        output["advantages"] = own.to(output["advantages"])
+        self._relog_advantages(advantages.tolist())
+        return output
+
+    def _relog_advantages(self, advantages: list[float]) -> None:
+        """Put ours in place of TRL's in the table of completions."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages)
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        directory = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / AGGREGATOR_FILE).write_text(json.dumps(self.aggregator.state_dict(), indent=1))
+        super().save_model(output_dir, _internal_call)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / AGGREGATOR_FILE
+        if not path.is_file():
+            raise ValueError(
+                f"A checkpoint of APEXGRPOTrainer must hold {AGGREGATOR_FILE}. Found none in {checkpoint}. It was saved by "
+                "another trainer: load it as the model and start anew instead of resuming."
+            )
+        self.aggregator.load_state_dict(json.loads(path.read_text()))
+        # TRL restarts its count at 0, which shifts the moments at which it generates.
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self._step = state.global_step * self.args.gradient_accumulation_steps

@@ -1,0 +1,571 @@
+"""A run on the Hugging Face Hub: its model card and its upload."""
+
+import copy
+import fnmatch
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi
+from peft import PeftModel
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from ..redact import redacted
+from ..report import write_figures
+from .weights import save_denoiser
+
+# What goes up. Not among it: training_args.bin (a pickle of the arguments, the token among them), completions/ and logs.
+UPLOADED = [
+    *("README.md", "report.html", "pytorch_lora_weights.safetensors"),
+    *("adapter_model.safetensors", "adapter_config.json", "transformer/*", "unet/*"),
+    *("aggregator_state.json", "population_conflict.json", "trainer_state.json"),
+    *("summary.json", "config.json", "environment.json", "figures/*.png", "samples/*.png", "samples/prompts.json"),
+]
+PAUSES = (1.0, 4.0)  # seconds before each further attempt
+T = TypeVar("T")
+
+
+class PushError(RuntimeError):
+    """An upload failed. The run is on disk as before, and the message says how to try again.
+
+    Args:
+        message (`str`): what happened, and what to do.
+        user (`bool`): whether the user can mend it (token, name, permission) or the network must recover.
+    """
+
+    def __init__(self, message: str, user: bool = False) -> None:
+        super().__init__(message)
+        self.user = user
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command that fails with it."""
+        return 2 if self.user else 1
+
+
+def is_uploaded(path: str) -> bool:
+    """Whether a file goes up, by its path in the run directory.
+
+    Example:
+        >>> is_uploaded("samples/base_0.png"), is_uploaded("training_args.bin"), is_uploaded("checkpoint-4/README.md")
+        (True, False, False)
+    """
+    return any(fnmatch.fnmatch(path, pattern) for pattern in UPLOADED)
+
+
+def check_uploadable(run_dir: str | Path) -> None:
+    """Refuse a directory that holds no weights to upload.
+
+    Raises:
+        FileNotFoundError: if it does not exist, or holds no weights.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(
+            f"A run directory must exist. Found no directory {run_dir}. Pass the `output_dir` of a training run."
+        )
+    if not any(is_uploaded(path.relative_to(run_dir).as_posix()) for path in run_dir.rglob("*.safetensors")):
+        raise FileNotFoundError(
+            f"A run to upload must hold weights. Found no pytorch_lora_weights.safetensors and no transformer/ in {run_dir}. "
+            "Pass the `output_dir` of a finished run; `trainer.save_model()` writes them."
+        )
+
+
+def push_run(
+    run_dir: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create: bool = True,
+    commit_message: str = "Upload run",
+    endpoint: str | None = None,
+    pauses: tuple[float, ...] | None = None,
+) -> str:
+    """Upload a run in one commit: either all of it arrives, or nothing.
+
+    Args:
+        run_dir (`str` or `Path`): the run directory, with its model card.
+        repo_id (`str`): `user/name`, or a name in your own space.
+        token (`str`, *optional*): by default that of `hf auth login` or HF_TOKEN.
+        private (`bool`, *optional*): visibility of a repository that is created.
+        revision (`str`, *optional*): branch to commit to.
+        create (`bool`): create the repository if it is missing.
+        commit_message (`str`): of the commit.
+        endpoint (`str`, *optional*): address of the hub.
+        pauses (`tuple[float, ...]`, *optional*): seconds before each further attempt after a network failure; 1 and 4.
+
+    Returns:
+        `str`: address of the repository.
+
+    Raises:
+        FileNotFoundError: if there is no such run, or it holds no weights.
+        PushError: if the upload fails; the run directory is as before.
+    """
+    from huggingface_hub import HfApi
+
+    check_uploadable(run_dir)
+    api = HfApi(endpoint=endpoint, token=token)
+
+    def upload() -> str:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id if create else repo_id
+        done = api.upload_folder(
+            repo_id=name,
+            folder_path=run_dir,
+            allow_patterns=UPLOADED,
+            commit_message=commit_message,
+            revision=revision,
+        )
+        return str(done.repo_url)
+
+    return trying(upload, repo_id, run_dir, api.endpoint, pauses)
+
+
+def trying(
+    attempt: Callable[[], T],
+    repo_id: str,
+    run_dir: str | Path | None,
+    endpoint: str,
+    pauses: tuple[float, ...] | None = None,
+) -> T:
+    """Call something that talks to the Hub. After a network failure, wait and call it again.
+
+    Args:
+        attempt (`Callable`): safe to repeat.
+        repo_id (`str`), run_dir (`str` or `Path`, *optional*), endpoint (`str`): named in the error.
+        pauses (`tuple[float, ...]`, *optional*): seconds before each further attempt; 1 and 4.
+
+    Raises:
+        PushError: if the last attempt fails, or one fails for another reason than the network.
+    """
+    for pause in (*(PAUSES if pauses is None else pauses), None):
+        try:
+            return attempt()
+        except Exception as error:
+            if pause is None or not is_network_failure(error):
+                cause, user = _cause(error, repo_id, endpoint)
+                again = f" Nothing is lost: the run is in {run_dir}. To try again: trl-apex push {run_dir} --repo-id {repo_id}"
+                text = f"Could not upload to {repo_id}: {cause}.{again if run_dir else ''}"
+                raise PushError(text, user) from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def is_network_failure(error: BaseException) -> bool:
+    """Whether another attempt may help: the server is busy or broken, or gave no answer.
+
+    Errors of the HTTP library have no answer of the server. They are told from errors of the code, which are Python's own
+    exceptions, by that alone: the library has changed between versions of huggingface_hub.
+
+    Example:
+        >>> is_network_failure(TimeoutError()), is_network_failure(ValueError()), is_network_failure(KeyError("x"))
+        (True, False, False)
+    """
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    status = _answer(error, "status_code", None)
+    if status is not None:
+        return status >= 500 or status == 429
+    if isinstance(error, ValueError | OfflineModeIsEnabled | LocalTokenNotFoundError):
+        return False
+    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__ != "builtins"
+
+
+def _answer(error: BaseException, name: str, otherwise: Any) -> Any:
+    """An attribute of the server's answer behind an error."""
+    return getattr(getattr(error, "response", None), name, otherwise)
+
+
+def _cause(error: BaseException, repo_id: str, endpoint: str) -> tuple[str, bool]:
+    """What went wrong and what to do, and whether the user can mend it."""
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    kind, status = type(error).__name__, _answer(error, "status_code", None)
+    sent = {name.lower() for name in getattr(_answer(error, "request", None), "headers", {})}
+    # The hub does not tell strangers which private repositories exist: then a 401 says that there is none.
+    hidden = status == 401 and _answer(error, "headers", {}).get("X-Error-Code") == "RepoNotFound"
+    no_token = status == 401 and "authorization" not in sent and "nvalid" not in str(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        return "offline mode is on. Unset HF_HUB_OFFLINE", True
+    if isinstance(error, HFValidationError):
+        return f"{repo_id!r} is no name of a repository. Use `user/name`", True
+    if isinstance(error, LocalTokenNotFoundError) or no_token:
+        return f"{endpoint} wants a token and there is none. Run `hf auth login`, or set HF_TOKEN", True
+    if status == 401 and not hidden:
+        text = f"{endpoint} does not accept the token. Make a new one with write access, and run `hf auth login`"
+        return text, True
+    if status == 403:
+        text = f"the token may not write to {repo_id}. Use one with write access to it, or another --repo-id"
+        return text, True
+    if status in (401, 404):
+        text = f"there is no repository {repo_id} at {endpoint}, or the token does not see it. Check name and token"
+        return text, True
+    if is_network_failure(error):
+        return f"the connection to {endpoint} failed ({kind}). Check it, or wait", False
+    return f"{kind}: {str(redacted(str(error))).partition(chr(10))[0].rstrip('.')}", False
+
+
+FACTS_FILE = "card.json"
+TAGS = ["trl", "apex", "grpo", "diffusers", "lora", "text-to-image"]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says that the other files of a run do not.
+
+    Args:
+        base_model (`str`): hub id or folder of the base pipeline.
+        objectives (`list[dict]`): `name`, `weight` and `licence` of each reward.
+        tags (`list[str]`): of the repository.
+        trainer (`str`): name of the trainer.
+        adapter (`bool`): an adapter, or all weights.
+        denoiser (`str`): the trained part of the pipeline.
+        rule (`str`): how the rewards were combined.
+        datasets (`list[str]`): hub ids of the prompts, if any.
+        licence (`str`, *optional*): of the weights; the base model's terms apply as well.
+        ema_decay (`float`, *optional*): of the average over the training that the weights are.
+    """
+
+    base_model: str = ""
+    objectives: list[dict[str, Any]] = field(default_factory=list)
+    tags: list[str] = field(default_factory=lambda: list(TAGS))
+    trainer: str = "APEXTrainer"
+    adapter: bool = True
+    denoiser: str = "transformer"
+    rule: str = "apex"
+    datasets: list[str] = field(default_factory=list)
+    licence: str | None = None
+    ema_decay: float | None = None
+
+
+def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None = None) -> Path:
+    """Write `README.md` from the facts and what else lies in the run directory, and keep the facts for later.
+
+    Args:
+        run_dir (`str` or `Path`): the run directory.
+        facts ([`CardFacts`]): see there.
+        repo_id (`str`, *optional*): where it will be; the folder's name by default.
+
+    Returns:
+        `Path`: the card.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    run_dir = Path(run_dir)
+    (run_dir / FACTS_FILE).write_text(json.dumps(redacted(asdict(facts)), indent=1))
+    hub_model = facts.base_model if _is_hub_id(facts.base_model) else None
+    samples = _samples(run_dir)
+    data = ModelCardData(
+        base_model=hub_model,
+        library_name="diffusers",
+        license=facts.licence,
+        pipeline_tag="text-to-image",
+        tags=[tag for tag in facts.tags if facts.adapter or tag != "lora"],
+        datasets=facts.datasets or None,
+        widget=[{"text": s["prompt"], "output": {"url": s["image"]}} for s in samples[:6]] or None,
+    )
+    text = _render(run_dir, facts, repo_id or run_dir.resolve().name, hub_model)
+    path = run_dir / "README.md"
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
+    return path
+
+
+def refresh_model_card(run_dir: str | Path, repo_id: str | None = None) -> Path:
+    """Write the card anew, with the facts kept from the last time, or with what the run directory tells.
+
+    Args:
+        run_dir (`str` or `Path`): the run directory.
+        repo_id (`str`, *optional*): where it will be.
+    """
+    run_dir = Path(run_dir)
+    kept = _read(run_dir / FACTS_FILE)
+    if not kept:
+        config, adapter = _read(run_dir / "config.json"), _read(run_dir / "adapter_config.json")
+        names = list(_read(run_dir / "summary.json").get("objectives", {}))
+        kept = {
+            "base_model": str(config.get("model") or adapter.get("base_model_name_or_path") or ""),
+            "objectives": [{"name": name, "weight": None, "licence": ""} for name in names],
+            "adapter": bool(adapter),
+            "rule": config.get("multi_objective_aggregation", "apex"),
+        }
+    known = {name: kept[name] for name in CardFacts.__dataclass_fields__ if name in kept}
+    return write_model_card(run_dir, CardFacts(**known), repo_id)
+
+
+def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["cell"] = _cell
+    environment.filters["figure"] = _figure
+    template = environment.from_string((files(__package__) / "model_card.md.jinja").read_text(encoding="utf-8"))
+    summary, environment_file = _read(run_dir / "summary.json"), _read(run_dir / "environment.json")
+    return template.render(
+        facts=facts,
+        repo_id=repo_id,
+        name=repo_id.split("/")[-1],
+        hub_model=hub_model,
+        base_name=hub_model or Path(facts.base_model).name or "its base model",
+        results=[
+            {"name": name, "trained": part == "objectives", **row}
+            for part in ("objectives", "held_out")
+            for name, row in (summary.get(part) or {}).items()
+        ],
+        figures={"samples": "", "rewards": "", "priorities": ""} | _figures(run_dir),
+        config=redacted(_changed(_read(run_dir / "config.json"))),
+        command=redacted(environment_file.get("command", "")),
+        versions=environment_file.get("versions", {}),
+        steps=_read(run_dir / "trainer_state.json").get("global_step"),
+        report=(run_dir / "report.html").is_file(),
+        state=(run_dir / "aggregator_state.json").is_file(),
+        prompt=json.dumps(
+            next((s["prompt"] for s in _samples(run_dir)), "a red circle on a table"), ensure_ascii=False
+        ),
+    )
+
+
+def _changed(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, without the empty ones."""
+    return {key: value for key, value in config.items() if value not in (None, "", [], {})}
+
+
+def _figures(run_dir: Path) -> dict[str, str]:
+    return {path.stem: f"figures/{path.name}" for path in (run_dir / "figures").glob("*.png")}
+
+
+def _samples(run_dir: Path) -> list[dict[str, str]]:
+    images = sorted((run_dir / "samples").glob("tuned_*.png"), key=lambda path: (len(path.stem), path.stem))
+    try:
+        prompts = json.loads((run_dir / "samples" / "prompts.json").read_text(encoding="utf-8"))
+        return [
+            {"prompt": str(prompts[int(path.stem.rpartition("_")[2])]["prompt"]), "image": f"samples/{path.name}"}
+            for path in images
+        ]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not Path(name).exists()
+
+
+def _cell(value: Any) -> str:
+    """Text for a cell of a Markdown table."""
+    return (
+        " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    )
+
+
+def _figure(value: Any, sign: bool = False) -> str:
+    """A number for the table of results."""
+    if not isinstance(value, int | float) or value != value:
+        return ""
+    return f"{value:{'+' if sign else ''}.3f}".replace("-", "\N{MINUS SIGN}")
+
+
+logger = logging.getLogger(__name__)
+
+
+def without_token(args: Any) -> tuple[Any, str | None]:
+    """The arguments without the token of the Hub, and the token: `training_args.bin` is written in every checkpoint.
+
+    Args:
+        args (`transformers.TrainingArguments`): the user's; not changed.
+    """
+    if not args.hub_token:
+        return args, None
+    token, args = args.hub_token, copy.copy(args)
+    args.hub_token = None
+    return args, token
+
+
+class PublishingMixin:
+    """`push_to_hub()`, `push_to_hub=True` with its strategies, and the model card.
+
+    Trainer would upload `training_args.bin` with the token in it, leave out the adapter that diffusers loads, and lose
+    errors of intermediate uploads. Here an upload takes along what `trl_apex.trainers.publishing.UPLOADED` names, in one commit.
+    """
+
+    _hub_token: str | None = None
+
+    def init_hf_repo(self: Any, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it, before any compute.
+
+        Raises:
+            PushError: if the token, the name or the connection will not do.
+        """
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        api = HfApi(token=token or self._hub_token)
+        repo = trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, None, api.endpoint)
+        self.hub_model_id = repo.repo_id
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self: Any,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        hub_model_id: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model and upload it with its card; returns the repository's address, or a future of it.
+
+        Every rank must call it; the main process uploads. The repository is `hub_model_id`, here or in the configuration;
+        by default it is named after `output_dir`.
+
+        Raises:
+            ValueError: if the commit message is the name of a repository.
+            PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
+        """
+        if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
+            raise ValueError(
+                "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
+                f'{commit_message!r}. Pass hub_model_id="{commit_message}", here or in the configuration.'
+            )
+        if hub_model_id is not None:
+            self.args.hub_model_id, self.hub_model_id = hub_model_id, None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        kwargs.pop("model_name", None)
+        self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
+        try:
+            write_figures(self.args.output_dir)
+        except ImportError as error:
+            logger.warning("The model card has no pictures: %s", error)
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        options: dict[str, Any] = {
+            "token": token or self._hub_token,
+            "revision": revision or self.args.hub_revision,
+            "create": False,
+            "commit_message": commit_message or "End of training",
+        }
+        if blocking:
+            return push_run(self.args.output_dir, self.hub_model_id, **options)
+        return HfApi().run_as_future(push_run, self.args.output_dir, self.hub_model_id, **options)
+
+    def create_model_card(
+        self: Any, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the model card of the run as it stands.
+
+        Args:
+            model_name (`str`, *optional*): by default the name of the repository or of the output directory.
+            dataset_name (`str`, *optional*): hub id of the prompts.
+            tags (`str` or `list[str]`, *optional*): further tags.
+            kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
+        """
+        if not self.is_world_process_zero():
+            return
+        further = [tags] if isinstance(tags, str) else list(tags or [])
+        adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        weights = self.reward_weights.tolist()
+        facts = CardFacts(
+            base_model=str(getattr(self.policy.pipeline.config, "_name_or_path", "") or ""),
+            objectives=[
+                {"name": name, "weight": weight, "licence": getattr(func, "weights_licence", "")}
+                for name, weight, func in zip(self.reward_func_names, weights, self.reward_funcs, strict=True)
+            ],
+            tags=list(dict.fromkeys([*self._tag_names, *(["lora"] if adapter else []), *further])),
+            trainer=type(self).__name__,
+            adapter=adapter,
+            denoiser=self.policy.denoiser_name,
+            rule=self.args.multi_objective_aggregation,
+            datasets=[dataset_name] if dataset_name else [],
+            licence=kwargs.get("license"),
+            ema_decay=self.args.ema_decay,
+        )
+        write_model_card(self.args.output_dir, facts, getattr(self, "hub_model_id", None) or model_name)
+
+    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
+        """Upload a whole checkpoint in the background, by `hub_strategy`; a failure is a warning."""
+        strategy = self.args.hub_strategy
+        if self._partial_dir is not None or strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.create_model_card()
+        # The folder is laid out as the repository, out of links that outlive the checkpoint.
+        staged = Path(tempfile.mkdtemp(prefix=".push-", dir=self.args.output_dir))
+        checkpoint = Path(checkpoint_folder)
+        left_out = {"README.md", *(("adapter_model.safetensors",) if self._ema is not None else ())}  # not averaged
+        _link(checkpoint, staged, lambda path: is_uploaded(path) and path not in left_out)
+        shutil.copy(Path(self.args.output_dir) / "README.md", staged)
+        folder = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(str(strategy.value))
+        if folder:
+            _link(checkpoint, staged / folder)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PeftModel) and self._engine == "ddp":
+            with self._ema.averaged() if self._ema is not None else nullcontext():
+                save_denoiser(model, staged / self.policy.denoiser_name)
+        api, repo_id = HfApi(token=self._hub_token), self.hub_model_id
+        options = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": self.args.hub_revision}
+
+        def upload() -> None:
+            try:
+                once = partial(api.upload_folder, repo_id=repo_id, folder_path=staged, **options)
+                trying(once, repo_id, None, api.endpoint)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+
+        job = api.run_as_future(upload)
+        job.add_done_callback(_report_failure)
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress([job])
+        else:
+            self.push_in_progress.jobs.append(job)
+
+
+def _link(source: Path, target: Path, keep: Callable[[str], bool] = lambda path: True) -> None:
+    """The same files in another folder, as links where the disk has them; `keep` takes paths relative to `source`."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        name = path.relative_to(source)
+        if keep(name.as_posix()):
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:
+                shutil.copy(path, place)
+
+
+def _report_failure(job: Future) -> None:
+    error = job.exception()
+    if error is not None:
+        text = str(error) if isinstance(error, PushError) else f"{type(error).__name__} while uploading a checkpoint"
+        logger.warning("%s The run goes on, and the next upload holds everything.", text)
