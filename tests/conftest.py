@@ -4,6 +4,7 @@ Not in the configurations: TRL annotates some of its fields otherwise than it fi
 """
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -16,17 +17,12 @@ from jaxtyping import install_import_hook
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
 
-AGGREGATION = (
-    "aggregator",
-    "conflict",
-    "metrics",
-    "normalize",
-    "priority",
-    "rules",
-    "state",
-)  # options check themselves
-STAGES = ("evaluation", "loss", "policy", "prompts", "rewards", "rollout", "serving", "tiny", "types")
-TRAINER = ("apex_trainer", "diffusion_grpo_trainer", "gradient_probe", "rows")
-MODULES = [f"trl_apex.{stage}" for stage in STAGES] + [f"trl_apex.trainer.{name}" for name in TRAINER]
-MODULES += [f"trl_apex.aggregation.{name}" for name in AGGREGATION]
+# The options of the aggregation check themselves.
+AGGREGATION = ("aggregator", "conflict", "metrics", "normalize", "priority", "rules", "state")
+TRAINERS = ("apex", "diffusion_grpo", "evaluation", "logs", "probe", "weights")
+MODULES = [f"trl_apex.{folder}" for folder in ("diffusion", "evaluation", "prompts", "rewards", "serving", "tiny")]
+MODULES += [f"trl_apex.aggregation.{name}" for name in AGGREGATION] + [f"trl_apex.trainers.{name}" for name in TRAINERS]
+for module in MODULES:  # the hook itself ignores a name that does not exist
+    path = Path(__file__).parents[1] / module.replace(".", "/")
+    assert path.is_dir() or path.with_suffix(".py").is_file(), f"tests/conftest.py names {module}, which does not exist"
 install_import_hook(["tools.tiny_world", *MODULES], "beartype.beartype")
