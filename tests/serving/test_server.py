@@ -239,7 +239,7 @@ def test_where_the_token_comes_from(tmp_path, monkeypatch):
 
 def test_rewards_by_name():
     assert isinstance(load_reward("ocr"), OCRReward)
-    assert load_reward("test_server:zero") is zero
+    assert load_reward(f"{__name__}:zero") is zero
     for spec, message in [
         ("nothing", "must be one of aesthetic"),
         ("no.module:x", "must be importable"),
