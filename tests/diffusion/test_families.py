@@ -5,11 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+)
 from families import FAMILIES, build
 
 from trl_apex.diffusion.families import FAMILIES as REGISTERED
 from trl_apex.diffusion.families import base, load_policy
-from trl_apex.diffusion.rollout import denoise, guided_prediction, keyed_noise
+from trl_apex.diffusion.rollout import denoise, guided_prediction, keyed_noise, sample
 from trl_apex.diffusion.schedule import Sampler
 
 PROMPTS = ['a red circle with "CAT"', 'a blue star with "HUT"']
@@ -99,3 +109,100 @@ def test_a_family_is_one_short_file():
     assert {file.name for file in files} == {"sd3.py", "flux.py", "stable_diffusion.py"}
     for file in files:
         assert len(file.read_text().splitlines()) < 150, file.name
+
+
+@pytest.mark.parametrize(
+    "other, found",
+    [
+        (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "UniPCMultistepScheduler"),
+        (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "DPMSolverMultistep"),
+        (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscreteScheduler"),
+        (EulerDiscreteScheduler(), "EulerDiscreteScheduler"),
+        (DDIMScheduler(), "DDIMScheduler"),
+        (
+            FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+            "FlowMatchEulerDiscreteScheduler with invert_sigmas=True",
+        ),
+    ],
+)
+def test_flow_models_refuse_other_schedulers_by_name(other, found):
+    for name in ("sd3", "flux"):
+        pipeline = build(name)
+        pipeline.scheduler = other
+        with pytest.raises(ValueError, match=f"must be a FlowMatchEulerDiscreteScheduler.*Found {found}"):
+            load_policy(pipeline)
+
+
+def test_noise_predicting_models_refuse_flow_schedulers():
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        DDIMScheduler(prediction_type="sample"),
+    ):
+        pipeline = build("sdxl")
+        pipeline.scheduler = scheduler
+        with pytest.raises(ValueError, match=f"must have betas.*Found {type(scheduler).__name__}"):
+            load_policy(pipeline)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(build("sdxl").scheduler.config)  # as SDXL is published
+    load_policy(pipeline)
+
+
+def test_v_prediction_from_pure_noise_draws_the_pipelines_image_and_trains():
+    pipeline = build("sd2-v")
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    policy = load_policy(pipeline)
+    shape = policy.latent_shape(SIZE, SIZE)
+    noise = keyed_noise([(0,), (1,)], shape)
+    expected = pipeline(
+        PROMPTS, height=SIZE, width=SIZE, latents=noise, num_inference_steps=4, guidance_scale=1.0, output_type="pt"
+    ).images
+    schedule = policy.schedule(4, SIZE, SIZE)
+    assert schedule.sigmas[0] == 0
+    args = (policy, policy.denoiser, Sampler(schedule, "ddim", 1.0), policy.encode(PROMPTS, 12), None, 1.0, noise)
+    torch.testing.assert_close(sample(*args).images, expected.float(), rtol=1e-4, atol=2e-4)
+    rollout = sample(*args, range(3), keyed_noise([(2,), (3,)], (3, *shape)))
+    assert rollout.images.isfinite().all() and rollout.trajectory.log_prob.isfinite().all()
+    pipeline = build("sd1.5")
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    with pytest.raises(ValueError, match="needs a model that predicts v"):
+        load_policy(pipeline).schedule(4, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "sd1.5", "sdxl"])
+def test_a_pipeline_without_a_component_is_refused_by_its_name(name):
+    policy = load_policy(build(name))
+    for component in ("vae", "scheduler", policy.denoiser_name, "tokenizer", *policy.encoder_names):
+        pipeline = build(name)
+        setattr(pipeline, component, None)
+        if component == "text_encoder_3":  # SD3 draws without T5
+            load_policy(pipeline).encode(PROMPTS, 12)
+            continue
+        with pytest.raises(
+            ValueError, match=rf"Found `{component}` None. Load the pipeline without `{component}=None`"
+        ):
+            load_policy(pipeline)
+
+
+def test_sequential_offload_is_refused():
+    pipeline = build("sd3")
+    cpu_offload(pipeline.vae, "cpu")
+    with pytest.raises(ValueError, match="Found `vae` on the meta device.*without `enable_sequential_cpu_offload"):
+        load_policy(pipeline)
+
+
+def test_a_subclass_of_a_supported_pipeline_is_accepted():
+    class Mine(StableDiffusion3Pipeline):
+        pass
+
+    assert isinstance(load_policy(Mine(**build("sd3").components)), REGISTERED["StableDiffusion3Pipeline"])
+
+
+def test_a_size_without_positions_is_refused():
+    policy = load_policy(build("sd3"))
+    assert policy.latent_shape(32, 16) == (16, 16, 8)
+    with pytest.raises(ValueError, match="at most 32 pixels.*Found 36 x 16"):
+        policy.latent_shape(36, 16)

@@ -47,6 +47,9 @@ def test_flow_sde_at_pure_noise_uses_the_second_sigma():
     x = torch.ones(1, 1, 1, 1)
     _, std = flow_sde(x, x, torch.tensor([1.0]), torch.tensor([0.9]), 0.7, sigma_max=0.9)
     assert std.item() == pytest.approx(0.7 * math.sqrt(1 / 0.1) * math.sqrt(0.1), abs=1e-6)
+    for nearly in (0.99999994, 0.9997):  # a grid that starts a little below 1
+        _, close = flow_sde(x, x, torch.tensor([nearly]), torch.tensor([0.9]), 0.7, sigma_max=0.9)
+        assert close.item() == pytest.approx(std.item(), rel=2e-3)
 
 
 def test_ddim_matches_the_diffusers_scheduler():

@@ -35,7 +35,7 @@ class Sampler:
         """The noise-free step that starts at step number `steps`."""
         now, after = self._grid(steps)
         if self.transition == "ddim":
-            return ddim(latents, prediction, now, after, eta=0.0).mean
+            return ddim(latents, prediction, now, after, 0.0, self.schedule.v_prediction).mean
         return flow_euler(latents, prediction, now, after)
 
     def stochastic(
@@ -47,7 +47,7 @@ class Sampler:
             return flow_sde(latents, prediction, now, after, self.noise_level, float(self.schedule.sigmas[1]))
         if self.transition == "cps":
             return cps(latents, prediction, now, after, self.noise_level)
-        return ddim(latents, prediction, now, after, self.noise_level)
+        return ddim(latents, prediction, now, after, self.noise_level, self.schedule.v_prediction)
 
     def log_prob(self, sample: Float[Tensor, "R C H W"], transition: Transition) -> Float[Tensor, "R"]:
         """Log-probability of `sample`, averaged over elements, by the transition's own convention."""

@@ -1,6 +1,8 @@
 """Denoising steps as Gaussian transitions: mean, standard deviation, log-probability.
 
-All arithmetic is float32. `sigma` and `sigma_next` have shape `[R]`; latents and predictions `[R, C, H, W]`.
+In all steps x = `latents` and the prediction have shape `[R, C, H, W]`, and the noise levels before and after (`sigma` and
+`sigma_next`, or `alpha` and `alpha_next`) shape `[R]`. Everything is computed on the device and in the dtype of the latents,
+which are float32.
 """
 
 import math
@@ -18,10 +20,6 @@ class Transition(NamedTuple):
 
     mean: Float[Tensor, "R C H W"]
     std: Float[Tensor, "R 1 1 1"]
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def flow_euler(
@@ -44,22 +42,17 @@ def flow_sde(
 ) -> Transition:
     """One Euler-Maruyama step of the SDE that has the flow's marginals (Flow-SDE).
 
-    With `dt = sigma_next - sigma < 0` and `s = noise_level * sqrt(sigma / (1 - sigma))`:
-
     ```
-    mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
-    std  = s sqrt(-dt)
+    mean = x (1 + s^2 / (2 sigma) dt) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt      dt = sigma_next - sigma < 0
+    std  = s sqrt(-dt)                                                  s = noise_level sqrt(sigma / (1 - sigma))
     ```
 
     Args:
-        latents (`torch.Tensor` of shape `[R, C, H, W]`): x.
-        velocity (`torch.Tensor` of shape `[R, C, H, W]`): v, noise minus image.
-        sigma, sigma_next (`torch.Tensor` of shape `[R]`): noise share before and after.
-        noise_level (`float`): a. At 0 the step is [`flow_euler`].
-        sigma_max (`float`): stands in for sigma in `1 - sigma` where sigma is 1 (the second sigma of the grid).
-
-    Returns:
-        [`Transition`]
+        velocity: v, noise minus image.
+        sigma, sigma_next: noise share before and after.
+        noise_level (`float`): at 0 the step is [`flow_euler`].
+        sigma_max (`float`): the second sigma of the grid. The first one is 1 or nearly so, where s grows without bound: in
+            `1 - sigma`, a sigma above `sigma_max` counts as `sigma_max`.
 
     Example:
         ```python
@@ -74,8 +67,7 @@ def flow_sde(
     """
     sigma, sigma_next = _column(sigma, latents), _column(sigma_next, latents)
     dt = sigma_next - sigma
-    guarded = torch.where(sigma >= 1, torch.full_like(sigma, sigma_max), sigma)
-    s = noise_level * torch.sqrt(sigma / (1 - guarded))
+    s = noise_level * torch.sqrt(sigma / (1 - sigma.clamp(max=sigma_max)))
     mean = latents * (1 + s**2 / (2 * sigma) * dt) + velocity * (1 + s**2 * (1 - sigma) / (2 * sigma)) * dt
     return Transition(mean, s * torch.sqrt(-dt))
 
@@ -94,12 +86,7 @@ def cps(
     mean = (1 - sigma_next) x0 + sqrt(sigma_next^2 - std^2) x1     x0 = x - sigma v, x1 = x + (1 - sigma) v
     ```
 
-    Args:
-        latents, velocity, sigma, sigma_next: as in [`flow_sde`].
-        noise_level (`float` in [0, 1]): 0 is [`flow_euler`], 1 replaces all noise.
-
-    Returns:
-        [`Transition`]
+    At `noise_level` 0 this is [`flow_euler`]; 1 replaces all noise.
 
     Reference: the CPS sampler of Flow-GRPO's code base (coefficients-preserving sampling).
     """
@@ -112,10 +99,11 @@ def cps(
 
 def ddim(
     latents: Float[Tensor, "R C H W"],
-    noise_prediction: Float[Tensor, "R C H W"],
+    prediction: Float[Tensor, "R C H W"],
     alpha: Float[Tensor, "R"],
     alpha_next: Float[Tensor, "R"],
     eta: float,
+    v_prediction: bool = False,
 ) -> Transition:
     """One DDIM step of a variance-preserving model (Stable Diffusion 1.5, SDXL).
 
@@ -125,18 +113,19 @@ def ddim(
     ```
 
     Args:
-        latents (`torch.Tensor` of shape `[R, C, H, W]`): x.
-        noise_prediction (`torch.Tensor` of shape `[R, C, H, W]`): eps.
-        alpha, alpha_next (`torch.Tensor` of shape `[R]`): cumulative signal share (`alphas_cumprod`) before and after.
+        prediction: eps, or v if `v_prediction`: `x0 = sqrt(alpha) x - sqrt(1 - alpha) v` and
+            `eps = sqrt(alpha) v + sqrt(1 - alpha) x`, which hold at alpha 0 too (a schedule that starts from pure noise).
+        alpha, alpha_next: cumulative signal share (`alphas_cumprod`) before and after.
         eta (`float` in [0, 1]): 0 is deterministic, 1 is DDPM's variance.
-
-    Returns:
-        [`Transition`]
 
     Reference: Song et al., arXiv 2010.02502, equations 12 and 16.
     """
     alpha, alpha_next = _column(alpha, latents), _column(alpha_next, latents)
-    image = (latents - torch.sqrt(1 - alpha) * noise_prediction) / torch.sqrt(alpha)
+    signal, noise = torch.sqrt(alpha), torch.sqrt(1 - alpha)
+    if v_prediction:
+        image, noise_prediction = signal * latents - noise * prediction, signal * prediction + noise * latents
+    else:
+        image, noise_prediction = (latents - noise * prediction) / signal, prediction
     std = eta * torch.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next).clamp_min(0))
     mean = torch.sqrt(alpha_next) * image + torch.sqrt((1 - alpha_next - std**2).clamp_min(0)) * noise_prediction
     return Transition(mean, std)
@@ -165,3 +154,7 @@ def log_prob(sample: Float[Tensor, "R C H W"], transition: Transition) -> Float[
 def squared_error_log_prob(sample: Float[Tensor, "R C H W"], transition: Transition) -> Float[Tensor, "R"]:
     """CPS's score, `-(sample - mean)^2` averaged over elements: the log-density without its `1 / (2 std^2)`."""
     return -((sample - transition.mean) ** 2).flatten(1).mean(1)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).reshape(-1, *[1] * (like.dim() - 1))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..diffusion.families import dtype_argument, load_policy
 from ..diffusion.families.base import DiffusionPolicy
-from ..diffusion.rollout import evaluation_noise, sample_deterministic
+from ..diffusion.rollout import evaluation_noise, sample
 from ..diffusion.schedule import Sampler
 from ..prompts import PromptEmbeddings, load_prompts
 from ..prompts.embeddings import unload_encoders
@@ -185,9 +185,8 @@ class _Drawing:
     def _images(self, start: int, prompts: list[str]) -> Tensor:
         initial = evaluation_noise(self.seed, range(start, start + len(prompts)), self.shape)
         embeddings = self.embeddings(prompts, self.device)
-        return sample_deterministic(
-            self.policy, self.policy.denoiser, self.sampler, embeddings, self.negative, self.guidance_scale, initial
-        )
+        policy, guidance = self.policy, self.guidance_scale
+        return sample(policy, policy.denoiser, self.sampler, embeddings, self.negative, guidance, initial).images
 
 
 def summarize_models(records: dict[str, list[Record]], names: list[str], objectives: int) -> dict[str, Any]:

@@ -45,17 +45,19 @@ def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
         [`DiffusionPolicy`]
 
     Raises:
-        ValueError: if the pipeline is of no supported family.
+        ValueError: if the pipeline is of no supported family, or lacks a component or a suitable scheduler.
         FileNotFoundError: if `model` looks like a folder and there is none.
     """
     if isinstance(model, str):
         if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
             raise FileNotFoundError(f"The folder of a model must exist. Found no {model}. Check the path.")
         model = diffusers.DiffusionPipeline.from_pretrained(model, **from_pretrained_kwargs)
-    name = type(model).__name__
-    if name not in FAMILIES:
+    family = next((FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
+    if family is None:
         raise ValueError(
-            f"`model` must be a supported text-to-image pipeline: {', '.join(FAMILIES)}. Found {name}. "
+            f"`model` must be a supported text-to-image pipeline: {', '.join(FAMILIES)}. Found {type(model).__name__}. "
             "Pass a hub id, a folder in diffusers' format or a pipeline object of one of these classes."
         )
-    return FAMILIES[name](model)
+    policy = family(model)
+    policy.check()
+    return policy

@@ -1,4 +1,4 @@
-"""What a family of pipelines has to tell: how prompts are encoded, the denoiser called, latents decoded."""
+"""What a family of pipelines defines: how prompts are encoded, the denoiser is called and latents are decoded."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -27,6 +27,8 @@ class DiffusionPolicy(ABC):
     """Name of the trained component in the pipeline."""
     encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2", "text_encoder_3")
     """Names of the components that only prompts need, and that may be unloaded once these are encoded."""
+    optional_encoders: ClassVar[tuple[str, ...]] = ()
+    """Those of `encoder_names` that the pipeline works without."""
     lora_targets: ClassVar[tuple[str, ...]]
     """Default LoRA target modules of the denoiser."""
     transitions: ClassVar[tuple[str, ...]] = ("flow_sde", "cps")
@@ -41,6 +43,44 @@ class DiffusionPolicy(ABC):
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
+
+    def check(self) -> None:
+        """Refuse a pipeline whose components cannot sample or train.
+
+        Raises:
+            ValueError: names the component and the remedy.
+        """
+        needed = ["scheduler", "vae", self.denoiser_name, *self.encoder_names]
+        needed += [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
+        optional = {*self.optional_encoders, *(n.replace("text_encoder", "tokenizer") for n in self.optional_encoders)}
+        for name, component in self.pipeline.components.items():
+            if component is None and name in needed and name not in optional:
+                raise ValueError(
+                    f"A {type(self.pipeline).__name__} must be loaded with all that it samples with. Found `{name}` None. "
+                    f"Load the pipeline without `{name}=None`."
+                )
+            if isinstance(component, nn.Module) and any(p.is_meta for p in component.parameters()):
+                raise ValueError(
+                    f"The weights of a pipeline must be in memory. Found `{name}` on the meta device, as sequential CPU "
+                    "offload leaves it. Load the pipeline without `enable_sequential_cpu_offload()` or a `device_map`."
+                )
+        self.check_scheduler(self.pipeline.scheduler)
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Raise a ValueError for a scheduler whose grid or steps are not those of the family's transitions."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        found = type(scheduler).__name__
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            options = [name for name in ("invert_sigmas", "stochastic_sampling") if scheduler.config.get(name)]
+            if not options:
+                return
+            found += f" with {' and '.join(f'{name}=True' for name in options)}"
+        raise ValueError(
+            f"The scheduler of a {type(self.pipeline).__name__} must be a FlowMatchEulerDiscreteScheduler, without inverted "
+            f"sigmas and stochastic sampling. Found {found}. Load the model's own with "
+            "`FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder='scheduler')`."
+        )
 
     @property
     def denoiser(self) -> Any:
@@ -113,7 +153,7 @@ class DiffusionPolicy(ABC):
         embeddings: Embeddings,
         guidance_scale: float,
     ) -> Float[Tensor, "R C H W"]:
-        """One forward of `model`, unguided: the velocity `noise - image` (flows) or the noise (DDIM)."""
+        """One forward of `model`, unguided: the velocity `noise - image` (flows), or the noise or v (DDIM)."""
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
@@ -137,3 +177,30 @@ class DiffusionPolicy(ABC):
             if upcast:
                 vae.to(own_dtype)
         return torch.cat(images)
+
+
+JOINT_ATTENTION = tuple(
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+"""LoRA targets of the transformers that attend to image and text together (SD3, FLUX)."""
+
+
+def flow_schedule(scheduler: Any, num_steps: int, tokens: int, sigmas: Any = None) -> Schedule:
+    """The grid of a `FlowMatchEulerDiscreteScheduler`, which is left as it is.
+
+    Args:
+        scheduler (`FlowMatchEulerDiscreteScheduler`): shifted as its configuration says.
+        num_steps (`int`): T.
+        tokens (`int`): patches of an image, which dynamic shifting depends on.
+        sigmas (array of T numbers, *optional*): the noise levels before shifting; the scheduler's own by default.
+    """
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = type(scheduler).from_config(scheduler.config)
+    config, kwargs = scheduler.config, {} if sigmas is None else {"sigmas": sigmas}
+    if config.use_dynamic_shifting:
+        bounds = config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        kwargs["mu"] = calculate_shift(tokens, *bounds)
+    scheduler.set_timesteps(num_steps, device="cpu", **kwargs)
+    return Schedule(scheduler.sigmas.float(), scheduler.timesteps.float())

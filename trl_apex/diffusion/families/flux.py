@@ -1,29 +1,18 @@
 """FLUX.1 (dev and schnell): packed latents, guidance told to the model."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..nouns import Embeddings, Schedule
-from .base import DiffusionPolicy
+from .base import JOINT_ATTENTION, DiffusionPolicy, flow_schedule
 
 
 class FluxPolicy(DiffusionPolicy):
     """`FluxPipeline`: CLIP and T5, rectified flow. Trajectories hold unpacked latents `[C, H, W]`."""
 
     encoder_names = ("text_encoder", "text_encoder_2")
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
     training_size = 512
     batched_guidance = False
 
@@ -47,24 +36,9 @@ class FluxPolicy(DiffusionPolicy):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        config = scheduler.config
-        kwargs: dict[str, Any] = {"num_inference_steps": num_steps}
-        if not getattr(config, "use_flow_sigmas", False):
-            kwargs["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
-        if config.use_dynamic_shifting:
-            _, rows, columns = self.latent_shape(height, width)
-            kwargs["mu"] = calculate_shift(
-                rows * columns // 4,
-                config.base_image_seq_len,
-                config.max_image_seq_len,
-                config.base_shift,
-                config.max_shift,
-            )
-        scheduler.set_timesteps(device="cpu", **kwargs)
-        return Schedule(scheduler.sigmas.float(), scheduler.timesteps.float())
+        _, rows, columns = self.latent_shape(height, width)
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+        return flow_schedule(self.pipeline.scheduler, num_steps, rows * columns // 4, sigmas)
 
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float

@@ -4,26 +4,27 @@ import torch
 from torch import Tensor, nn
 
 from ..nouns import Embeddings, Schedule
-from .base import DiffusionPolicy
+from .base import JOINT_ATTENTION, DiffusionPolicy, flow_schedule
 
 
 class SD3Policy(DiffusionPolicy):
     """`StableDiffusion3Pipeline`: two CLIP encoders and T5, rectified flow, MM-DiT."""
 
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets = JOINT_ATTENTION
+    optional_encoders = ("text_encoder_3",)
     training_size = 512
 
     def size_multiple(self) -> int:
         return self.vae_scale_factor * self.denoiser.config.patch_size
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        largest = self.size_multiple() * (self.denoiser.config.pos_embed_max_size or height + width)
+        if max(height, width) > largest:
+            raise ValueError(
+                f"`height` and `width` must be at most {largest} pixels: the model has no positions beyond "
+                f"(`pos_embed_max_size`). Found {height} x {width}. Use a smaller size."
+            )
+        return super().latent_shape(height, width)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
@@ -38,19 +39,8 @@ class SD3Policy(DiffusionPolicy):
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
     def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        kwargs = {}
-        if scheduler.config.use_dynamic_shifting:
-            from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-            _, rows, columns = self.latent_shape(height, width)
-            tokens = rows * columns // self.denoiser.config.patch_size**2
-            config = scheduler.config
-            kwargs["mu"] = calculate_shift(
-                tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-            )
-        scheduler.set_timesteps(num_steps, device="cpu", **kwargs)
-        return Schedule(scheduler.sigmas.float(), scheduler.timesteps.float())
+        _, rows, columns = self.latent_shape(height, width)
+        return flow_schedule(self.pipeline.scheduler, num_steps, rows * columns // self.denoiser.config.patch_size**2)
 
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x, 2.x and XL, sampled with DDIM: the setting of DDPO."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,36 +26,39 @@ class StableDiffusionPolicy(DiffusionPolicy):
         embeds, _ = self.pipeline.encode_prompt(prompts, encoder.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds}
 
+    def check_scheduler(self, scheduler: Any) -> None:
+        """Any scheduler with the betas of a noise or v prediction: steps are DDIM's on its betas."""
+        config = getattr(scheduler, "config", {})
+        kind = config.get("prediction_type")
+        if "beta_start" not in config or kind not in ("epsilon", "v_prediction") or config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"The scheduler of a {type(self.pipeline).__name__} must have betas and the `prediction_type` 'epsilon' or "
+                f"'v_prediction', without flow sigmas. Found {type(scheduler).__name__} with {kind!r}. Load the model's own "
+                "with `DDIMScheduler.from_pretrained(model, subfolder='scheduler')`."
+            )
+
     def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(num_steps)
-        timesteps = scheduler.timesteps
+        timesteps, v_prediction = scheduler.timesteps, scheduler.config.prediction_type == "v_prediction"
         before = scheduler.alphas_cumprod[timesteps]
+        if before[0] == 0 and not v_prediction:
+            raise ValueError(
+                "A schedule that starts without signal (`rescale_betas_zero_snr`) needs a model that predicts v. Found "
+                "`prediction_type` 'epsilon'. Set rescale_betas_zero_snr=False."
+            )
         last = timesteps[-1] - scheduler.config.num_train_timesteps // num_steps
         final = scheduler.alphas_cumprod[last] if last >= 0 else scheduler.final_alpha_cumprod
-        return Schedule(torch.cat([before, final.reshape(1)]).float(), timesteps.float())
+        return Schedule(torch.cat([before, final.reshape(1)]).float(), timesteps.float(), v_prediction)
 
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float
     ) -> Tensor:
         embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
-        output = model(
-            sample=latents.to(self.dtype),
-            timestep=timesteps,
-            return_dict=False,
-            **self._conditions(latents, embeddings),
-        )[0]
-        kind = self.pipeline.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return output
-        if kind == "v_prediction":
-            alpha = self.pipeline.scheduler.alphas_cumprod.to(latents.device)[timesteps.long()].view(-1, 1, 1, 1)
-            return alpha.sqrt() * output + (1 - alpha).sqrt() * latents
-        raise ValueError(
-            f"The scheduler's `prediction_type` must be 'epsilon' or 'v_prediction'. Found {kind!r}. Use another model."
-        )
+        conditions = self._conditions(latents, embeddings)
+        return model(sample=latents.to(self.dtype), timestep=timesteps, return_dict=False, **conditions)[0]
 
     def _conditions(self, latents: Tensor, embeddings: Embeddings) -> dict:
         return embeddings
