@@ -12,53 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 Images = Sequence[Image.Image] | Tensor
-
+METADATA_COLUMN = "prompt_metadata"
 
 # Loading sets PyTorch's default dtype for a moment, for the whole process: one network at a time.
 _LOADING = threading.RLock()
-
-
-class RewardLoadError(ValueError):
-    """A reward could not load its weights or is set up wrongly: the run cannot go on with it."""
-
-
-class TransientRewardError(ConnectionError):
-    """A failure that may pass, such as a busy server. The scorer tries the call again.
-
-    Args:
-        message (`str`): The cause, in one line.
-        retry_after (`float`, *optional*): Seconds that the other side asked to wait.
-    """
-
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class RewardList(list):
-    """Rewards of a batch, with the cause of each missing one.
-
-    A plain list is enough for a reward function. This one also tells a sample that could not be scored because
-    something broke (`errors[i]` is a string) from one that the reward does not apply to (`errors[i]` is None).
-
-    Args:
-        rewards (`Sequence[float | None]`): One number or None per sample.
-        errors (`Sequence[str | None]`, *optional*): One cause or None per sample.
-
-    Example:
-
-    ```python
-    >>> from trl_apex.rewards.base import RewardList
-    >>> rewards = RewardList([0.5, None], errors=[None, "the image is truncated"])
-    >>> rewards, rewards.errors
-    ([0.5, None], [None, 'the image is truncated'])
-
-    ```
-    """
-
-    def __init__(self, rewards: Sequence[float | None], errors: Sequence[str | None] | None = None) -> None:
-        super().__init__(rewards)
-        self.errors: list[str | None] = list(errors) if errors is not None else [None] * len(rewards)
 
 
 @runtime_checkable
@@ -76,7 +33,8 @@ class Reward:
     """Base of this package's rewards: a name, loading at the first call, batches, pickling and unloading.
 
     A subclass implements `_load()`, which returns whatever it must hold in memory, and
-    `_score(loaded, images, prompts, columns)`, which scores one batch.
+    `_score(loaded, images, prompts, columns)`, which scores one batch. Networks are not thread-safe, so one instance
+    scores one batch at a time.
 
     Args:
         name (`str`, *optional*): Name of the objective. Defaults to the class's own.
@@ -88,9 +46,6 @@ class Reward:
 
     Raises:
         ValueError: If `batch_size` is below 1.
-
-    Note:
-        Networks are not thread-safe, so one instance scores one batch at a time.
     """
 
     default_name: ClassVar[str] = "reward"
@@ -136,24 +91,15 @@ class Reward:
         Raises:
             ValueError: If there is not one image per prompt.
         """
-        batch = images if images is not None else completions
-        if batch is None or len(batch) != len(prompts):
-            found = "no images" if batch is None else f"{len(batch)} images"
-            raise ValueError(
-                f"`{self.__name__}` needs one image per prompt. Found {found} for {len(prompts)} prompts. "
-                "Pass `completions` or `images` of the same length as `prompts`."
-            )
+        batch = one_per_prompt(self.__name__, prompts, images if images is not None else completions)
+        columns = {key: value for key, value in columns.items() if is_column(value, len(prompts))}
         rewards: list[float | None] = []
         with self._lock, torch.inference_mode():
             loaded = self.load()
             for start in range(0, len(prompts), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                per_sample = {
-                    key: value[part]
-                    for key, value in columns.items()
-                    if isinstance(value, (list, tuple)) and len(value) == len(prompts)
-                }
-                rewards += self._score(loaded, batch[part], list(prompts[part]), per_sample)
+                own = {key: value[part] for key, value in columns.items()}
+                rewards += self._score(loaded, batch[part], list(prompts[part]), own)
         return rewards
 
     def load(self) -> Any:
@@ -202,6 +148,104 @@ class Reward:
         return f"{type(self).__name__}(name={self.__name__!r}, device={str(self.device)!r}, dtype={self.dtype})"
 
 
+class RewardList(list):
+    """Rewards of a batch, with the cause of each missing one.
+
+    A reward function may return a plain list. This one also tells a sample that could not be scored because something
+    broke (`errors[i]` is a string) from one that the reward does not apply to (`errors[i]` is None).
+
+    Args:
+        rewards (`Sequence[float | None]`): One number or None per sample.
+        errors (`Sequence[str | None]`, *optional*): One cause or None per sample.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.base import RewardList
+    >>> rewards = RewardList([0.5, None], errors=[None, "the image is truncated"])
+    >>> rewards, rewards.errors
+    ([0.5, None], [None, 'the image is truncated'])
+
+    ```
+    """
+
+    def __init__(self, rewards: Sequence[float | None], errors: Sequence[str | None] | None = None) -> None:
+        super().__init__(rewards)
+        self.errors: list[str | None] = list(errors) if errors is not None else [None] * len(rewards)
+
+
+class RewardLoadError(ValueError):
+    """A reward could not load its weights or is set up wrongly: the run cannot go on with it."""
+
+
+class TransientRewardError(ConnectionError):
+    """A failure that may pass, such as a busy server. The scorer tries the call again.
+
+    Args:
+        message (`str`): The cause, in one line.
+        retry_after (`float`, *optional*): Seconds that the other side asked to wait.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Callable:
+    """Adapt `reward_function(images, prompts, metadata) -> (rewards, reward_metadata)`.
+
+    Args:
+        reward_function (`Callable`): as in `trl.DDPOTrainer`: takes images as a float tensor of shape `[B, 3, H, W]` in
+            [0, 1], a tuple of B prompts and a tuple of B metadata, and returns B rewards and something that is dropped.
+        name (`str`, *optional*): of the objective; by default the function's own.
+
+    Returns:
+        `Callable`: takes this package's keywords. The metadata are dictionaries of the dataset's columns, or, where the
+        dataset has the column `prompt_metadata`, what is in there.
+
+    Example:
+        >>> def brightness(images, prompts, metadata):
+        ...     return images.mean((1, 2, 3)), {}
+        >>> reward = reward_from_ddpo(brightness)
+        >>> reward.__name__, reward(prompts=["grey"], completions=None, images=torch.full((1, 3, 8, 8), 0.5))
+        ('brightness', [0.5])
+    """
+
+    def reward(
+        prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
+    ) -> list[float]:
+        if images is None:
+            images = torch.from_numpy(np.stack(to_arrays(completions or []))).permute(0, 3, 1, 2).float() / 255
+        rows = {key: list(value) for key, value in columns.items() if is_column(value, len(prompts))}
+        metadata: list[Any] = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
+        metadata = rows.get(METADATA_COLUMN, metadata or [{}] * len(prompts))
+        values, _ = reward_function(images, tuple(prompts), tuple(metadata))
+        return torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+
+    reward.__name__ = str(name or getattr(reward_function, "__name__", type(reward_function).__name__))
+    return reward
+
+
+def one_per_prompt(name: str, prompts: Sequence[str], batch: Images | None) -> Images:
+    """The images of a call of the reward `name`.
+
+    Raises:
+        ValueError: If there is not one image per prompt.
+    """
+    if batch is None or len(batch) != len(prompts):
+        found = "no images" if batch is None else f"{len(batch)} images"
+        raise ValueError(
+            f"`{name}` needs one image per prompt. Found {found} for {len(prompts)} prompts. "
+            "Pass `completions` or `images` of the same length as `prompts`."
+        )
+    return batch
+
+
+def is_column(value: Any, size: int) -> bool:
+    """Whether a keyword of a reward call holds one entry per sample."""
+    return isinstance(value, list | tuple) and len(value) == size
+
+
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -233,9 +277,6 @@ def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
     Args:
         images (`Tensor` of shape `[B, 3, H, W]`): Floats in [0, 1], or bytes, which pass unchanged.
 
-    Returns:
-        `Tensor` of shape `[B, 3, H, W]`, uint8.
-
     Raises:
         ValueError: If `images` has another shape or is neither float nor uint8.
 
@@ -264,12 +305,6 @@ def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
 def to_arrays(images: Images) -> list[UInt8[np.ndarray, "H W 3"]]:
     """The images as RGB byte arrays, channels last, the form that PIL and OpenCV share.
 
-    Args:
-        images (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The batch.
-
-    Returns:
-        `list[np.ndarray]`, one `[H, W, 3]` uint8 array per image.
-
     Example:
 
     ```python
@@ -282,17 +317,11 @@ def to_arrays(images: Images) -> list[UInt8[np.ndarray, "H W 3"]]:
     """
     if isinstance(images, Tensor):
         return list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
-    return [np.asarray(image.convert("RGB")) for image in images]
+    return [np.asarray(to_rgb(image)) for image in images]
 
 
 def to_pil(images: Images) -> list[Image.Image]:
     """The images as RGB PIL images.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The batch.
-
-    Returns:
-        `list[PIL.Image.Image]`.
 
     Example:
 
@@ -306,7 +335,33 @@ def to_pil(images: Images) -> list[Image.Image]:
     """
     if isinstance(images, Tensor):
         return [Image.fromarray(array) for array in to_arrays(images)]
-    return [image.convert("RGB") for image in images]
+    return [to_rgb(image) for image in images]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image in RGB; 16-bit gray is scaled to 8 bits, which `convert("RGB")` would clip.
+
+    Raises:
+        ValueError: If the image is in a mode whose range is not defined.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from trl_apex.rewards.base import to_rgb
+    >>> to_rgb(Image.new("I;16", (1, 1), 51400)).getpixel((0, 0))
+    (200, 200, 200)
+
+    ```
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"An image must be in a mode of 8 or 16 bits. Found mode {image.mode!r}, whose range is not defined. Scale "
+            'it to 0 to 255 and convert it to "RGB".'
+        )
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def find_weights(source: str, keyword: str) -> Path:
@@ -315,9 +370,6 @@ def find_weights(source: str, keyword: str) -> Path:
     Args:
         source (`str`): A local file, or `"owner/repo:FILE"`, or `"owner/repo"` with one weights file in it.
         keyword (`str`): The argument that `source` came from, for the error message.
-
-    Returns:
-        `Path`.
 
     Raises:
         RewardLoadError: If the repository does not hold exactly one weights file and none is named.
@@ -345,9 +397,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path (`Path`): A `.safetensors` file, or a PyTorch file, which is read with `weights_only=True`; a nested
             `"state_dict"` is unwrapped.
 
-    Returns:
-        `dict[str, Tensor]`.
-
     Raises:
         RewardLoadError: If the file holds something other than tensors.
     """
@@ -374,58 +423,11 @@ def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str
     Raises:
         RewardLoadError: If tensors are missing or left over.
     """
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.endswith("position_ids")]
-    unexpected = [key for key in unexpected if not key.endswith("position_ids")]
+    found = module.load_state_dict(state, strict=False)
+    missing, unexpected = ([key for key in keys if not key.endswith("position_ids")] for keys in found)
     if missing or unexpected:
         raise RewardLoadError(
             f"{source} must hold the tensors of {type(module).__name__}. Found {len(missing)} missing "
             f"({', '.join(missing[:3])}) and {len(unexpected)} left over ({', '.join(unexpected[:3])}). "
             "Pass the file that belongs to this reward."
         )
-
-
-METADATA_COLUMN = "prompt_metadata"
-
-
-def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Callable:
-    """Adapt `reward_function(images, prompts, metadata) -> (rewards, reward_metadata)`.
-
-    Args:
-        reward_function (`Callable`): as in `trl.DDPOTrainer`: takes images as a float tensor of shape `[B, 3, H, W]` in
-            [0, 1], a tuple of B prompts and a tuple of B metadata, and returns B rewards and something that is dropped.
-        name (`str`, *optional*): of the objective; by default the function's own.
-
-    Returns:
-        `Callable`: takes this package's keywords. The metadata are dictionaries of the dataset's columns, or, where the
-        dataset has the column `prompt_metadata`, what is in there.
-
-    Example:
-        >>> def brightness(images, prompts, metadata):
-        ...     return images.mean((1, 2, 3)), {}
-        >>> reward = reward_from_ddpo(brightness)
-        >>> reward.__name__, reward(prompts=["grey"], completions=None, images=torch.full((1, 3, 8, 8), 0.5))
-        ('brightness', [0.5])
-    """
-
-    def reward(
-        prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
-    ) -> list[float]:
-        batch = images if images is not None else _tensor(completions)
-        rows = {key: list(value) for key, value in columns.items() if _is_column(value, len(prompts))}
-        metadata: list[Any] = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
-        metadata = rows.get(METADATA_COLUMN, metadata or [{}] * len(prompts))
-        values, _ = reward_function(batch, tuple(prompts), tuple(metadata))
-        return torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
-
-    reward.__name__ = str(name or getattr(reward_function, "__name__", type(reward_function).__name__))
-    return reward
-
-
-def _is_column(value: Any, size: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == size
-
-
-def _tensor(pictures: Any) -> Tensor:
-    arrays = np.stack(list(to_arrays(pictures)))
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255

@@ -1,4 +1,4 @@
-"""Rewards on a CLIP tower: CLIPScore, PickScore, HPSv2 and the aesthetic score. Rewards that use the same weights share them."""
+"""Rewards on a CLIP tower: PickScore, CLIPScore, HPSv2 and the aesthetic score. Rewards that use the same weights share them."""
 
 import hashlib
 import re
@@ -25,6 +25,243 @@ from trl_apex.rewards.base import (
     to_arrays,
     to_pil,
 )
+
+CLIP_L = "openai/clip-vit-large-patch14"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+class CLIPScoreReward(Reward):
+    """CLIPScore: the image-text cosine of CLIP, in hundredths.
+
+    `r = 100 cos(e_text, e_image)`
+
+    Range: -100 to 100, in practice 10 to 40, larger is better. Weights: `openai/clip-vit-large-patch14`, MIT. The
+    article's own score is `2.5 max(cos, 0)` with ViT-B/32. A negative cosine is not clipped here, so that the reward
+    keeps a slope everywhere.
+
+    Args:
+        model (`str`, *optional*): Hub id or local folder of a `CLIPModel`. [`AestheticReward`] has the same one.
+        processor (`str`, *optional*): Hub id or local folder of its processor. Defaults to `model`.
+        name, device, dtype, batch_size: See [`Reward`].
+
+    Reference:
+        Hessel et al., CLIPScore, arXiv 2104.08718.
+    """
+
+    default_name = "clip_score"
+    range = "-100 to 100, in practice 10 to 40, larger is better"
+    weights_licence = "MIT"
+
+    def __init__(
+        self,
+        model: str = CLIP_L,
+        processor: str | None = None,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(name, device, dtype, batch_size)
+        self.model, self.processor = model, processor
+
+    def _load(self) -> "CLIPTower":
+        return shared_tower(self.model, self.processor, self.device, self.dtype)
+
+    def _score(self, loaded: "CLIPTower", images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        return (100 * loaded.cosines(prompts, images)).tolist()
+
+
+class PickScoreReward(CLIPScoreReward):
+    """PickScore: the scaled image-text cosine of a CLIP-H that was tuned on human picks.
+
+    `r = exp(logit_scale) cos(e_text, e_image)`
+
+    Range: raw scale, about 15 to 26 (Stable Diffusion 3.5 medium scores 21.72 on Pick-a-Pic's test prompts), larger
+    is better. Weights: `yuvalkirstain/PickScore_v1`, MIT. Flow-GRPO trains on the value divided by 26, which gives the
+    same advantages.
+
+    Args:
+        model (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
+        processor (`str`, *optional*): Hub id or local folder of its processor; None for `model`'s own.
+        name, device, dtype, batch_size: See [`Reward`].
+
+    Reference:
+        Kirstain et al., Pick-a-Pic, arXiv 2305.01569.
+    """
+
+    default_name = "pickscore"
+    range = "raw, about 15 to 26, larger is better"
+
+    def __init__(
+        self,
+        model: str = "yuvalkirstain/PickScore_v1",
+        processor: str | None = CLIP_H,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(model, processor, name, device, dtype, batch_size)
+
+    def _score(self, loaded: "CLIPTower", images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        return (loaded.logit_scale * loaded.cosines(prompts, images)).tolist()
+
+
+class HPSv2Reward(Reward):
+    """HPSv2: the image-text cosine of a CLIP-H that was tuned on human choices.
+
+    `r = cos(e_text, e_image)`
+
+    Range: raw cosine, about 0.15 to 0.35, larger is better; tables often show it times 100. Weights: `xswu/HPSv2`,
+    Apache-2.0, in open_clip's layout; they are converted to transformers' `CLIPModel` when they load. An image that is
+    not square is fitted into a black square, as the authors' code does; other CLIP rewards cut its centre out.
+
+    Args:
+        weights (`str`, *optional*): A local file in open_clip's layout, or `"owner/repo:FILE"` on the hub.
+        clip (`str`, *optional*): Hub id or local folder with the configuration and processor of the same CLIP.
+        name, device, dtype, batch_size: See [`Reward`].
+
+    Reference:
+        Wu et al., Human Preference Score v2, arXiv 2306.09341.
+    """
+
+    default_name = "hpsv2"
+    range = "raw cosine, about 0.15 to 0.35, larger is better"
+    weights_licence = "Apache-2.0"
+
+    def __init__(
+        self,
+        weights: str = "xswu/HPSv2:HPS_v2.1_compressed.pt",
+        clip: str = CLIP_H,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(name, device, dtype, batch_size)
+        self.weights, self.clip = weights, clip
+
+    def _load(self) -> "CLIPTower":
+        return shared_tower(self.weights, self.clip, self.device, self.dtype, load=self._load_clip)
+
+    def _load_clip(self, weights: str) -> Any:
+        from transformers import CLIPConfig, CLIPModel
+
+        path = find_weights(weights, "weights")
+        model = CLIPModel(CLIPConfig.from_pretrained(self.clip))
+        load_strictly(model, from_open_clip(read_weights(path)), path.name)
+        return model
+
+    def _score(self, loaded: "CLIPTower", images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        side = loaded.model.config.vision_config.image_size
+        return loaded.cosines(prompts, [fit_square(image, side) for image in to_pil(images)]).tolist()
+
+
+class AestheticReward(Reward):
+    """LAION's aesthetic predictor: a linear head on the normalized CLIP-L image embedding.
+
+    `r = head(e / ||e||)`
+
+    Range: raw, about 1 to 10 (Stable Diffusion 3.5 medium: about 5.4), larger is better. Weights:
+    `openai/clip-vit-large-patch14`, MIT; head `sac+logos+ava1-l14-linearMSE`, Apache-2.0.
+
+    Args:
+        clip (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
+        head (`str`, *optional*): The head's weights: a local `.safetensors` or `.pth` file, or a hub id, optionally
+            with a file name after a colon (`"owner/repo:file.safetensors"`).
+        processor (`str`, *optional*): Hub id or local folder of CLIP's processor. Defaults to `clip`.
+        dtype (`torch.dtype`, *optional*): Precision of CLIP, float32 by default; the head is always float32.
+        name, device, batch_size: See [`Reward`].
+
+    Reference:
+        LAION's improved aesthetic predictor, on the SAC, Logos and AVA ratings.
+    """
+
+    default_name = "aesthetic"
+    range = "raw, about 1 to 10, larger is better"
+    weights_licence = "MIT (CLIP), Apache-2.0 (head)"
+
+    def __init__(
+        self,
+        clip: str = CLIP_L,
+        head: str = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth",
+        processor: str | None = None,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(name, device, dtype, batch_size)
+        self.clip, self.head, self.processor = clip, head, processor
+
+    def _load(self) -> tuple["CLIPTower", "AestheticHead"]:
+        tower = shared_tower(self.clip, self.processor, self.device, self.dtype)
+        return tower, load_head(find_weights(self.head, "head")).to(self.device)
+
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        tower, head = loaded
+        return head(tower.encode_images(images)).tolist()
+
+
+class CLIPTower:
+    """A CLIP model with its processor; embeddings come out L2-normalized, in float32, on the model's device.
+
+    Args:
+        model (`CLIPModel`): The model, on its device.
+        processor (`str`): Hub id or local folder of its processor.
+        images_kept (`int`, *optional*, defaults to `1024`): Image embeddings kept.
+        prompts_kept (`int`, *optional*, defaults to `65536`): Prompt embeddings kept.
+    """
+
+    def __init__(self, model: Any, processor: str, images_kept: int = 1024, prompts_kept: int = 65536) -> None:
+        from transformers import AutoTokenizer, CLIPImageProcessorPil
+
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(processor)
+        self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor)
+        self.image_embeddings = EmbeddingCache(images_kept)
+        self.text_embeddings = EmbeddingCache(prompts_kept)
+        self._lock = threading.RLock()
+
+    @property
+    def logit_scale(self) -> float:
+        """The learned temperature, `exp` already taken."""
+        return self.model.logit_scale.detach().float().exp().item()
+
+    def cosines(self, prompts: list[str], images: Images) -> Float[Tensor, "B"]:
+        """`cos(e_text, e_image)` of each prompt with its image."""
+        return (self.encode_prompts(prompts) * self.encode_images(images)).sum(-1)
+
+    def encode_images(self, images: Images) -> Float[Tensor, "B D"]:
+        """Normalized image embeddings."""
+        arrays = to_arrays(images)
+        keys = [(array.shape, hashlib.blake2b(array.tobytes(), digest_size=16).digest()) for array in arrays]
+
+        def embed(missing: list[int]) -> Tensor:
+            new = [arrays[i] for i in missing]
+            inputs = self.image_processor(new, return_tensors="pt", input_data_format="channels_last")
+            pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
+            return normalize(self.model.get_image_features(pixel_values=pixels).pooler_output)
+
+        with self._lock, torch.inference_mode():
+            return self.image_embeddings.get(keys, embed)
+
+    def encode_prompts(self, prompts: list[str]) -> Float[Tensor, "B D"]:
+        """Normalized text embeddings; prompts beyond the model's length are cut."""
+
+        def embed(missing: list[int]) -> Tensor:
+            tokens = self.tokenizer(
+                [prompts[i] for i in missing],
+                padding=True,
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
+            ).to(self.model.device)
+            ids, mask = tokens["input_ids"], tokens["attention_mask"]
+            return normalize(self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output)
+
+        with self._lock, torch.inference_mode():
+            return self.text_embeddings.get(prompts, embed)
 
 
 class EmbeddingCache:
@@ -54,95 +291,34 @@ class EmbeddingCache:
 
     def get(self, keys: list, embed: Callable[[list[int]], Tensor]) -> Float[Tensor, "B D"]:
         """The embedding of each key; `embed` computes those of the positions in `keys` that are new."""
-        first = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._kept}
-        fresh: dict[Any, Tensor] = {}
-        if first:
-            missing = sorted(first.values())
-            self.misses += len(missing)
+        missing = [i for i, key in enumerate(keys) if key not in self._kept and keys.index(key) == i]
+        self.misses += len(missing)
+        if missing:
             # A clone per row, so that a kept row does not hold the whole batch in memory.
-            fresh = {keys[i]: row.clone() for i, row in zip(missing, embed(missing), strict=True)}
-        rows = [fresh[key] if key in fresh else self._kept[key] for key in keys]
-        for key, row in zip(keys, rows, strict=True):
-            self._kept[key] = row
+            self._kept |= {keys[i]: row.clone() for i, row in zip(missing, embed(missing), strict=True)}
+        for key in keys:
             self._kept.move_to_end(key)
+        rows = torch.stack([self._kept[key] for key in keys])
         while len(self._kept) > self.size:
             self._kept.popitem(last=False)
-        return torch.stack(rows)
+        return rows
 
 
-class CLIPTower:
-    """A CLIP model with its processor; embeddings come out L2-normalized, in float32.
+def normalize(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """`e / ||e||` in float32.
 
-    Args:
-        model (`CLIPModel`): The model, on its device.
-        processor (`str`): Hub id or local folder of its processor.
-        images_kept (`int`, *optional*, defaults to `1024`): Image embeddings kept.
-        prompts_kept (`int`, *optional*, defaults to `65536`): Prompt embeddings kept.
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_apex.rewards.clip import normalize
+    >>> [round(x, 4) for x in normalize(torch.tensor([[3.0, 4.0]]))[0].tolist()]
+    [0.6, 0.8]
+
+    ```
     """
-
-    def __init__(self, model: Any, processor: str, images_kept: int = 1024, prompts_kept: int = 65536) -> None:
-        from transformers import AutoTokenizer
-
-        self.model = model.eval().requires_grad_(False)
-        self.device, self.dtype = model.device, model.dtype
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(processor)
-        self.image_processor: Any = clip_image_processor_class().from_pretrained(processor)
-        self.image_embeddings = EmbeddingCache(images_kept)
-        self.text_embeddings = EmbeddingCache(prompts_kept)
-        self._lock = threading.RLock()
-
-    @property
-    def logit_scale(self) -> float:
-        """The learned temperature, `exp` already taken."""
-        return self.model.logit_scale.detach().float().exp().item()
-
-    def encode_images(self, images: Images) -> Float[Tensor, "B D"]:
-        """Normalized image embeddings.
-
-        Args:
-            images (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The batch.
-
-        Returns:
-            `Tensor` of shape `[B, D]`, float32, on the tower's device.
-        """
-        arrays = to_arrays(images)
-        keys = [(array.shape, hashlib.blake2b(array.tobytes(), digest_size=16).digest()) for array in arrays]
-
-        def embed(missing: list[int]) -> Tensor:
-            inputs = self.image_processor(
-                [arrays[i] for i in missing], return_tensors="pt", input_data_format="channels_last"
-            )
-            pixels = inputs["pixel_values"].to(self.device, self.dtype)
-            return normalize(pooled(self.model.get_image_features(pixel_values=pixels)))
-
-        with self._lock, torch.inference_mode():
-            return self.image_embeddings.get(keys, embed)
-
-    def encode_prompts(self, prompts: list[str]) -> Float[Tensor, "B D"]:
-        """Normalized text embeddings; prompts beyond the model's length are cut.
-
-        Args:
-            prompts (`list[str]`): The prompts.
-
-        Returns:
-            `Tensor` of shape `[B, D]`, float32, on the tower's device.
-        """
-
-        def embed(missing: list[int]) -> Tensor:
-            tokens = self.tokenizer(
-                [prompts[i] for i in missing],
-                padding=True,
-                truncation=True,
-                max_length=self.model.config.text_config.max_position_embeddings,
-                return_tensors="pt",
-            ).to(self.device)
-            features = self.model.get_text_features(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            )
-            return normalize(pooled(features))
-
-        with self._lock, torch.inference_mode():
-            return self.text_embeddings.get(prompts, embed)
+    embeddings = embeddings.float()
+    return embeddings / embeddings.norm(dim=-1, keepdim=True)
 
 
 _towers: "weakref.WeakValueDictionary[tuple, CLIPTower]" = weakref.WeakValueDictionary()
@@ -164,17 +340,13 @@ def shared_tower(
         device (`torch.device`): Where it runs.
         dtype (`torch.dtype`): Precision of the network.
         load (`Callable[[str], CLIPModel]`, *optional*): Reads the model; by default from its folder.
-
-    Returns:
-        [`CLIPTower`].
     """
     key = (str(model), str(processor or model), str(device), dtype, load is None)
     with _towers_lock:
         tower = _towers.get(key)
         if tower is None:
             network = (load or load_clip)(str(model)).to(device, dtype)
-            tower = CLIPTower(network, str(processor or model))
-            _towers[key] = tower
+            tower = _towers[key] = CLIPTower(network, str(processor or model))
         return tower
 
 
@@ -193,208 +365,8 @@ def load_clip(model: str) -> Any:
     return CLIPModel.from_pretrained(folder, use_safetensors=True)
 
 
-def clip_image_processor_class() -> Any:
-    """CLIP's image processor on PIL, which needs no torchvision and gives the same pixels everywhere."""
-    import transformers
-
-    # transformers before 5 has one class, which is the PIL one.
-    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-
-
-def pooled(features: Any) -> Float[Tensor, "B D"]:
-    """The projected embedding: transformers 5 wraps it in an output object, older releases return the tensor.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.clip import pooled
-    >>> pooled(torch.ones(1, 2)).shape
-    torch.Size([1, 2])
-
-    ```
-    """
-    return features if isinstance(features, Tensor) else features.pooler_output
-
-
-def normalize(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """`e / ||e||` in float32.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.clip import normalize
-    >>> [round(x, 4) for x in normalize(torch.tensor([[3.0, 4.0]]))[0].tolist()]
-    [0.6, 0.8]
-
-    ```
-    """
-    embeddings = embeddings.float()
-    return embeddings / embeddings.norm(dim=-1, keepdim=True)
-
-
-class CLIPScoreReward(Reward):
-    """CLIPScore: the image-text cosine of CLIP, in hundredths.
-
-    `r = 100 cos(e_text, e_image)`
-
-    Range: -100 to 100, in practice 10 to 40, larger is better. Weights: `openai/clip-vit-large-patch14`, MIT. The
-    default model is the one of [`AestheticReward`], and the two share one copy of it and of each image's embedding.
-
-    Args:
-        model (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
-        processor (`str`, *optional*): Hub id or local folder of its processor. Defaults to `model`.
-        name (`str`, *optional*, defaults to `"clip_score"`): Name of the objective.
-        device (`str` or `torch.device`, *optional*): Defaults to the GPU if there is one.
-        dtype (`torch.dtype`, *optional*): Defaults to float32.
-        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
-
-    Reference:
-        Hessel et al., CLIPScore, arXiv 2104.08718.
-
-    Note:
-        The article's own score is `2.5 max(cos, 0)` with ViT-B/32. A negative cosine is not clipped here, so that the
-        reward keeps a slope everywhere.
-    """
-
-    default_name = "clip_score"
-    range = "-100 to 100, in practice 10 to 40, larger is better"
-    weights_licence = "MIT"
-
-    def __init__(
-        self,
-        model: str = "openai/clip-vit-large-patch14",
-        processor: str | None = None,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(name=name, device=device, dtype=dtype, batch_size=batch_size)
-        self.model, self.processor = model, processor
-
-    def _load(self) -> CLIPTower:
-        return shared_tower(self.model, self.processor, self.device, self.dtype)
-
-    def _score(self, loaded: CLIPTower, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
-        return (100 * (loaded.encode_prompts(prompts) * loaded.encode_images(images)).sum(-1)).tolist()
-
-
-class PickScoreReward(Reward):
-    """PickScore: the scaled image-text cosine of a CLIP-H that was tuned on human picks.
-
-    `r = exp(logit_scale) cos(e_text, e_image)`
-
-    Range: raw scale, about 15 to 26 (Stable Diffusion 3.5 medium scores 21.72 on Pick-a-Pic's test prompts), larger
-    is better. Weights: `yuvalkirstain/PickScore_v1`, MIT.
-
-    Args:
-        model (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
-        processor (`str`, *optional*): Hub id or local folder of its processor; None for `model`'s own.
-        name (`str`, *optional*, defaults to `"pickscore"`): Name of the objective.
-        device (`str` or `torch.device`, *optional*): Defaults to the GPU if there is one.
-        dtype (`torch.dtype`, *optional*): Defaults to float32.
-        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
-
-    Reference:
-        Kirstain et al., Pick-a-Pic, arXiv 2305.01569.
-
-    Note:
-        Flow-GRPO trains on the value divided by 26; this is the undivided value, as tables report it. Advantages do
-        not change with the scale.
-    """
-
-    default_name = "pickscore"
-    range = "raw, about 15 to 26, larger is better"
-    weights_licence = "MIT"
-
-    def __init__(
-        self,
-        model: str = "yuvalkirstain/PickScore_v1",
-        processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(name=name, device=device, dtype=dtype, batch_size=batch_size)
-        self.model, self.processor = model, processor
-
-    def _load(self) -> CLIPTower:
-        return shared_tower(self.model, self.processor, self.device, self.dtype)
-
-    def _score(self, loaded: CLIPTower, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
-        cosine = (loaded.encode_prompts(prompts) * loaded.encode_images(images)).sum(-1)
-        return (loaded.logit_scale * cosine).tolist()
-
-
-class HPSv2Reward(Reward):
-    """HPSv2: the image-text cosine of a CLIP-H that was tuned on human choices.
-
-    `r = cos(e_text, e_image)`
-
-    Range: raw cosine, about 0.15 to 0.35, larger is better; tables often show it times 100. Weights:
-    `xswu/HPSv2`, Apache-2.0. They are in open_clip's layout and are converted to transformers' `CLIPModel` when they
-    load, so open_clip is not needed.
-
-    Args:
-        weights (`str`, *optional*): A local file in open_clip's layout, or `"owner/repo:FILE"` on the hub.
-        clip (`str`, *optional*): Hub id or local folder with the configuration and processor of the same CLIP.
-        name (`str`, *optional*, defaults to `"hpsv2"`): Name of the objective.
-        device (`str` or `torch.device`, *optional*): Defaults to the GPU if there is one.
-        dtype (`torch.dtype`, *optional*): Defaults to float32.
-        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
-
-    Reference:
-        Wu et al., Human Preference Score v2, arXiv 2306.09341.
-
-    Note:
-        An image that is not square is fitted into a black square, as the authors' code does; other CLIP rewards cut
-        its centre out.
-    """
-
-    default_name = "hpsv2"
-    range = "raw cosine, about 0.15 to 0.35, larger is better"
-    weights_licence = "Apache-2.0"
-
-    def __init__(
-        self,
-        weights: str = "xswu/HPSv2:HPS_v2.1_compressed.pt",
-        clip: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(name=name, device=device, dtype=dtype, batch_size=batch_size)
-        self.weights, self.clip = weights, clip
-
-    def _load(self) -> CLIPTower:
-        return shared_tower(self.weights, self.clip, self.device, self.dtype, load=self._load_clip)
-
-    def _load_clip(self, weights: str) -> Any:
-        from transformers import CLIPConfig, CLIPModel
-
-        path = find_weights(weights, "weights")
-        model = CLIPModel(CLIPConfig.from_pretrained(self.clip))
-        load_strictly(model, from_open_clip(read_weights(path)), path.name)
-        return model
-
-    def _score(self, loaded: CLIPTower, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
-        pictures = [fit_square(image, loaded.model.config.vision_config.image_size) for image in to_pil(images)]
-        return (loaded.encode_prompts(prompts) * loaded.encode_images(pictures)).sum(-1).tolist()
-
-
 def fit_square(image: Image.Image, side: int) -> Image.Image:
-    """Fit an image into a black square; a square image passes unchanged.
-
-    Args:
-        image (`PIL.Image.Image`): An RGB image.
-        side (`int`): Side of the square, in pixels.
-
-    Returns:
-        `PIL.Image.Image`.
+    """Fit an RGB image into a black square of `side` pixels; a square image passes unchanged.
 
     Example:
 
@@ -414,73 +386,6 @@ def fit_square(image: Image.Image, side: int) -> Image.Image:
     square = Image.new("RGB", (side, side))
     square.paste(image.resize((width, height), Image.Resampling.BICUBIC), ((side - width) // 2, (side - height) // 2))
     return square
-
-
-TOWER_NAMES = (
-    (r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
-    (r"\.ln_1\.", ".layer_norm1."),
-    (r"\.ln_2\.", ".layer_norm2."),
-    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
-    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
-TEXT_NAMES = (
-    (r"^token_embedding\.", "embeddings.token_embedding."),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "final_layer_norm."),
-    *TOWER_NAMES,
-)
-VISION_NAMES = (
-    (r"^class_embedding$", "embeddings.class_embedding"),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^conv1\.", "embeddings.patch_embedding."),
-    (r"^ln_pre\.", "pre_layrnorm."),  # transformers' own spelling
-    (r"^ln_post\.", "post_layernorm."),
-    *TOWER_NAMES,
-)
-
-
-def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of open_clip's `CLIP` to those of transformers' `CLIPModel`.
-
-    Args:
-        state (`dict[str, Tensor]`): open_clip's state dict.
-
-    Returns:
-        `dict[str, Tensor]`.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.clip import from_open_clip
-    >>> sorted(from_open_clip({"transformer.resblocks.0.attn.in_proj_bias": torch.zeros(6)}))[0]
-    'text_model.encoder.layers.0.self_attn.k_proj.bias'
-
-    ```
-    """
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key == "logit_scale":
-            renamed[key] = value
-        elif key in ("visual.proj", "text_projection"):
-            target = "visual_projection" if key == "visual.proj" else "text_projection"
-            renamed[f"{target}.weight"] = value.T.contiguous()
-        elif key.startswith("visual."):
-            renamed |= _rename(key.removeprefix("visual."), value, VISION_NAMES, "vision_model.")
-        elif key != "attn_mask":
-            renamed |= _rename(key, value, TEXT_NAMES, "text_model.")
-    return renamed
-
-
-def _rename(key: str, value: Tensor, names: tuple[tuple[str, str], ...], prefix: str) -> dict[str, Tensor]:
-    for pattern, replacement in names:
-        key = re.sub(pattern, replacement, key)
-    joined = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", key)
-    if joined is None:
-        return {prefix + key: value}
-    parts = zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True)
-    return {f"{prefix}{joined[1]}.self_attn.{part}.{joined[2]}": tensor.clone() for part, tensor in parts}
 
 
 HIDDEN = (1024, 128, 64, 16, 1)
@@ -517,91 +422,81 @@ class AestheticHead(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
-        """Score normalized image embeddings.
-
-        Args:
-            embeddings (`Tensor` of shape `[B, D]`): Of unit length.
-
-        Returns:
-            `Tensor` of shape `[B]`.
-        """
+        """Score normalized image embeddings."""
         return self.layers(embeddings).squeeze(-1)
-
-
-class AestheticReward(Reward):
-    """LAION's aesthetic predictor: a linear head on the normalized CLIP-L image embedding.
-
-    `r = head(e / ||e||)`
-
-    Range: raw, about 1 to 10 (Stable Diffusion 3.5 medium: about 5.4), larger is better. Weights:
-    `openai/clip-vit-large-patch14`, MIT; head `sac+logos+ava1-l14-linearMSE`, Apache-2.0.
-
-    Args:
-        clip (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
-        head (`str`, *optional*): The head's weights: a local `.safetensors` or `.pth` file, or a hub id, optionally
-            with a file name after a colon (`"owner/repo:file.safetensors"`). Files other than safetensors are read
-            with `weights_only=True`.
-        processor (`str`, *optional*): Hub id or local folder of CLIP's processor. Defaults to `clip`.
-        name (`str`, *optional*, defaults to `"aesthetic"`): Name of the objective.
-        device (`str` or `torch.device`, *optional*): Defaults to the GPU if there is one.
-        dtype (`torch.dtype`, *optional*): Precision of CLIP, float32 by default; the head is always float32.
-        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
-
-    Reference:
-        LAION's improved aesthetic predictor, on the SAC, Logos and AVA ratings.
-    """
-
-    default_name = "aesthetic"
-    range = "raw, about 1 to 10, larger is better"
-    weights_licence = "MIT (CLIP), Apache-2.0 (head)"
-
-    def __init__(
-        self,
-        clip: str = "openai/clip-vit-large-patch14",
-        head: str = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth",
-        processor: str | None = None,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(name=name, device=device, dtype=dtype, batch_size=batch_size)
-        self.clip, self.head, self.processor = clip, head, processor
-
-    def _load(self) -> tuple[CLIPTower, AestheticHead]:
-        tower = shared_tower(self.clip, self.processor, self.device, self.dtype)
-        return tower, load_head(find_weights(self.head, "head")).to(self.device)
-
-    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
-        tower, head = loaded
-        return head(tower.encode_images(images)).tolist()
 
 
 def load_head(path: Path) -> AestheticHead:
     """Read a head; the layer sizes come from the weights.
 
-    Args:
-        path (`Path`): A `.safetensors` file, or a PyTorch file, which is read with `weights_only=True`.
-
-    Returns:
-        [`AestheticHead`], in eval mode.
-
     Raises:
         RewardLoadError: If the file's keys are not those of the head.
     """
     state = read_weights(path)
-    weights = [state[key] for key in sorted(state, key=_layer_number) if key.endswith(".weight")]
+    weights = [state[key] for key in sorted(state) if re.fullmatch(r"layers\.\d\.weight", key)]
     if not weights:
         raise RewardLoadError(f"{path.name} must hold `layers.N.weight`. Found {sorted(state)}. Pass the head's file.")
     head = AestheticHead(weights[0].shape[1], tuple(weight.shape[0] for weight in weights))
-    if set(head.state_dict()) != set(state):
-        raise RewardLoadError(
-            f"{path.name} must hold {sorted(head.state_dict())}. Found {sorted(state)}. Pass the head's file."
-        )
-    head.load_state_dict(state)
+    load_strictly(head, state, path.name)
     return head.eval().requires_grad_(False)
 
 
-def _layer_number(key: str) -> int:
-    parts = key.split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else -1
+TOWER_NAMES = (
+    (r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
+    (r"\.ln_1\.", ".layer_norm1."),
+    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+)
+TEXT_NAMES = (
+    (r"^token_embedding\.", "embeddings.token_embedding."),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "final_layer_norm."),
+    *TOWER_NAMES,
+)
+VISION_NAMES = (
+    (r"^class_embedding$", "embeddings.class_embedding"),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^conv1\.", "embeddings.patch_embedding."),
+    (r"^ln_pre\.", "pre_layrnorm."),  # transformers' own spelling
+    (r"^ln_post\.", "post_layernorm."),
+    *TOWER_NAMES,
+)
+
+
+def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of open_clip's `CLIP` to those of transformers' `CLIPModel`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_apex.rewards.clip import from_open_clip
+    >>> sorted(from_open_clip({"transformer.resblocks.0.attn.in_proj_bias": torch.zeros(6)}))[0]
+    'text_model.encoder.layers.0.self_attn.k_proj.bias'
+
+    ```
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key == "logit_scale":
+            renamed[key] = value
+        elif key in ("visual.proj", "text_projection"):
+            target = "visual_projection" if key == "visual.proj" else "text_projection"
+            renamed[f"{target}.weight"] = value.T.contiguous()
+        elif key.startswith("visual."):
+            renamed |= _rename(key.removeprefix("visual."), value, VISION_NAMES, "vision_model.")
+        elif key != "attn_mask":
+            renamed |= _rename(key, value, TEXT_NAMES, "text_model.")
+    return renamed
+
+
+def _rename(key: str, value: Tensor, names: tuple[tuple[str, str], ...], prefix: str) -> dict[str, Tensor]:
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
+    joined = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", key)
+    if joined is None:
+        return {prefix + key: value}
+    parts = zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True)
+    return {f"{prefix}{joined[1]}.self_attn.{part}.{joined[2]}": tensor.clone() for part, tensor in parts}

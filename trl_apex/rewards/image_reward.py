@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trl_apex.rewards.base import Images, Reward, RewardLoadError, find_weights, load_strictly, read_weights, to_pil
-from trl_apex.rewards.clip import AestheticHead, clip_image_processor_class
+from trl_apex.rewards.clip import AestheticHead
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 PROMPT_TOKENS = 35
@@ -56,14 +56,14 @@ class ImageReward(Reward):
         self.weights, self.tokenizer = weights, tokenizer
 
     def _load(self) -> tuple["ImageRewardModel", Any, Any]:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, CLIPImageProcessorPil
 
         path = find_weights(self.weights, "weights")
         model = ImageRewardModel.from_state(from_authors_layout(read_weights(path)), path.name)
         model.vision_model.to(self.dtype)
         model.text_encoder.to(self.dtype)
         side = model.vision_model.config.image_size
-        processor = clip_image_processor_class()(
+        processor = CLIPImageProcessorPil(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
         return model.to(self.device), processor, AutoTokenizer.from_pretrained(self.tokenizer)
