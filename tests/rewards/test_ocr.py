@@ -52,6 +52,7 @@ def test_rule(recognized, target, reward):
         ('an odd " mark', []),
         ("a sign 'Open'", []),
         ('with " C A T "', [" C A T "]),
+        ('a 5" screen that says "HI 5" and "B"', ["HI 5", "B"]),  # inch marks
     ],
 )
 def test_targets(prompt, targets):
@@ -111,6 +112,23 @@ def test_several_targets():
     prompts, images = ['"cat" and "xyz"'], [picture("CAT")]
     assert OCRReward(workers=1)(prompts=prompts, completions=images) == [1.0]
     assert OCRReward(workers=1, several="mean")(prompts=prompts, completions=images) == [0.5]
+
+
+def test_a_line_is_read_from_left_to_right_where_its_right_half_stands_higher(reward):
+    image, font = Image.new("RGB", (320, 128), "white"), ImageFont.load_default(32)
+    draw = ImageDraw.Draw(image)
+    for text, place in (("LEFT", (20, 32)), ("RIGHT", (180, 20)), ("BELOW", (90, 80))):
+        draw.text(place, text, fill="black", font=font)
+    assert reward(prompts=['"left right below"'], completions=[image]) == [1.0]
+
+
+def test_targets_that_are_numbers_or_lists(reward):
+    images, prompts = [picture("2024", 128)] * 6, ["a banner"] * 6
+    targets = [2024, 2024.0, ["2024"], None, float("nan"), []]
+    assert reward(prompts=prompts, completions=images, target=targets) == [1.0, 1.0, 1.0, None, None, None]
+    both = OCRReward(workers=1, several="mean")
+    assert both(prompts=prompts[:1], completions=images[:1], target=[["2024", "xxxx"]]) == [0.5]
+    both.unload()
 
 
 def test_pickle_and_unload(reward):

@@ -14,34 +14,6 @@ QUESTION = "How would you rate the quality of this image?"
 ANSWER = "The quality of the image is"
 
 
-def level_score(level_logits: Float[Tensor, "B L"]) -> Float[Tensor, "B"]:
-    """The expected level under the model's next-token distribution over the level words.
-
-    `r = sum_l w_l softmax(y)_l`, `y = level_logits`, `w = (5, 4, 3, 2, 1)`.
-
-    Args:
-        level_logits (`Tensor` of shape `[B, 5]`): Logits of excellent, good, fair, poor and bad.
-
-    Returns:
-        `Tensor` of shape `[B]`, float32, in [1, 5].
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.deqa import level_score
-    >>> level_score(torch.zeros(1, 5)).item()
-    3.0
-
-    ```
-
-    Reference:
-        You et al., DeQA-Score, arXiv 2501.11561.
-    """
-    weights = torch.arange(level_logits.shape[-1], 0, -1, dtype=torch.float32, device=level_logits.device)
-    return (level_logits.float().softmax(-1) * weights).sum(-1)
-
-
 class DeQAReward(Reward):
     """Image quality on five levels, as DeQA-Score reads it from a vision-language model.
 
@@ -62,20 +34,15 @@ class DeQAReward(Reward):
             `"USER: {image}\\n{question}\\nASSISTANT: {answer}"`.
         levels (`tuple[str, ...]`, *optional*): The level words, best first; each must be one token.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
-        name (`str`, *optional*, defaults to `"deqa"`): Name of the objective.
-        device (`str` or `torch.device`, *optional*): Defaults to the GPU if there is one.
         dtype (`torch.dtype`, *optional*): Defaults to bfloat16 on an accelerator (7 B parameters take 14 GB), float32 on
             the CPU.
-        batch_size (`int`, *optional*, defaults to `8`): Samples per forward pass.
+        name, device, batch_size: See [`Reward`].
 
     Raises:
         RewardLoadError: At the first call, if a level word is not one token of its own.
 
     Reference:
-        You et al., DeQA-Score, arXiv 2501.11561.
-
-    Note:
-        Flow-GRPO trains on the value divided by 5; this is the undivided value, as tables report it.
+        You et al., DeQA-Score, arXiv 2501.11561. Flow-GRPO trains on the value divided by 5.
     """
 
     default_name = "deqa"
@@ -95,7 +62,7 @@ class DeQAReward(Reward):
         dtype: torch.dtype | None = None,
         batch_size: int = 8,
     ) -> None:
-        super().__init__(name=name, device=device, dtype=dtype, batch_size=batch_size)
+        super().__init__(name, device, dtype, batch_size)
         if dtype is None and self.device.type != "cpu":
             self.dtype = torch.bfloat16
         self.model, self.question, self.answer, self.template = model, question, answer, template
@@ -128,30 +95,35 @@ class DeQAReward(Reward):
         return level_score(logits[:, level_ids]).tolist()
 
 
-def build_text(processor: Any, question: str, answer: str, template: str | None = None) -> str:
-    """The text that the model continues with a level word.
+def level_score(level_logits: Float[Tensor, "B L"]) -> Float[Tensor, "B"]:
+    """The expected level under the model's next-token distribution over the level words.
 
-    Args:
-        processor: The model's processor.
-        question (`str`): The question about the image.
-        answer (`str`): The start of the answer.
-        template (`str`, *optional*): See [`DeQAReward`].
+    `r = sum_l w_l softmax(y)_l`, `y = level_logits`, `w = (5, 4, 3, 2, 1)`.
 
-    Returns:
-        `str`.
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_apex.rewards.deqa import level_score
+    >>> level_score(torch.zeros(1, 5)).item()
+    3.0
+
+    ```
     """
+    weights = torch.arange(level_logits.shape[-1], 0, -1, dtype=torch.float32, device=level_logits.device)
+    return (level_logits.float().softmax(-1) * weights).sum(-1)
+
+
+def build_text(processor: Any, question: str, answer: str, template: str | None = None) -> str:
+    """The text that the model continues with a level word; the arguments are those of [`DeQAReward`]."""
     if template is None and getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         head = processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        start = processor.tokenizer.bos_token
-        if (
-            start
-            and head.startswith(start)
-            and processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id
-        ):
-            head = head.removeprefix(start)  # the tokenizer puts it there itself
+        tokenizer = processor.tokenizer
+        if tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+            head = head.removeprefix(tokenizer.bos_token)  # the tokenizer puts it there itself
         return head + ("" if head[-1:].isspace() else " ") + answer
     image = getattr(processor, "image_token", None) or "<image>"
     template = template or "USER: {image}\n{question}\nASSISTANT: {answer}"
@@ -159,15 +131,7 @@ def build_text(processor: Any, question: str, answer: str, template: str | None 
 
 
 def level_token_ids(tokenizer: Any, text: str, levels: tuple[str, ...]) -> list[int]:
-    """The token that each level word adds after `text`.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        text (`str`): What the model continues.
-        levels (`tuple[str, ...]`): The level words.
-
-    Returns:
-        `list[int]`, one id per word.
+    """The token that each level word adds after `text`, which the model continues.
 
     Raises:
         RewardLoadError: If a word is split, unknown, or shares its token with another.

@@ -22,18 +22,14 @@ class ImageReward(Reward):
     to the image.
 
     Range: raw, about -2.5 to 2, mean 0 and deviation 1 on the authors' data, larger is better. Weights:
-    `THUDM/ImageReward`, Apache-2.0.
-
-    The checkpoint is in the authors' layout and is mapped onto transformers' `BlipVisionModel` and `BlipTextModel`
-    when it loads, with `weights_only=True`; the `image-reward` package is not needed.
+    `THUDM/ImageReward`, Apache-2.0, in the authors' layout; they are mapped onto transformers' `BlipVisionModel` and
+    `BlipTextModel` when they load.
 
     Args:
         weights (`str`, *optional*): A local file in the authors' layout, or `"owner/repo:FILE"` on the hub.
         tokenizer (`str`, *optional*): Hub id or local folder of BERT's uncased tokenizer.
-        name (`str`, *optional*, defaults to `"image_reward"`): Name of the objective.
-        device (`str` or `torch.device`, *optional*): Defaults to the GPU if there is one.
         dtype (`torch.dtype`, *optional*): Precision of BLIP, float32 by default; the MLP is always float32.
-        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
+        name, device, batch_size: See [`Reward`].
 
     Reference:
         Xu et al., ImageReward, arXiv 2304.05977.
@@ -52,7 +48,7 @@ class ImageReward(Reward):
         dtype: torch.dtype | None = None,
         batch_size: int = 16,
     ) -> None:
-        super().__init__(name=name, device=device, dtype=dtype, batch_size=batch_size)
+        super().__init__(name, device, dtype, batch_size)
         self.weights, self.tokenizer = weights, tokenizer
 
     def _load(self) -> tuple["ImageRewardModel", Any, Any]:
@@ -63,9 +59,7 @@ class ImageReward(Reward):
         model.vision_model.to(self.dtype)
         model.text_encoder.to(self.dtype)
         side = model.vision_model.config.image_size
-        processor = CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )
+        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         return model.to(self.device), processor, AutoTokenizer.from_pretrained(self.tokenizer)
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
@@ -96,16 +90,7 @@ class ImageRewardModel(nn.Module):
         input_ids: Int[Tensor, "B S"],
         attention_mask: Int[Tensor, "B S"],
     ) -> Float[Tensor, "B"]:
-        """Score images against prompts.
-
-        Args:
-            pixels (`Tensor` of shape `[B, 3, H, W]`): Normalized as CLIP's.
-            input_ids (`Tensor` of shape `[B, S]`): The prompts' tokens.
-            attention_mask (`Tensor` of shape `[B, S]`): 1 for tokens, 0 for padding.
-
-        Returns:
-            `Tensor` of shape `[B]`, float32.
-        """
+        """Score images, normalized as CLIP's, against the tokens of prompts."""
         seen = self.vision_model(pixel_values=pixels).last_hidden_state
         hidden = self.text_encoder(
             input_ids=input_ids,
@@ -118,14 +103,7 @@ class ImageRewardModel(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], source: str) -> "ImageRewardModel":
-        """Build the model whose sizes the tensors tell, and fill it.
-
-        Args:
-            state (`dict[str, Tensor]`): Tensors as [`from_authors_layout`] names them.
-            source (`str`): Name of their file, for error messages.
-
-        Returns:
-            [`ImageRewardModel`], in eval mode.
+        """Build the model whose sizes the tensors tell, and fill it; `source` is the file's name in error messages.
 
         Raises:
             RewardLoadError: If tensors are missing or left over.
@@ -186,12 +164,6 @@ NAMES = (
 
 def from_authors_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the authors' tensors to those of [`ImageRewardModel`], and leave out what scoring does not use.
-
-    Args:
-        state (`dict[str, Tensor]`): The checkpoint's tensors.
-
-    Returns:
-        `dict[str, Tensor]`.
 
     Example:
 

@@ -10,34 +10,6 @@ from trl_apex.rewards.base import Images, Reward, to_pil
 QUALITY = 95
 
 
-def jpeg_kilobytes(image: Image.Image, quality: int = QUALITY) -> float:
-    """Size of an image as JPEG, in kB of 1,000 bytes.
-
-    Args:
-        image (`PIL.Image.Image`): An RGB image.
-        quality (`int`, *optional*, defaults to `95`): JPEG quality, 1 to 95.
-
-    Returns:
-        `float`.
-
-    Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from trl_apex.rewards.jpeg import jpeg_kilobytes
-    >>> jpeg_kilobytes(Image.new("RGB", (64, 64))) < jpeg_kilobytes(Image.effect_noise((64, 64), 90).convert("RGB"))
-    True
-
-    ```
-
-    Reference:
-        Black et al., DDPO, arXiv 2305.13301.
-    """
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=quality)
-    return len(buffer.getbuffer()) / 1000
-
-
 class JPEGCompressibilityReward(Reward):
     """Rewards images that compress well: minus the kilobytes of the JPEG file.
 
@@ -86,16 +58,27 @@ class JPEGIncompressibilityReward(JPEGCompressibilityReward):
 
     `r = kB`, 1 kB = 1,000 bytes, JPEG quality 95, in memory.
 
-    Range: above 0, larger is better. No weights.
-
-    Args:
-        quality (`int`, *optional*, defaults to `95`): JPEG quality, 1 to 95.
-        name (`str`, *optional*, defaults to `"jpeg_incompressibility"`): Name of the objective.
-
-    Reference:
-        Black et al., DDPO, arXiv 2305.13301.
+    Range: above 0, larger is better. No weights. The arguments are those of [`JPEGCompressibilityReward`].
     """
 
     default_name = "jpeg_incompressibility"
     range = "kB, above 0, larger is better"
     sign = 1
+
+
+def jpeg_kilobytes(image: Image.Image, quality: int = QUALITY) -> float:
+    """Size of an RGB image as JPEG, in kB of 1,000 bytes.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from trl_apex.rewards.jpeg import jpeg_kilobytes
+    >>> jpeg_kilobytes(Image.new("RGB", (64, 64))) < jpeg_kilobytes(Image.effect_noise((64, 64), 90).convert("RGB"))
+    True
+
+    ```
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=quality)
+    return len(buffer.getbuffer()) / 1000

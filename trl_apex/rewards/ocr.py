@@ -9,106 +9,12 @@ from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
 from trl_apex.rewards.base import Images, Reward, RewardLoadError, to_arrays
 
-QUOTED = re.compile(r'"([^"]*)"|\u201c([^\u201d]*)\u201d')
-
-
-def quoted_targets(prompt: str) -> list[str]:
-    """The texts that a prompt asks for: what stands between double quotes, straight or curly.
-
-    Args:
-        prompt (`str`): The prompt.
-
-    Returns:
-        `list[str]`, in order, without the empty ones.
-
-    Example:
-
-    ```python
-    >>> from trl_apex.rewards.ocr import quoted_targets
-    >>> quoted_targets('a shop sign "Open" above a door with "24 h"')
-    ['Open', '24 h']
-    >>> quoted_targets("a red bird")
-    []
-
-    ```
-    """
-    found = [straight or curly for straight, curly in QUOTED.findall(prompt)]
-    return [text for text in found if normalize_text(text)]
-
-
-def normalize_text(text: str) -> str:
-    """Lower-case a text and remove its white space.
-
-    Example:
-
-    ```python
-    >>> from trl_apex.rewards.ocr import normalize_text
-    >>> normalize_text(" C A T ")
-    'cat'
-
-    ```
-    """
-    return "".join(text.lower().split())
-
-
-def levenshtein(first: str, second: str) -> int:
-    """The least number of insertions, deletions and substitutions that turn one text into the other.
-
-    Example:
-
-    ```python
-    >>> from trl_apex.rewards.ocr import levenshtein
-    >>> levenshtein("kitten", "sitting")
-    3
-
-    ```
-    """
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, start=1):
-        diagonal, row[0] = row[0], i
-        for j, b in enumerate(second, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
-    return row[-1]
-
-
-def text_similarity(recognized: str, target: str) -> float:
-    """How well a recognized text matches the target.
-
-    `r = 1` if the target is contained, else `1 - min(d, n) / n`, after lower-casing and removing spaces;
-    `d = levenshtein(recognized, target)`, `n = len(target)`.
-
-    Args:
-        recognized (`str`): What was read from the image.
-        target (`str`): What the image should show; not empty.
-
-    Returns:
-        `float` in [0, 1].
-
-    Raises:
-        ValueError: If `target` is empty.
-
-    Example:
-
-    ```python
-    >>> from trl_apex.rewards.ocr import text_similarity
-    >>> text_similarity("the C A T sat", "cat"), text_similarity("cut", "cat"), text_similarity("", "cat")
-    (1.0, 0.6666666666666667, 0.0)
-
-    ```
-
-    Reference:
-        The OCR reward of Flow-GRPO (arXiv 2505.05470).
-    """
-    recognized, target = normalize_text(recognized), normalize_text(target)
-    if not target:
-        raise ValueError("`target` must not be empty. Found only white space. Leave the sample out (None) instead.")
-    if target in recognized:
-        return 1.0
-    return 1.0 - min(levenshtein(recognized, target), len(target)) / len(target)
+QUOTED = re.compile(r'(?<!\d)"([^"]*)"|\u201c([^\u201d]*)\u201d')  # a quote behind a digit is an inch mark
 
 
 class OCRReward(Reward):
@@ -121,10 +27,10 @@ class OCRReward(Reward):
     Apache-2.0.
 
     Args:
-        target_column (`str`, *optional*): Dataset column with the target text. By default the column `target`, else
-            `text`, is used where the dataset has one, else the quoted text of the prompt.
-        several (`"first"` or `"mean"`, *optional*, defaults to `"first"`): With several quoted targets, score the
-            first one, as Flow-GRPO does, or the mean over all.
+        target_column (`str`, *optional*): Dataset column with the target: a text, a number, or a list of them. By
+            default the column `target`, else `text`, is used where the dataset has one, else the prompt's quoted text.
+        several (`"first"` or `"mean"`, *optional*, defaults to `"first"`): With several targets, score the first one,
+            as Flow-GRPO does, or the mean over all.
         min_side (`int`, *optional*, defaults to `128`): Images whose shorter side is below this many pixels are
             enlarged to it bicubically; small text is not found otherwise.
         confidence (`bool`, *optional*, defaults to `False`): Multiply by the recognizer's confidence in [0, 1]. Short
@@ -132,9 +38,9 @@ class OCRReward(Reward):
         workers (`int`, *optional*, defaults to `2`): Images read at the same time.
         pool (`"thread"` or `"process"`, *optional*, defaults to `"thread"`): Kind of workers. Threads are enough, as
             the OCR engine works outside the interpreter lock.
-        engine_params (`dict`, *optional*): Settings of RapidOCR by their dotted names, over the ones used here. For
-            instance `{"Rec.rec_img_shape": [3, 48, 96]}` lets short words go unpadded to the recognizer, whose input is
-            otherwise at least 320 pixels wide: twice as fast on them, with slightly other confidences.
+        engine_params (`dict`, *optional*): Settings of RapidOCR by their dotted names, over the ones used here. With
+            `{"Rec.rec_img_shape": [3, 48, 96]}` the recognizer does not pad short words to 320 pixels, which is twice
+            as fast on them and gives slightly other confidences.
         name (`str`, *optional*, defaults to `"ocr"`): Name of the objective.
 
     Raises:
@@ -151,8 +57,8 @@ class OCRReward(Reward):
 
     ```
 
-    Note:
-        Flow-GRPO runs the same models through PaddleOCR, and fails with an IndexError on a prompt without quotes.
+    Reference:
+        The OCR reward of Flow-GRPO (arXiv 2505.05470), which runs the same models through PaddleOCR.
     """
 
     default_name = "ocr"
@@ -191,14 +97,7 @@ class OCRReward(Reward):
         column = self.target_column or next((key for key in ("target", "text") if key in columns), None)
         if column is None:
             return [quoted_targets(prompt) for prompt in prompts]
-        return [[text] if isinstance(text, str) and normalize_text(text) else [] for text in columns[column]]
-
-    def read(self, images: Images) -> list[str]:
-        """The text in each image, detected lines joined without a separator."""
-        arrays = to_arrays(images)
-        with self._lock:
-            executor: Executor = self.load()
-            return [text for text, _ in executor.map(self._reader, arrays)]
+        return [column_targets(value) for value in columns[column]]
 
     def _load(self) -> Executor:
         try:
@@ -211,9 +110,8 @@ class OCRReward(Reward):
 
     def _score(self, loaded: Executor, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         targets = self.targets(prompts, columns)
-        asked = [i for i, texts in enumerate(targets) if texts]
         arrays = to_arrays(images)
-        futures = {i: loaded.submit(self._reader, arrays[i]) for i in asked}
+        futures = {i: loaded.submit(self._reader, arrays[i]) for i, texts in enumerate(targets) if texts}
         rewards: list[float | None] = [None] * len(prompts)
         for i, future in futures.items():
             text, confidence = future.result()
@@ -230,11 +128,101 @@ class OCRReward(Reward):
             super().unload()
 
 
+def quoted_targets(prompt: str) -> list[str]:
+    """The texts that a prompt asks for: what stands between double quotes, straight or curly, in order.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.ocr import quoted_targets
+    >>> quoted_targets('a shop sign "Open" on a 5" screen with "24 h"')
+    ['Open', '24 h']
+    >>> quoted_targets("a red bird")
+    []
+
+    ```
+    """
+    found = [straight or curly for straight, curly in QUOTED.findall(prompt)]
+    return [text for text in found if normalize_text(text)]
+
+
+def column_targets(value: Any) -> list[str]:
+    """The texts in one row of a dataset's column: a string, a number, or a list of them; none for None and NaN.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.ocr import column_targets
+    >>> column_targets("Open"), column_targets(2024), column_targets(2024.0), column_targets(["24 h"]), column_targets(None)
+    (['Open'], ['2024'], ['2024'], ['24 h'], [])
+
+    ```
+    """
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in column_targets(item)]
+    if isinstance(value, float) and value.is_integer():  # a column of whole numbers with gaps is read as floats
+        value = int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        value = str(value)
+    return [value] if isinstance(value, str) and normalize_text(value) else []
+
+
+def text_similarity(recognized: str, target: str) -> float:
+    """How well a recognized text matches the target.
+
+    `r = 1` if the target is contained, else `1 - min(d, n) / n`, after lower-casing and removing spaces;
+    `d = levenshtein(recognized, target)`, `n = len(target)`.
+
+    Raises:
+        ValueError: If `target` is empty.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.ocr import text_similarity
+    >>> text_similarity("the C A T sat", "cat"), text_similarity("cut", "cat"), text_similarity("", "cat")
+    (1.0, 0.6666666666666667, 0.0)
+
+    ```
+    """
+    recognized, target = normalize_text(recognized), normalize_text(target)
+    if not target:
+        raise ValueError("`target` must not be empty. Found only white space. Leave the sample out (None) instead.")
+    if target in recognized:
+        return 1.0
+    return 1.0 - min(levenshtein(recognized, target), len(target)) / len(target)
+
+
+def normalize_text(text: str) -> str:
+    """Lower-case a text and remove its white space."""
+    return "".join(text.lower().split())
+
+
+def levenshtein(first: str, second: str) -> int:
+    """The least number of insertions, deletions and substitutions that turn one text into the other.
+
+    Example:
+
+    ```python
+    >>> from trl_apex.rewards.ocr import levenshtein
+    >>> levenshtein("kitten", "sitting")
+    3
+
+    ```
+    """
+    row = list(range(len(second) + 1))
+    for i, a in enumerate(first, start=1):
+        diagonal, row[0] = row[0], i
+        for j, b in enumerate(second, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
+    return row[-1]
+
+
 _engines = threading.local()
 
 
 def _read_text(image: np.ndarray, min_side: int, engine_params: dict[str, Any]) -> tuple[str, float]:
-    """Read one RGB image with this thread's own engine: the text, and the mean confidence of its characters."""
+    """Read one RGB image with this thread's own engine: its lines joined, and the mean confidence of the characters."""
     if not hasattr(_engines, "engine"):
         _engines.engine = _make_engine(engine_params)
     height, width = image.shape[:2]
@@ -243,11 +231,38 @@ def _read_text(image: np.ndarray, min_side: int, engine_params: dict[str, Any]) 
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
     output = _engines.engine(np.ascontiguousarray(image[:, :, ::-1]), use_cls=False)
-    texts, scores = list(output.txts or ()), list(output.scores or ())
-    characters = sum(map(len, texts))
-    if not characters:
+    if not output.txts:
         return "", 0.0
-    return "".join(texts), sum(len(text) * score for text, score in zip(texts, scores, strict=True)) / characters
+    texts = "".join(output.txts[i] for i in reading_order(output.boxes))
+    weighed = sum(len(text) * score for text, score in zip(output.txts, output.scores, strict=True))
+    return texts, weighed / max(1, len(texts))
+
+
+def reading_order(boxes: Float[np.ndarray, "N 4 2"]) -> list[int]:
+    """The indices of text boxes, row by row and from left to right.
+
+    A box belongs to a row if its middle is less than half a box's height below the middle of the row's first box.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from trl_apex.rewards.ocr import reading_order
+    >>> corners = np.array([[0.0, 0.0], [40.0, 0.0], [40.0, 20.0], [0.0, 20.0]])
+    >>> reading_order(np.stack([corners + [60, 0], corners + [0, 6], corners + [0, 30]]))
+    [1, 0, 2]
+
+    ```
+    """
+    top, bottom, left = boxes[..., 1].min(1), boxes[..., 1].max(1), boxes[..., 0].min(1)
+    middle = (top + bottom) / 2
+    rows: list[list[int]] = []
+    for i in map(int, np.argsort(middle, kind="stable")):
+        first = rows[-1][0] if rows else i
+        if not rows or middle[i] - middle[first] >= (bottom[first] - top[first]) / 2:
+            rows.append([])
+        rows[-1].append(i)
+    return [i for row in rows for i in sorted(row, key=lambda i: left[i])]
 
 
 def _make_engine(engine_params: dict[str, Any]) -> Callable:
