@@ -47,7 +47,7 @@ def estimate(code, gpu_memory_gb):
     cls = APEXConfig if "APEXConfig" in named else DiffusionGRPOConfig
     config = cls(**{**keywords(named[cls.__name__]), "use_cpu": True, "bf16": True})
     rank = keywords(named["LoraConfig"]).get("r", 8) if "LoraConfig" in named else 0
-    rewards = [name for name, reward in REWARDS.items() if reward in named]
+    rewards = [name for name, path in REWARDS.items() if path.partition(":")[2] in named]
     (model,) = {name for name in CONFIGS if f'"{name}"' in code}
     return plan_text(model, config, lora_rank=rank, rewards=rewards, gpu_memory_gb=gpu_memory_gb)
 

@@ -25,7 +25,9 @@ def named(name):
     "overrides, message",
     [
         ({"reward_funcs": []}, "at least one reward function"),
-        ({"reward_funcs": ["some/reward-model"]}, "must be functions.*Found 'some/reward-model'"),
+        ({"reward_funcs": ["some/reward-model"]}, "must be one of aesthetic.*Found 'some/reward-model'"),
+        ({"reward_funcs": ["pickscor"]}, "Found 'pickscor'. Did you mean 'pickscore'"),
+        ({"reward_funcs": [3]}, r"must be functions or callable objects. Found 3 \(int\)"),
         ({"train_dataset": None}, "datasets.Dataset.*Found NoneType"),
         ({"train_dataset": Dataset.from_dict({"caption": ["a"]})}, "`prompt` column.*caption"),
         ({"train_dataset": Dataset.from_dict({"prompt": []})}, "at least one prompt"),
@@ -40,6 +42,13 @@ def named(name):
 def test_bad_arguments(pipeline, dataset, lora, make_args, overrides, message):
     with pytest.raises(ValueError, match=message):
         constructed(pipeline, dataset, lora, make_args(), **overrides)
+
+
+def test_rewards_may_be_named(pipeline, dataset, lora, make_args):
+    named = {"reward_funcs": ["jpeg_compressibility", redness], "monitor_funcs": "jpeg_incompressibility(quality=50)"}
+    trainer = constructed(pipeline, dataset, lora, make_args(), **named)
+    assert trainer.reward_func_names == ["jpeg_compressibility", "redness"]
+    assert trainer.monitor_funcs[0].quality == 50
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trl_apex.rewards.registry import REWARDS
+
 if TYPE_CHECKING:
     from trl_apex.rewards.base import (
         Reward,
@@ -20,58 +22,20 @@ if TYPE_CHECKING:
     from trl_apex.rewards.scoring import RewardFailureRateError, RewardFailureWarning, RewardScorer, ScoredBatch
     from trl_apex.rewards.vlm_judge import VLMJudgeReward
 
+# Public name -> module that defines it. Loaded on first use: the import itself loads nothing heavy.
+_BASE = "Reward RewardFunction RewardList RewardLoadError TransientRewardError reward_from_ddpo"
+_SCORING = "RewardFailureRateError RewardFailureWarning RewardScorer ScoredBatch"
 _HOMES = {
-    "AestheticReward": "clip",
-    "CLIPScoreReward": "clip",
-    "DeQAReward": "deqa",
-    "HPSv2Reward": "clip",
-    "ImageReward": "image_reward",
-    "JPEGCompressibilityReward": "jpeg",
-    "JPEGIncompressibilityReward": "jpeg",
-    "OCRReward": "ocr",
-    "PickScoreReward": "clip",
-    "RemoteReward": "trl_apex.serving.client",
-    "Reward": "base",
-    "RewardFailureRateError": "scoring",
-    "RewardFailureWarning": "scoring",
-    "RewardFunction": "base",
-    "RewardList": "base",
-    "RewardLoadError": "base",
-    "RewardScorer": "scoring",
-    "ScoredBatch": "scoring",
-    "TransientRewardError": "base",
-    "VLMJudgeReward": "vlm_judge",
-    "reward_from_ddpo": "base",
+    **{name: module for module, _, name in (path.partition(":") for path in REWARDS.values())},
+    **dict.fromkeys(_BASE.split(), "trl_apex.rewards.base"),
+    **dict.fromkeys(_SCORING.split(), "trl_apex.rewards.scoring"),
 }
-__all__ = [
-    "AestheticReward",
-    "CLIPScoreReward",
-    "DeQAReward",
-    "HPSv2Reward",
-    "ImageReward",
-    "JPEGCompressibilityReward",
-    "JPEGIncompressibilityReward",
-    "OCRReward",
-    "PickScoreReward",
-    "RemoteReward",
-    "Reward",
-    "RewardFailureRateError",
-    "RewardFailureWarning",
-    "RewardFunction",
-    "RewardList",
-    "RewardLoadError",
-    "RewardScorer",
-    "ScoredBatch",
-    "TransientRewardError",
-    "VLMJudgeReward",
-    "reward_from_ddpo",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        home = _HOMES[name]
-        return getattr(import_module(home if "." in home else f"trl_apex.rewards.{home}"), name)
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -159,14 +159,9 @@ class RewardList(list):
         errors (`Sequence[str | None]`, *optional*): One cause or None per sample.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.base import RewardList
-    >>> rewards = RewardList([0.5, None], errors=[None, "the image is truncated"])
-    >>> rewards, rewards.errors
-    ([0.5, None], [None, 'the image is truncated'])
-
-    ```
+        >>> rewards = RewardList([0.5, None], errors=[None, "the image is truncated"])
+        >>> rewards, rewards.errors
+        ([0.5, None], [None, 'the image is truncated'])
     """
 
     def __init__(self, rewards: Sequence[float | None], errors: Sequence[str | None] | None = None) -> None:
@@ -255,13 +250,8 @@ def with_index(device: torch.device) -> torch.device:
     """The device with the index that it has in this thread, so that it is the same one in every other thread.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.base import with_index
-    >>> with_index(torch.device("cpu")), with_index(torch.device("cuda:1"))
-    (device(type='cpu'), device(type='cuda', index=1))
-
-    ```
+        >>> with_index(torch.device("cpu")), with_index(torch.device("cuda:1"))
+        (device(type='cpu'), device(type='cuda', index=1))
     """
     accelerator = torch.accelerator.current_accelerator()
     if device.index is not None or accelerator is None or device.type != accelerator.type:
@@ -281,14 +271,8 @@ def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
         ValueError: If `images` has another shape or is neither float nor uint8.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.base import to_uint8
-    >>> to_uint8(torch.tensor([0.0, 0.5, 1.2]).reshape(1, 3, 1, 1)).flatten().tolist()
-    [0, 128, 255]
-
-    ```
+        >>> to_uint8(torch.tensor([0.0, 0.5, 1.2]).reshape(1, 3, 1, 1)).flatten().tolist()
+        [0, 128, 255]
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
@@ -306,14 +290,8 @@ def to_arrays(images: Images) -> list[UInt8[np.ndarray, "H W 3"]]:
     """The images as RGB byte arrays, channels last, the form that PIL and OpenCV share.
 
     Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from trl_apex.rewards.base import to_arrays
-    >>> to_arrays([Image.new("L", (4, 2), 7)])[0].shape
-    (2, 4, 3)
-
-    ```
+        >>> to_arrays([Image.new("L", (4, 2), 7)])[0].shape
+        (2, 4, 3)
     """
     if isinstance(images, Tensor):
         return list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
@@ -324,14 +302,8 @@ def to_pil(images: Images) -> list[Image.Image]:
     """The images as RGB PIL images.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.base import to_pil
-    >>> to_pil(torch.ones(1, 3, 2, 4))[0].size
-    (4, 2)
-
-    ```
+        >>> to_pil(torch.ones(1, 3, 2, 4))[0].size
+        (4, 2)
     """
     if isinstance(images, Tensor):
         return [Image.fromarray(array) for array in to_arrays(images)]
@@ -345,14 +317,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: If the image is in a mode whose range is not defined.
 
     Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from trl_apex.rewards.base import to_rgb
-    >>> to_rgb(Image.new("I;16", (1, 1), 51400)).getpixel((0, 0))
-    (200, 200, 200)
-
-    ```
+        >>> to_rgb(Image.new("I;16", (1, 1), 51400)).getpixel((0, 0))
+        (200, 200, 200)
     """
     if image.mode in ("I", "F"):
         raise ValueError(

@@ -271,17 +271,11 @@ class EmbeddingCache:
         size (`int`): Embeddings kept; the least recently used ones go first.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.clip import EmbeddingCache
-    >>> cache = EmbeddingCache(size=2)
-    >>> cache.get(["a", "b", "a"], lambda missing: torch.tensor([[float(i)] for i in missing])).flatten().tolist()
-    [0.0, 1.0, 0.0]
-    >>> cache.misses
-    2
-
-    ```
+        >>> cache = EmbeddingCache(size=2)
+        >>> cache.get(["a", "b", "a"], lambda missing: torch.tensor([[float(i)] for i in missing])).flatten().tolist()
+        [0.0, 1.0, 0.0]
+        >>> cache.misses
+        2
     """
 
     def __init__(self, size: int) -> None:
@@ -308,14 +302,8 @@ def normalize(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     """`e / ||e||` in float32.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.clip import normalize
-    >>> [round(x, 4) for x in normalize(torch.tensor([[3.0, 4.0]]))[0].tolist()]
-    [0.6, 0.8]
-
-    ```
+        >>> [round(x, 4) for x in normalize(torch.tensor([[3.0, 4.0]]))[0].tolist()]
+        [0.6, 0.8]
     """
     embeddings = embeddings.float()
     return embeddings / embeddings.norm(dim=-1, keepdim=True)
@@ -369,15 +357,9 @@ def fit_square(image: Image.Image, side: int) -> Image.Image:
     """Fit an RGB image into a black square of `side` pixels; a square image passes unchanged.
 
     Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from trl_apex.rewards.clip import fit_square
-    >>> fitted = fit_square(Image.new("RGB", (8, 4), "white"), side=4)
-    >>> fitted.size, fitted.getpixel((0, 0)), fitted.getpixel((0, 1))
-    ((4, 4), (0, 0, 0), (255, 255, 255))
-
-    ```
+        >>> fitted = fit_square(Image.new("RGB", (8, 4), "white"), side=4)
+        >>> fitted.size, fitted.getpixel((0, 0)), fitted.getpixel((0, 1))
+        ((4, 4), (0, 0, 0), (255, 255, 255))
     """
     if image.width == image.height:
         return image
@@ -402,14 +384,8 @@ class AestheticHead(nn.Module):
         hidden (`tuple[int, ...]`, *optional*): Outputs of the linear layers.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.clip import AestheticHead
-    >>> list(AestheticHead(width=8).state_dict())[::2]
-    ['layers.0.weight', 'layers.2.weight', 'layers.4.weight', 'layers.6.weight', 'layers.7.weight']
-
-    ```
+        >>> list(AestheticHead(width=8).state_dict())[::2]
+        ['layers.0.weight', 'layers.2.weight', 'layers.4.weight', 'layers.6.weight', 'layers.7.weight']
     """
 
     def __init__(self, width: int = 768, hidden: tuple[int, ...] = HIDDEN) -> None:
@@ -469,14 +445,8 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of open_clip's `CLIP` to those of transformers' `CLIPModel`.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.clip import from_open_clip
-    >>> sorted(from_open_clip({"transformer.resblocks.0.attn.in_proj_bias": torch.zeros(6)}))[0]
-    'text_model.encoder.layers.0.self_attn.k_proj.bias'
-
-    ```
+        >>> sorted(from_open_clip({"transformer.resblocks.0.attn.in_proj_bias": torch.zeros(6)}))[0]
+        'text_model.encoder.layers.0.self_attn.k_proj.bias'
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():

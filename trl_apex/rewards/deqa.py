@@ -101,14 +101,8 @@ def level_score(level_logits: Float[Tensor, "B L"]) -> Float[Tensor, "B"]:
     `r = sum_l w_l softmax(y)_l`, `y = level_logits`, `w = (5, 4, 3, 2, 1)`.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.deqa import level_score
-    >>> level_score(torch.zeros(1, 5)).item()
-    3.0
-
-    ```
+        >>> level_score(torch.zeros(1, 5)).item()
+        3.0
     """
     weights = torch.arange(level_logits.shape[-1], 0, -1, dtype=torch.float32, device=level_logits.device)
     return (level_logits.float().softmax(-1) * weights).sum(-1)

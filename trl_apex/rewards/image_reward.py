@@ -166,14 +166,8 @@ def from_authors_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the authors' tensors to those of [`ImageRewardModel`], and leave out what scoring does not use.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.rewards.image_reward import from_authors_layout
-    >>> list(from_authors_layout({"blip.visual_encoder.blocks.0.norm1.bias": torch.zeros(2)}))
-    ['vision_model.encoder.layers.0.layer_norm1.bias']
-
-    ```
+        >>> list(from_authors_layout({"blip.visual_encoder.blocks.0.norm1.bias": torch.zeros(2)}))
+        ['vision_model.encoder.layers.0.layer_norm1.bias']
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():

@@ -22,14 +22,9 @@ class JPEGCompressibilityReward(Reward):
         name (`str`, *optional*, defaults to `"jpeg_compressibility"`): Name of the objective.
 
     Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from trl_apex.rewards import JPEGCompressibilityReward
-    >>> JPEGCompressibilityReward()(prompts=["x"], completions=[Image.new("RGB", (8, 8))])[0] < 0
-    True
-
-    ```
+        >>> from trl_apex.rewards import JPEGCompressibilityReward
+        >>> JPEGCompressibilityReward()(prompts=["x"], completions=[Image.new("RGB", (8, 8))])[0] < 0
+        True
 
     Reference:
         Black et al., DDPO, arXiv 2305.13301: quality 95 and kB of 1,000 bytes, as here.
@@ -70,14 +65,8 @@ def jpeg_kilobytes(image: Image.Image, quality: int = QUALITY) -> float:
     """Size of an RGB image as JPEG, in kB of 1,000 bytes.
 
     Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from trl_apex.rewards.jpeg import jpeg_kilobytes
-    >>> jpeg_kilobytes(Image.new("RGB", (64, 64))) < jpeg_kilobytes(Image.effect_noise((64, 64), 90).convert("RGB"))
-    True
-
-    ```
+        >>> jpeg_kilobytes(Image.new("RGB", (64, 64))) < jpeg_kilobytes(Image.effect_noise((64, 64), 90).convert("RGB"))
+        True
     """
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)

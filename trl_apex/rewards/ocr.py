@@ -48,14 +48,9 @@ class OCRReward(Reward):
         ImportError: At the first call, if `rapidocr` is not installed.
 
     Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from trl_apex.rewards import OCRReward
-    >>> OCRReward(workers=1)(prompts=["a red bird"], completions=[Image.new("RGB", (32, 32))])
-    [None]
-
-    ```
+        >>> from trl_apex.rewards import OCRReward
+        >>> OCRReward(workers=1)(prompts=["a red bird"], completions=[Image.new("RGB", (32, 32))])
+        [None]
 
     Reference:
         The OCR reward of Flow-GRPO (arXiv 2505.05470), which runs the same models through PaddleOCR.
@@ -132,15 +127,10 @@ def quoted_targets(prompt: str) -> list[str]:
     """The texts that a prompt asks for: what stands between double quotes, straight or curly, in order.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.ocr import quoted_targets
-    >>> quoted_targets('a shop sign "Open" on a 5" screen with "24 h"')
-    ['Open', '24 h']
-    >>> quoted_targets("a red bird")
-    []
-
-    ```
+        >>> quoted_targets('a shop sign "Open" on a 5" screen with "24 h"')
+        ['Open', '24 h']
+        >>> quoted_targets("a red bird")
+        []
     """
     found = [straight or curly for straight, curly in QUOTED.findall(prompt)]
     return [text for text in found if normalize_text(text)]
@@ -150,13 +140,8 @@ def column_targets(value: Any) -> list[str]:
     """The texts in one row of a dataset's column: a string, a number, or a list of them; none for None and NaN.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.ocr import column_targets
-    >>> column_targets("Open"), column_targets(2024), column_targets(2024.0), column_targets(["24 h"]), column_targets(None)
-    (['Open'], ['2024'], ['2024'], ['24 h'], [])
-
-    ```
+        >>> column_targets("Open"), column_targets(2024), column_targets(2024.0), column_targets(["24 h"]), column_targets(None)
+        (['Open'], ['2024'], ['2024'], ['24 h'], [])
     """
     if isinstance(value, list | tuple):
         return [text for item in value for text in column_targets(item)]
@@ -177,13 +162,8 @@ def text_similarity(recognized: str, target: str) -> float:
         ValueError: If `target` is empty.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.ocr import text_similarity
-    >>> text_similarity("the C A T sat", "cat"), text_similarity("cut", "cat"), text_similarity("", "cat")
-    (1.0, 0.6666666666666667, 0.0)
-
-    ```
+        >>> text_similarity("the C A T sat", "cat"), text_similarity("cut", "cat"), text_similarity("", "cat")
+        (1.0, 0.6666666666666667, 0.0)
     """
     recognized, target = normalize_text(recognized), normalize_text(target)
     if not target:
@@ -202,13 +182,8 @@ def levenshtein(first: str, second: str) -> int:
     """The least number of insertions, deletions and substitutions that turn one text into the other.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.ocr import levenshtein
-    >>> levenshtein("kitten", "sitting")
-    3
-
-    ```
+        >>> levenshtein("kitten", "sitting")
+        3
     """
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, start=1):
@@ -244,15 +219,9 @@ def reading_order(boxes: Float[np.ndarray, "N 4 2"]) -> list[int]:
     A box belongs to a row if its middle is less than half a box's height below the middle of the row's first box.
 
     Example:
-
-    ```python
-    >>> import numpy as np
-    >>> from trl_apex.rewards.ocr import reading_order
-    >>> corners = np.array([[0.0, 0.0], [40.0, 0.0], [40.0, 20.0], [0.0, 20.0]])
-    >>> reading_order(np.stack([corners + [60, 0], corners + [0, 6], corners + [0, 30]]))
-    [1, 0, 2]
-
-    ```
+        >>> corners = np.array([[0.0, 0.0], [40.0, 0.0], [40.0, 20.0], [0.0, 20.0]])
+        >>> reading_order(np.stack([corners + [60, 0], corners + [0, 6], corners + [0, 30]]))
+        [1, 0, 2]
     """
     top, bottom, left = boxes[..., 1].min(1), boxes[..., 1].max(1), boxes[..., 0].min(1)
     middle = (top + bottom) / 2

@@ -81,21 +81,17 @@ class RewardScorer:
         ValueError: If names are not one per function and unique, or an option is out of range.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards import RewardScorer
-    >>> def brightness(completions, **kwargs):
-    ...     return [0.5, None]
-    >>> scorer = RewardScorer([brightness])
-    >>> scored = scorer.submit(prompts=["a", "b"], completions=[], columns={}).result()
-    >>> scored.rewards
-    tensor([[0.5000],
-            [   nan]])
-    >>> scored.failures
-    {'brightness': 0}
-    >>> scorer.close()
-
-    ```
+        >>> from trl_apex.rewards import RewardScorer
+        >>> def brightness(completions, **kwargs):
+        ...     return [0.5, None]
+        >>> scorer = RewardScorer([brightness])
+        >>> scored = scorer.submit(prompts=["a", "b"], completions=[], columns={}).result()
+        >>> scored.rewards
+        tensor([[0.5000],
+                [   nan]])
+        >>> scored.failures
+        {'brightness': 0}
+        >>> scorer.close()
     """
 
     def __init__(
@@ -388,12 +384,7 @@ def on_this_device(target: Callable[[], Any]) -> Callable[[], Any]:
     """`target` for another thread, to run there with this thread's current device; a new thread's own is the first.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.scoring import on_this_device
-    >>> thread = threading.Thread(target=on_this_device(lambda: None))
-
-    ```
+        >>> thread = threading.Thread(target=on_this_device(lambda: None))
     """
     if not torch.accelerator.is_available():
         return target
@@ -437,20 +428,14 @@ async def retrying(
         backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first retry.
 
     Example:
-
-    ```python
-    >>> import asyncio
-    >>> from trl_apex.rewards.scoring import retrying
-    >>> tries = []
-    >>> async def ask():
-    ...     tries.append(1)
-    ...     if len(tries) < 3:
-    ...         raise ConnectionError("busy")
-    ...     return "scored"
-    >>> asyncio.run(retrying(ask, max_retries=2, backoff=0.0)), len(tries)
-    ('scored', 3)
-
-    ```
+        >>> tries = []
+        >>> async def ask():
+        ...     tries.append(1)
+        ...     if len(tries) < 3:
+        ...         raise ConnectionError("busy")
+        ...     return "scored"
+        >>> asyncio.run(retrying(ask, max_retries=2, backoff=0.0)), len(tries)
+        ('scored', 3)
     """
     for attempt in range(max_retries):
         try:
@@ -471,15 +456,10 @@ def own_copies(value: Any) -> Any:
     """A copy that shares nothing that is likely to be edited in place: lists, dicts, PIL images, tensors and arrays.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.scoring import own_copies
-    >>> batch = {"target": [["cat"]]}
-    >>> own_copies(batch)["target"][0].append("dog")
-    >>> batch
-    {'target': [['cat']]}
-
-    ```
+        >>> batch = {"target": [["cat"]]}
+        >>> own_copies(batch)["target"][0].append("dog")
+        >>> batch
+        {'target': [['cat']]}
     """
     if type(value) in (list, tuple):
         return type(value)(map(own_copies, value))
@@ -496,14 +476,8 @@ def reward_name(func: Callable) -> str:
     """The objective name of a reward function: its `__name__`, else its class's; that of what a `partial` wraps.
 
     Example:
-
-    ```python
-    >>> import functools
-    >>> from trl_apex.rewards.scoring import reward_name
-    >>> reward_name(functools.partial(max, 0))
-    'max'
-
-    ```
+        >>> reward_name(functools.partial(max, 0))
+        'max'
     """
     while isinstance(func, functools.partial):
         func = func.func
@@ -515,14 +489,9 @@ def is_async(func: Callable) -> bool:
     """Whether a call returns a coroutine.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.scoring import is_async
-    >>> async def slow(**kwargs): ...
-    >>> is_async(slow), is_async(max)
-    (True, False)
-
-    ```
+        >>> async def slow(**kwargs): ...
+        >>> is_async(slow), is_async(max)
+        (True, False)
     """
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
 
@@ -531,13 +500,8 @@ def takes_images(func: Callable) -> bool:
     """Whether a function takes the keyword `images`, by name or among `**kwargs`.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.scoring import takes_images
-    >>> takes_images(lambda completions, **kwargs: []), takes_images(lambda prompts, completions: [])
-    (True, False)
-
-    ```
+        >>> takes_images(lambda completions, **kwargs: []), takes_images(lambda prompts, completions: [])
+        (True, False)
     """
     try:
         parameters = inspect.signature(func).parameters
@@ -561,13 +525,8 @@ def as_numbers(returned: Any, name: str, size: int) -> tuple[list[float], list[s
         ValueError: If there is not one number or None per sample.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.scoring import as_numbers
-    >>> as_numbers([1, None], "ocr", 2)
-    ([1.0, nan], [None, None])
-
-    ```
+        >>> as_numbers([1, None], "ocr", 2)
+        ([1.0, nan], [None, None])
     """
     try:
         values = returned.tolist() if hasattr(returned, "tolist") else returned
@@ -613,13 +572,8 @@ def describe(error: BaseException) -> str:
     """An error in one line, without secrets.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.scoring import describe
-    >>> describe(KeyError("target"))
-    "KeyError: 'target'"
-
-    ```
+        >>> describe(KeyError("target"))
+        "KeyError: 'target'"
     """
     try:
         text = redacted(" ".join(str(error).split()))

@@ -36,13 +36,8 @@ def parse_score(text: str, low: float | int, high: float | int) -> float | None:
         `float` or None.
 
     Example:
-
-    ```python
-    >>> from trl_apex.rewards.vlm_judge import parse_score
-    >>> parse_score("Alignment Score: 2\\nFinal Score: 3.5", 1, 5), parse_score("A fine image.", 1, 5)
-    (3.5, None)
-
-    ```
+        >>> parse_score("Alignment Score: 2\\nFinal Score: 3.5", 1, 5), parse_score("A fine image.", 1, 5)
+        (3.5, None)
     """
     found = SCORE.findall(text)
     score = float(found[-1]) if found else None
@@ -201,14 +196,8 @@ def data_url(image: Image.Image) -> str:
     """An image as a PNG data URL, lossless.
 
     Example:
-
-    ```python
-    >>> from PIL import Image
-    >>> from trl_apex.rewards.vlm_judge import data_url
-    >>> data_url(Image.new("RGB", (1, 1)))[:22]
-    'data:image/png;base64,'
-
-    ```
+        >>> data_url(Image.new("RGB", (1, 1)))[:22]
+        'data:image/png;base64,'
     """
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")

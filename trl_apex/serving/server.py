@@ -69,13 +69,8 @@ class Limits:
         ValueError: If a bound is not positive.
 
     Example:
-
-    ```python
-    >>> from trl_apex.serving.server import Limits
-    >>> Limits().requests
-    16
-
-    ```
+        >>> Limits().requests
+        16
     """
 
     max_body: int = 64 * MEBI
@@ -466,13 +461,8 @@ def parse_body(body: bytearray, limits: Limits) -> "Job":
         HTTPException: 400 for a header line that is no JSON, 413 for too much, 422 for another form.
 
     Example:
-
-    ```python
-    >>> from trl_apex.serving.server import Limits, parse_body
-    >>> parse_body(bytearray(b'{"prompts": ["a cat"], "sizes": [[1, 1]]}\\nRGB'), Limits()).arrays[0].tolist()
-    [[[82, 71, 66]]]
-
-    ```
+        >>> parse_body(bytearray(b'{"prompts": ["a cat"], "sizes": [[1, 1]]}\\nRGB'), Limits()).arrays[0].tolist()
+        [[[82, 71, 66]]]
     """
     end = body.find(b"\n", 0, limits.max_metadata + 1)
     if end < 0:

@@ -40,14 +40,9 @@ def encode_request(prompts: Sequence[str], images: Images, columns: dict[str, li
         `bytes`.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from trl_apex.serving.wire import encode_request
-    >>> encode_request(["a cat"], torch.ones(1, 3, 1, 1), {})
-    b'{"prompts": ["a cat"], "columns": {}, "dtype": "uint8", "sizes": [[1, 1]], "floats": true}\\n\\xff\\xff\\xff'
-
-    ```
+        >>> import torch
+        >>> encode_request(["a cat"], torch.ones(1, 3, 1, 1), {})
+        b'{"prompts": ["a cat"], "columns": {}, "dtype": "uint8", "sizes": [[1, 1]], "floats": true}\\n\\xff\\xff\\xff'
     """
     floats = isinstance(images, Tensor) and images.is_floating_point()
     dtype = "uint8"
@@ -81,13 +76,8 @@ def decode_images(pixels: memoryview, dtype: str, sizes: Sequence[Sequence[int]]
         ValueError: If the bytes do not fill the sizes.
 
     Example:
-
-    ```python
-    >>> from trl_apex.serving.wire import decode_images
-    >>> decode_images(memoryview(bytes(range(9))), "uint8", [[1, 1], [2, 1]])[1].tolist()
-    [[[3, 4, 5]], [[6, 7, 8]]]
-
-    ```
+        >>> decode_images(memoryview(bytes(range(9))), "uint8", [[1, 1], [2, 1]])[1].tolist()
+        [[[3, 4, 5]], [[6, 7, 8]]]
     """
     counts = [3 * math.prod(size) for size in sizes]
     needed = sum(counts) * DTYPES[dtype].itemsize
@@ -109,13 +99,8 @@ def json_columns(columns: dict[str, Any], size: int) -> dict[str, list]:
         `dict[str, list]`.
 
     Example:
-
-    ```python
-    >>> from trl_apex.serving.wire import json_columns
-    >>> json_columns({"target": ["cat"], "log_metric": print, "photo": [object()], "seed": 3}, size=1)
-    {'target': ['cat']}
-
-    ```
+        >>> json_columns({"target": ["cat"], "log_metric": print, "photo": [object()], "seed": 3}, size=1)
+        {'target': ['cat']}
     """
     return {
         key: list(value)

@@ -45,6 +45,7 @@ from ..distributed import (
 from ..prompts import GroupSampler
 from ..prompts.embeddings import PromptConditions
 from ..rewards.base import Reward, to_pil
+from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardScorer
 from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallback, RewardHackingWatch
 from .checkpoint import SavingMixin, check_writable, last_whole
@@ -164,7 +165,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         model (`str` or `diffusers.DiffusionPipeline`): hub id, folder or loaded pipeline.
         reward_funcs (callable or `list`): called with keywords `prompts`, `completions` (PIL images), `images` (float
             tensor `[B, 3, H, W]` in [0, 1], where the signature takes it), every dataset column, `trainer_state`,
-            `log_metric` and `log_extra`; return one number, or None, per image. May be async.
+            `log_metric` and `log_extra`; return one number, or None, per image. May be async. A string names a built-in
+            reward, as in `["ocr", "pickscore", my_function]`.
         args ([`DiffusionGRPOConfig`] or `trl.GRPOConfig`, *optional*): a plain GRPOConfig is upgraded field by field.
         train_dataset (`datasets.Dataset`): with a `prompt` column.
         eval_dataset (`datasets.Dataset` or dict of them, *optional*): likewise.
@@ -224,7 +226,8 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             raise ValueError(
                 "`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`."
             )
-        reward_funcs, self.monitor_funcs = as_list(reward_funcs), as_list(monitor_funcs)
+        reward_funcs = load_rewards(as_list(reward_funcs))
+        self.monitor_funcs = load_rewards(as_list(monitor_funcs))
         every_name = reward_names([*reward_funcs, *self.monitor_funcs], warn=True)
         names = every_name[: len(reward_funcs)]
         weights = check_weights(args.reward_weights, names)
