@@ -16,7 +16,6 @@ from torch import nn
 
 from .diffusion.families import FAMILIES, base
 from .diffusion.families.base import DiffusionPolicy
-from .diffusion.schedule import sde_window
 
 CONTEXT = 1e9
 """Bytes for the CUDA context and its libraries."""
@@ -426,13 +425,12 @@ def settings_from_config(config: Any, size: tuple[int, int], *, gpus: int = 1, *
         gpus (`int`), others: `lora_rank`, `lora_targets`, `zero_stage`, `prompts` and `rewards_gb` of [`PlanSettings`].
     """
     here = max(config.generation_batch_size // gpus, 1)
-    window = sde_window(config.num_inference_steps, config.sde_window_size, config.sde_window_range, 0, 0)
     return PlanSettings(
         height=config.height or size[0], width=config.width or size[1], half=bool(config.bf16 or config.fp16), gpus=gpus,
         samples=config.generation_batch_size, group=config.num_generations, micro_batch=config.per_device_train_batch_size,
         steps_per_row=config.timestep_batch_size, accumulation=config.gradient_accumulation_steps,
         passes=config.num_iterations, rollout_batch=min(config.rollout_batch_size or here, here),
-        steps=config.num_inference_steps, window=len(window), guidance=config.guidance_scale, kl=config.beta > 0,
+        steps=config.num_inference_steps, window=config.rows_per_image, guidance=config.guidance_scale, kl=config.beta > 0,
         offload_reference=config.offload_reference, checkpointing=bool(config.activation_checkpointing),
         ema=config.ema_decay is not None, gather=config.gather_for_rollout,
         unload_encoders=config.unload_text_encoders is not False and config.precompute_prompts,

@@ -66,9 +66,9 @@ class Rollout:
     Args:
         images (`torch.Tensor` of shape `[B, 3, H, W]`): in [0, 1].
         trajectory (`Trajectory`): its stochastic steps.
-        latent_power (`torch.Tensor` of shape `[B]`): mean square of the final latents.
+        latents (`torch.Tensor` of shape `[B, C, H, W]`): the final latents, before decoding.
     """
 
     images: Float[Tensor, "B 3 H W"]
     trajectory: Trajectory
-    latent_power: Float[Tensor, "B"]
+    latents: Float[Tensor, "B C h w"]

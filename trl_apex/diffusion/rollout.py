@@ -12,7 +12,7 @@ from .nouns import Embeddings, Rollout, Trajectory
 from .schedule import Sampler
 
 # What a random draw is for, the second entry of its key.
-INITIAL_NOISE, STEP_NOISE, ROW_ORDER, EVAL_NOISE = range(4)
+INITIAL_NOISE, STEP_NOISE, ROW_ORDER, EVAL_NOISE, ROW_NOISE, ROW_LEVEL = range(6)
 
 
 def keyed_generator(*key: int) -> torch.Generator:
@@ -200,4 +200,4 @@ def sample(
         latents, trajectory = denoise(predict, sampler, initial, window, noise, representative)
     finally:
         model.train(was_training)
-    return Rollout(policy.decode(latents), trajectory, latents.float().square().mean((1, 2, 3)))
+    return Rollout(policy.decode(latents), trajectory, latents)

@@ -89,6 +89,12 @@ class APEXTrainer(DiffusionGRPOTrainer):
             _, transition, _ = self._step_log_prob(model, inputs)
             return super()._kl(model, inputs, transition)
 
+    def _velocity_penalty(self, model: nn.Module, inputs: dict[str, Any], velocity: Tensor) -> Tensor:
+        if self.probe is None or not self.probe.due(self.state.global_step):
+            return super()._velocity_penalty(model, inputs, velocity)
+        with self.probe.paused():
+            return super()._velocity_penalty(model, inputs, self._velocity(model, inputs))
+
     def _read_probe(self, probe: GradientProbe) -> None:
         result = probe.result(reduce=all_reduce_sum)
         if result is None:

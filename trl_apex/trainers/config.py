@@ -17,6 +17,7 @@ from trl import GRPOConfig
 
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions
 from ..aggregation.rules import GRADIENT_RULES, RULES
+from ..diffusion.losses import TIMESTEP_SAMPLING, WEIGHTINGS
 
 
 def check_types(config: Any, names: set[str], finite: set[str]) -> None:
@@ -101,7 +102,6 @@ LANGUAGE_FIELDS = (
     "cache_implementation",
     "use_vllm",
     "use_liger_kernel",
-    "loss_type",
     "mask_truncated_completions",
     "top_entropy_quantile",
     "entropy_coef",
@@ -117,6 +117,14 @@ LANGUAGE_FIELDS = (
 )
 
 
+# What `None` means for each loss. The flow-matching losses are published without guidance.
+LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "grpo": {"guidance_scale": 4.5, "epsilon": 1e-4},
+    "awm": {"guidance_scale": 1.0, "epsilon": 1.0, "timesteps_per_image": 6},
+    "nft": {"guidance_scale": 1.0, "epsilon": 1e-4, "timesteps_per_image": 4},
+    "fpo": {"guidance_scale": 1.0, "epsilon": 0.01, "timesteps_per_image": 4},
+}
+
 # Of GRPOConfig's fields, those whose types are checked here as well.
 TYPED_FIELDS = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "steps_per_generation",
@@ -129,6 +137,7 @@ LEAST = {
     "steps_per_generation": 1, "num_iterations": 1, "num_inference_steps": 1, "eval_num_inference_steps": 1,
     "max_sequence_length": 1, "height": 1, "width": 1, "sde_window_size": 1, "timestep_batch_size": 1,
     "rollout_batch_size": 1, "ema_update_steps": 1, "max_nonfinite_updates": 1, "learning_rate": 0, "weight_decay": 0,
+    "timesteps_per_image": 1, "timestep_shift": 0, "guidance_scale": 0, "advantage_max": 0, "fpo_scale": 0, "nft_beta": 0,
     "adam_epsilon": 0, "epsilon": 0, "beta": 0, "eval_guidance_scale": 0, "gradient_accumulation_steps": 1,
 }  # fmt: skip
 
@@ -168,8 +177,9 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
     weight_decay: float = field(default=1e-4, metadata=_help("Weight decay of AdamW."))
     lr_scheduler_type: str = field(default="constant", metadata=_help("Learning rate schedule."))
-    epsilon: float = field(
-        default=1e-4, metadata=_help("Clip range of the importance ratio (of mean log-probabilities).")
+    epsilon: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata=_help("Clip range of the importance ratio. None: 1e-4 for 'grpo', 1 for 'awm', 0.01 for 'fpo'."),
     )
     bf16: bool | None = field(
         default=None, metadata=_help("bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set.")
@@ -202,8 +212,43 @@ class DiffusionGRPOConfig(GRPOConfig):
         default=None, metadata=_help("Image width in pixels. None: 512 for SD3 and FLUX, else the model's own.")
     )
     num_inference_steps: int = field(default=10, metadata=_help("Denoising steps of a rollout."))
-    guidance_scale: float = field(
-        default=4.5, metadata=_help("Classifier-free guidance of rollout and update; 1 for none.")
+    loss_type: str = field(
+        default="grpo",
+        metadata=_help(
+            "What an update minimizes. 'grpo': the clipped ratio of stochastic denoising steps. 'awm' (Advantage Weighted "
+            "Matching), 'nft' (DiffusionNFT), 'fpo' (ratio of flow-matching losses): from the final latents alone."
+        ),
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata=_help(
+            "Classifier-free guidance of rollout and update; 1 for none. None: 4.5 for 'grpo'; the other losses need 1."
+        ),
+    )
+    timesteps_per_image: int | None = field(
+        default=None,
+        metadata=_help("'awm', 'nft', 'fpo': noise levels that each image is trained on. None: 6, 4 and 4."),
+    )
+    timestep_sampling: str = field(
+        default="grid",
+        metadata=_help("'awm', 'nft', 'fpo': where noise levels come from: " + ", ".join(TIMESTEP_SAMPLING) + "."),
+    )
+    timestep_range: list[float] = field(
+        default_factory=lambda: [0.0, 1.0],
+        metadata=_help("'awm', 'nft', 'fpo': lowest and highest noise level that is trained."),
+    )
+    timestep_shift: float = field(
+        default=3.0, metadata=_help("Shift of 'uniform' and 'logit_normal' noise levels towards noise; 1 for none.")
+    )
+    awm_weighting: str = field(
+        default="ghuber", metadata=_help("'awm': likelihood of a squared error: " + ", ".join(WEIGHTINGS) + ".")
+    )
+    advantage_max: float = field(
+        default=1.0, metadata=_help("'awm': advantages, clipped to +-5, are scaled to at most this.")
+    )
+    fpo_scale: float = field(default=10.0, metadata=_help("'fpo': how much a change of the loss changes the ratio."))
+    nft_beta: float = field(
+        default=1.0, metadata=_help("'nft': how far its two branches lie from the policy that sampled.")
     )
     negative_prompt: str = field(default="", metadata=_help("Prompt of the unconditional branch."))
     max_sequence_length: int = field(default=256, metadata=_help("Tokens of the longest text encoder."))
@@ -300,6 +345,13 @@ class DiffusionGRPOConfig(GRPOConfig):
         if self.bf16 is None and self.use_cpu:
             self.bf16 = False
         self._set_checkpointing()
+        self._check(
+            self.loss_type in LOSS_DEFAULTS, f"`loss_type` must be one of {', '.join(LOSS_DEFAULTS)}", self.loss_type,
+            "'grpo' is the clipped ratio of denoising steps.",
+        )  # fmt: skip
+        for name, value in LOSS_DEFAULTS[self.loss_type].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         self._reject_language_fields()
         updates = self.updates_per_iteration
         if updates is not None and (self.generation_batch_size is None or self.gradient_accumulation_steps != 1):
@@ -327,8 +379,18 @@ class DiffusionGRPOConfig(GRPOConfig):
             by_fsdp = config.get("activation_checkpointing", os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", False))
             self.activation_checkpointing = str(by_fsdp).lower() not in ("true", "1")
 
+    @property
+    def flow_matching(self) -> bool:
+        """Whether the loss needs final latents alone, and no stochastic steps."""
+        return self.loss_type != "grpo"
+
+    @property
+    def rows_per_image(self) -> int:
+        """Rows that one image contributes to a pass: trained denoising steps, or noise levels."""
+        return self.timesteps_per_image or self.sde_window_size or self.num_inference_steps - 1
+
     def _accumulation_for(self, updates: int) -> int:
-        window = self.sde_window_size or self.num_inference_steps - 1
+        window = self.rows_per_image
         steps, rest = divmod(self.steps_per_generation * window, self.timestep_batch_size)
         if updates < 1 or rest or steps % updates:
             raise ValueError(
@@ -363,8 +425,37 @@ class DiffusionGRPOConfig(GRPOConfig):
             self.multi_objective_aggregation,
             "Pick one of these; `APEXConfig` has more.",
         )
+        if self.flow_matching:
+            self._check(
+                self.guidance_scale == 1.0,
+                f"`guidance_scale` must be 1 with loss_type={self.loss_type!r}: its target is the velocity of the image "
+                "itself, which a guided prediction does not predict",
+                self.guidance_scale,
+                "Leave it out; `eval_guidance_scale` is free.",
+            )
+            self._check(
+                self.sde_window_size is None and self.sde_window_range is None,
+                f"`sde_window_size` and `sde_window_range` need loss_type='grpo': with {self.loss_type!r} no step is stochastic",
+                f"{self.sde_window_size} and {self.sde_window_range}",
+                "Leave them out; `timesteps_per_image` and `timestep_range` choose what is trained.",
+            )
+        else:
+            self._check(
+                self.timesteps_per_image is None,
+                "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'",
+                self.timesteps_per_image,
+                "Use sde_window_size with 'grpo'.",
+            )
+        for name, allowed in (("timestep_sampling", TIMESTEP_SAMPLING), ("awm_weighting", WEIGHTINGS)):
+            self._check(
+                getattr(self, name) in allowed, f"`{name}` must be one of {', '.join(allowed)}", getattr(self, name),
+                f"The default is {allowed[0]!r}.",
+            )  # fmt: skip
         self._check(
-            self.guidance_scale >= 0, "`guidance_scale` must not be negative", self.guidance_scale, "Use 1 for none."
+            len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1,
+            "`timestep_range` must be two rising numbers in [0, 1]",
+            self.timestep_range,
+            "Use e.g. [0.1, 1.0].",
         )
         self._check(self.noise_level > 0, "`noise_level` must be positive", self.noise_level, "Use e.g. 0.7.")
         self._check(
@@ -635,6 +726,12 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
         if self.gradient_probe is None:
             self.gradient_probe = needed
         self._check(self.probe_every >= 1, "`probe_every` must be at least 1", self.probe_every, "Use e.g. 10.")
+        self._check(
+            not (self.gradient_probe and self.loss_type == "nft"),
+            "The gradient probe needs a loss that is linear in the advantage",
+            "gradient_probe (or a rule that needs it) and loss_type='nft'",
+            "Use 'awm' or 'fpo', or turn the probe off.",
+        )
         self._check(
             not (self.gradient_probe and self.compile_denoiser),
             "The gradient probe listens to layers that compiled code does not call",

@@ -126,7 +126,7 @@ class LearningDetectors(TrainerCallback):
         assert self._velocity is not None, "probed in the rollout"
         velocity = self._velocity.float()
         pixel = torch.cat([r.images.float().mean((1, 2, 3)) for r in rollouts]).mean()
-        power = torch.cat([r.latent_power for r in rollouts]).mean()
+        power = torch.cat([r.latents.float().square().mean((1, 2, 3)) for r in rollouts]).mean()
         changed = torch.full_like(pixel, float(self._weights_changed))
         numbers = torch.stack([pixel, power, changed, velocity.square().mean().sqrt()])
         ranks = gather_rows(torch.cat([numbers, velocity[:: -(-len(velocity) // SKETCH)]])[None]).cpu()

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,10 +20,21 @@ from trl.models import prepare_deepspeed
 from ..aggregation.normalize import group_rows
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
 from ..diffusion.families import load_policy
-from ..diffusion.losses import clipped_surrogate, gaussian_kl
+from ..diffusion.losses import (
+    Surrogate,
+    add_noise,
+    awm_log_likelihood,
+    clipped_surrogate,
+    fpo_log_likelihood,
+    gaussian_kl,
+    nft_loss,
+    training_sigmas,
+)
 from ..diffusion.nouns import Embeddings, Rollout
 from ..diffusion.rollout import (
     INITIAL_NOISE,
+    ROW_LEVEL,
+    ROW_NOISE,
     ROW_ORDER,
     STEP_NOISE,
     guided_prediction,
@@ -327,16 +339,38 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             )
         schedule = self.policy.schedule(args.num_inference_steps, self.height, self.width)
         self.sampler = Sampler(schedule, self.transition, args.noise_level)
+        if args.flow_matching and "flow_sde" not in self.policy.transitions:
+            raise ValueError(
+                f"loss_type={args.loss_type!r} needs a model that predicts a flow's velocity. Found "
+                f"{type(self.policy.pipeline).__name__}, which predicts noise. Use loss_type='grpo'."
+            )
+        if args.flow_matching:
+            self._levels(args, range(1), iteration=0)  # raises where the schedule has too few
         self._window(args, iteration=0)
 
     def _window(self, args: DiffusionGRPOConfig, iteration: int) -> range:
+        """The stochastic steps of an iteration; none where the loss needs final latents alone."""
+        if args.flow_matching:
+            return range(0)
         steps, size, where = args.num_inference_steps, args.sde_window_size, args.sde_window_range
         return sde_window(steps, size, where, args.seed, iteration)
+
+    def _levels(self, args: DiffusionGRPOConfig, samples: range, iteration: int) -> Tensor:
+        """Noise levels `[B, N]` that these samples of an iteration are trained on."""
+        assert args.timesteps_per_image is not None
+        drawn = [
+            training_sigmas(
+                args.timestep_sampling, self.sampler.schedule.sigmas, (1, args.timesteps_per_image),
+                keyed_generator(args.seed, ROW_LEVEL, iteration, i), args.timestep_shift, *args.timestep_range,
+            )
+            for i in samples
+        ]  # fmt: skip
+        return torch.cat(drawn)
 
     def _plan_updates(self, args: DiffusionGRPOConfig, num_prompts: int) -> None:
         self.updates_per_pass = updates_per_pass(
             args.per_device_train_batch_size * args.steps_per_generation,
-            len(self._window(args, 0)),
+            args.rows_per_image,
             args.per_device_train_batch_size,
             args.timestep_batch_size,
             args.gradient_accumulation_steps,
@@ -499,9 +533,6 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         self._detectors.see_rollout(rollouts, advantages)
         here = local_slice(len(inputs), self.accelerator.process_index)
         result = {
-            "latents": torch.cat([r.trajectory.latents for r in rollouts]),
-            "old_log_prob": torch.cat([r.trajectory.log_prob for r in rollouts]),
-            "window": rollouts[0].trajectory.steps,
             "advantages": advantages[here].to(device, torch.float32),
             "normalized": normalized[here].to(device, torch.float32),
             "embeddings": embeddings,
@@ -510,9 +541,61 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             "dead": bool((advantages == 0).all()),
             "live": (advantages[here] != 0).cpu(),
         }
+        if self.args.flow_matching:
+            result |= self._noise_levels(torch.cat([r.latents for r in rollouts]), range(first, first + len(inputs)))
+            result |= self._velocities_before_updates(result)
+            return result
+        result |= {
+            "latents": torch.cat([r.trajectory.latents for r in rollouts]),
+            "old_log_prob": torch.cat([r.trajectory.log_prob for r in rollouts]),
+            "window": rollouts[0].trajectory.steps,
+        }
         if self._reference is not None:
             result["reference_mean"] = self._reference_means(result)
         return result
+
+    def _noise_levels(self, clean: Tensor, samples: range) -> dict[str, Tensor]:
+        """Levels `[B, N]` and fresh noise `[B, N, C, H, W]` for the final latents `[B, C, H, W]` of a rollout."""
+        levels = self._levels(self.args, samples, self._iteration)
+        keys = [(self.args.seed, ROW_NOISE, self._iteration, i) for i in samples]
+        noise = keyed_noise(keys, (levels.shape[1], *self.latent_shape))
+        return {"clean": clean, "levels": levels.to(clean.device), "noise": noise.to(clean.device)}
+
+    @torch.no_grad()
+    def _velocities_before_updates(self, rollout: dict[str, Any]) -> dict[str, Tensor]:
+        """What the policy that sampled, and the frozen copy, predict for every row before an update moves the weights.
+
+        `old` `[B, N]` is the log-likelihood of each row (for NFT `[B, N, C, H, W]`, its velocity), left out where one
+        update an iteration makes it the model's own. `reference_velocity` `[B, N, C, H, W]` is the frozen copy's.
+        """
+        args, found = self.args, {}
+        samples, levels = rollout["levels"].shape
+        pairs = torch.cartesian_prod(torch.arange(samples), torch.arange(levels)).to(rollout["levels"].device)
+        chunks = pairs.split(args.per_device_train_batch_size * args.timestep_batch_size)
+
+        def every_row(model: nn.Module, keep: Callable[[Tensor, dict[str, Any]], Tensor]) -> Tensor:
+            was_training, kept = model.training, []
+            model.eval()
+            for chosen, level in (chunk.unbind(1) for chunk in chunks):
+                rows = self._level_rows(rollout, chosen, level)
+                rows["embeddings"] = self._embeddings_of(rollout, chosen)
+                kept.append(keep(self._velocity(model, rows), rows))
+            model.train(was_training)
+            return torch.cat(kept).unflatten(0, (samples, levels))
+
+        if self.updates_per_iteration > 1:
+            by_likelihood = args.loss_type != "nft"
+            with self._rollout_weights():
+                found["old"] = every_row(
+                    self._rollout_model(), lambda v, rows: self._log_likelihood(v, rows) if by_likelihood else v
+                )
+        if self._reference is not None:
+            if self._offload_reference:
+                self._reference.to(self.accelerator.device)
+            found["reference_velocity"] = every_row(self._reference, lambda velocity, rows: velocity)
+            if self._offload_reference:
+                self._reference.to("cpu")
+        return found
 
     @torch.no_grad()
     def _reference_means(self, rollout: dict[str, Any]) -> Tensor:
@@ -628,28 +711,54 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         if (
             step == 0 or "dealt" not in rollout
         ):  # once a pass: dealing again for every micro-batch would grow with the square of the images
-            rollout["dealt"] = update_rows(samples, len(rollout["window"]), self.updates_per_pass, first, key)
+            rollout["dealt"] = update_rows(samples, args.rows_per_image, self.updates_per_pass, first, key)
         count = args.per_device_train_batch_size * args.timestep_batch_size
         rows = rollout["dealt"][update][micro * count : (micro + 1) * count]
-        window_step = rows[:, 1]
         self._metrics["train"]["dead_step_rate"].append(float(not rollout["live"][rows[:, 0]].any()))
         sample, on_device = rows.to(self.accelerator.device).unbind(1)
+        if args.flow_matching:
+            own = self._level_rows(rollout, sample, on_device) | {"steps": rows[:, 1]}
+        else:
+            own = {
+                "latents": rollout["latents"][sample, on_device],
+                "next_latents": rollout["latents"][sample, on_device + 1],
+                "old_log_prob": rollout["old_log_prob"][sample, on_device],
+                "steps": rows[:, 1] + rollout["window"].start,  # on the CPU, where the schedule is
+                "reference_mean": None if self._reference is None else rollout["reference_mean"][sample, on_device],
+            }
         return {
-            "latents": rollout["latents"][sample, on_device],
-            "next_latents": rollout["latents"][sample, on_device + 1],
-            "old_log_prob": rollout["old_log_prob"][sample, on_device],
+            **own,
             "advantages": rollout["advantages"][sample],
             "normalized": rollout["normalized"][sample],
-            "steps": window_step + rollout["window"].start,  # on the CPU, where the schedule is
             "samples": sample + first,
-            "reference_mean": None if self._reference is None else rollout["reference_mean"][sample, on_device],
-            "embeddings": {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()},
+            "embeddings": self._embeddings_of(rollout, sample),
             "dead": rollout["dead"],
             "first_update": pass_number == 0 and update == 0,
         }
 
+    def _embeddings_of(self, rollout: dict[str, Any], sample: Tensor) -> Embeddings:
+        return {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()}
+
+    def _level_rows(self, rollout: dict[str, Any], sample: Tensor, level: Tensor) -> dict[str, Any]:
+        """The rows of a flow-matching loss: noised latents, their target velocity, and what was predicted before."""
+        clean, noise, sigmas = (
+            rollout["clean"][sample],
+            rollout["noise"][sample, level],
+            rollout["levels"][sample, level],
+        )
+        rows = {"latents": add_noise(clean, noise, sigmas), "clean": clean, "target": noise - clean, "sigmas": sigmas}
+        before = {name: rollout[name][sample, level] for name in ("old", "reference_velocity") if name in rollout}
+        return rows | before
+
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Clipped surrogate, plus `beta` times the KL divergence to the reference, over the rows of one micro-batch."""
+        """The loss over the rows of one micro-batch, plus `beta` times the distance to the reference.
+
+        'grpo': the clipped ratio of denoising steps, and their KL divergence. The flow-matching losses: their own ratio or
+        branches, and the mean squared difference of velocities.
+        """
+        if self.args.flow_matching:
+            surrogate, penalty = self._flow_matching_loss(model, inputs)
+            return self._finish_loss(surrogate, penalty, inputs)
         prediction, transition, log_prob = self._step_log_prob(model, inputs)
         surrogate = clipped_surrogate(
             log_prob,
@@ -659,17 +768,56 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
             self.epsilon_high,
             self.args.delta,
         )
+        kl = self._kl(model, inputs, transition) if self.beta > 0 else None
+        return self._finish_loss(surrogate, kl, inputs)
+
+    def _finish_loss(self, surrogate: Surrogate, distance: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+        """Add the distance to the reference, log, and divide for gradient accumulation."""
         loss = surrogate.loss.mean()
-        kl = None
-        if self.beta > 0:
-            kl = self._kl(model, inputs, transition)
-            loss = loss + self.beta * kl
+        if distance is not None:
+            loss = loss + self.beta * distance
         self._guard.update_is_dead &= inputs["dead"]
         if inputs["first_update"]:
             self._detectors.watch_ratio(surrogate.ratio)
-        self._log_update(surrogate, kl)
+        self._log_update(surrogate, distance)
         self._guard.remember(surrogate.ratio, inputs)
         return loss / self.current_gradient_accumulation_steps
+
+    def _flow_matching_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Surrogate, Tensor | None]:
+        args, advantages = self.args, inputs["advantages"]
+        velocity = self._velocity(model, inputs)
+        if args.loss_type == "nft":
+            old = inputs.get("old", velocity.detach())
+            rows = nft_loss(
+                velocity, old, inputs["latents"], inputs["clean"], inputs["sigmas"], advantages, args.nft_beta
+            )
+            never = torch.zeros_like(rows, dtype=torch.bool)
+            surrogate = Surrogate(rows, 1 + 0 * rows.detach(), never, never)  # nothing to clip; NaN stays NaN
+        else:
+            likelihood = self._log_likelihood(velocity, inputs)
+            if args.loss_type == "awm":
+                advantages = advantages.clamp(-5, 5) / 5 * args.advantage_max
+            old = inputs.get("old", likelihood.detach())
+            surrogate = clipped_surrogate(likelihood, old, advantages, self.epsilon_low, self.epsilon_high, args.delta)
+        return surrogate, self._velocity_penalty(model, inputs, velocity) if self.beta > 0 else None
+
+    def _velocity(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        timesteps = 1000 * inputs["sigmas"]  # what flows are told, whatever the family then divides by
+        return guided_prediction(self.policy, model, inputs["latents"], timesteps, inputs["embeddings"], None, 1.0)
+
+    def _log_likelihood(self, velocity: Tensor, inputs: dict[str, Any]) -> Tensor:
+        if self.args.loss_type == "awm":
+            return awm_log_likelihood(velocity, inputs["target"], inputs["sigmas"], self.args.awm_weighting)
+        return fpo_log_likelihood(velocity, inputs["target"], self.args.fpo_scale)
+
+    def _velocity_penalty(self, model: nn.Module, inputs: dict[str, Any], velocity: Tensor) -> Tensor:
+        """Mean squared difference to the velocity of the model without its adapter, or of the frozen start."""
+        if self._reference is None:
+            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+                wanted = self._velocity(model, inputs)
+        else:
+            wanted = inputs["reference_velocity"]
+        return (velocity - wanted).square().mean()
 
     def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
         """Mean KL divergence of `transition` to that of the model without its adapter, or of the frozen start."""
@@ -681,7 +829,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         return gaussian_kl(transition.mean, mean, transition.std).mean()
 
     def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
-        guidance = self.args.guidance_scale
+        guidance: Any = self.args.guidance_scale  # a number by now
         timesteps = self.sampler.timesteps(inputs["steps"]).to(inputs["latents"].device)
         negative = self._conditions.negative(guidance)
         prediction = guided_prediction(
