@@ -86,7 +86,7 @@ def test_no_release_overrides_a_hook_of_trainer_behind_our_back():
     )
 
 
-def test_what_the_diffusion_trainer_overrides_still_exists_with_the_same_parameters():
+def test_what_the_diffusion_trainer_overrides_or_calls_still_exists_with_the_same_parameters():
     expected = {
         "_prepare_inputs": ["self", "generation_batch"],
         "_generate_and_score_completions": ["self", "inputs"],
@@ -96,14 +96,32 @@ def test_what_the_diffusion_trainer_overrides_still_exists_with_the_same_paramet
         "_send_telemetry": ["self"],
         "_save_checkpoint": ["self", "model", "trial"],
         "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+        "_load_rng_state": ["self", "checkpoint"],
+        "_load_best_model": ["self"],
+        "_determine_best_metric": ["self", "metrics", "trial"],
+        "_save": ["self", "output_dir", "state_dict"],
+        "_save_optimizer_and_scheduler": ["self", "output_dir"],
+        "_save_rng_state": ["self", "output_dir"],
+        "_save_scaler": ["self", "output_dir"],
+        "_run_epoch": None,
+        "_finalize_training": None,
         "create_model_card": None,
     }
     for method, parameters in expected.items():
         function = getattr(GRPOTrainer, method, None)
-        assert function is not None, f"{RELEASE} has no GRPOTrainer.{method}, which DiffusionGRPOTrainer overrides"
+        assert function is not None, f"{RELEASE} has no GRPOTrainer.{method}, which DiffusionGRPOTrainer needs"
         if parameters is not None:
             found = list(inspect.signature(inspect.unwrap(function)).parameters)
             assert found == parameters, f"{RELEASE}: GRPOTrainer.{method} takes {found} instead of {parameters}"
+
+
+def test_no_release_saves_more_state_than_our_checkpoints():
+    """`trl_apex.trainers.checkpoint.save` stands in for Trainer's `_save_checkpoint`."""
+    saved = {
+        n for n in self_attributes(source_tree(Trainer._save_checkpoint), ast.Load) if n.lstrip("_").startswith("save")
+    }
+    known = {"save_model", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"}
+    assert saved == known, f"transformers saves {sorted(saved ^ known)} too: update trl_apex/trainers/checkpoint.py"
 
 
 def test_the_check_sees_an_attribute_that_nobody_sets():

@@ -1,8 +1,6 @@
 """APEX: the diffusion GRPO trainer with adaptive priorities."""
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +14,6 @@ from .diffusion_grpo import DiffusionGRPOTrainer
 from .probe import GradientProbe
 
 logger = logging.getLogger(__name__)
-
-AGGREGATOR_FILE = "aggregator_state.json"
 
 
 class APEXTrainer(DiffusionGRPOTrainer):
@@ -44,7 +40,6 @@ class APEXTrainer(DiffusionGRPOTrainer):
     _tag_names = ["trl", "grpo", "apex", "diffusers", "text-to-image"]
     _name = "APEX"
     config_class = APEXConfig
-    _needed_state = ("aggregator",)
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
@@ -109,9 +104,3 @@ class APEXTrainer(DiffusionGRPOTrainer):
 
     def _stateful(self) -> dict[str, Any]:
         return {**super()._stateful(), "aggregator": self.aggregator, "population": self.population}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:  # for readers; a resume takes it from the checkpoint's state
-            state = json.dumps(self.aggregator.state_dict(), indent=1)
-            Path(output_dir or str(self.args.output_dir), AGGREGATOR_FILE).write_text(state)

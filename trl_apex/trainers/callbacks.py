@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from torch.nn.utils import get_total_norm
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..distributed import any_rank, local_shard
 from ..evaluation import hacking_signs
@@ -39,6 +39,11 @@ class IterationCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
         self._postponed = set()
+        waited = state.stateful_callbacks.get("EarlyStoppingCallback", [])
+        for callback, saved in zip(
+            _early_stopping(self.trainer), waited if isinstance(waited, list) else [waited], strict=False
+        ):
+            callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.save_and_stop:
@@ -52,6 +57,18 @@ class IterationCallback(TrainerCallback):
             setattr(control, event, boundary and event in self._postponed)
         if boundary:
             self._postponed = set()
+
+
+def _early_stopping(trainer: Any) -> list[EarlyStoppingCallback]:
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+
+
+def is_finished(trainer: Any) -> bool:
+    """Whether a resumed run has nothing left to do."""
+    return trainer.state.global_step >= trainer.state.max_steps or any(
+        callback.early_stopping_patience_counter >= callback.early_stopping_patience
+        for callback in _early_stopping(trainer)
+    )
 
 
 class GradientGuardCallback(TrainerCallback):

@@ -59,11 +59,11 @@ from ..prompts.embeddings import PromptConditions
 from ..rewards.base import Reward, to_pil
 from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardScorer
-from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallback, RewardHackingWatch
-from .checkpoint import SavingMixin, check_writable, last_whole
+from . import checkpoint, evaluation, publishing
+from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallback, RewardHackingWatch, is_finished
+from .checkpoint import check_writable, last_whole, nothing_but_tensors, resume_point, save_before_failing
 from .config import DiffusionGRPOConfig
 from .detectors import LearningDetectors, disable_dropout
-from .evaluation import EvaluatingMixin
 from .inputs import (
     as_list,
     check_best_metric,
@@ -74,7 +74,7 @@ from .inputs import (
     reward_names,
 )
 from .logs import LogsMixin
-from .publishing import PublishingMixin, without_token
+from .publishing import without_token
 from .trl_seam import set_inherited_attributes
 from .weights import (
     ADAPTER_RATE,
@@ -166,7 +166,7 @@ def updates_per_pass(
 logger = logging.getLogger(__name__)
 
 
-class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMixin, GRPOTrainer):
+class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
     """Trains the denoiser of a text-to-image pipeline with GRPO.
 
     One iteration: sample a group of images for each of a few prompts, score them, turn scores into advantages, and make
@@ -214,7 +214,23 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
     args: DiffusionGRPOConfig
     model: nn.Module
     num_generations: int
+    resumed_from: str | None = None
+    save_and_stop: str | None = None
+    """Why the run stops at the end of this iteration; None while it does not."""
+    _stop_error: type[RuntimeError] = RuntimeError
     _logs: dict[str, Any]
+
+    # Methods that have a chapter of their own.
+    evaluate = evaluation.evaluate
+    predict = evaluation.predict
+    save_model = checkpoint.save_model
+    _save_checkpoint = checkpoint.save_checkpoint
+    _load_optimizer_and_scheduler = checkpoint.load
+    _load_best_model = checkpoint.load_best_model
+    _determine_best_metric = checkpoint.determine_best_metric
+    init_hf_repo = publishing.init_hf_repo
+    push_to_hub = publishing.push_to_hub
+    create_model_card = publishing.create_model_card
 
     def __init__(
         self,
@@ -422,7 +438,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
         )
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        resume_from_checkpoint = self._resume_point(resume_from_checkpoint)
+        self.resumed_from = resume_from_checkpoint = resume_point(self, resume_from_checkpoint)
         self._scorer = self._open_scorer(self.reward_funcs, self.reward_func_names)
         self.save_and_stop = None
         try:
@@ -447,6 +463,40 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
                 f"Training was stopped at step {self.state.global_step}, with a checkpoint saved: {self.save_and_stop}"
             )
         return result
+
+    def request_stop(self, cause: str, error: type[RuntimeError] = RuntimeError) -> None:
+        """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""
+        logger.error("%s", cause)
+        self.save_and_stop, self._stop_error = cause, error
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if is_finished(self):  # Trainer would take a step before it looks
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any):
+        """Trainer's own, without its last rotation, which would leave the best checkpoint alone."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with nothing_but_tensors(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    @property
+    def _engine(self) -> str:
+        """What saves and loads the state: "ddp" (one process too), "zero1" to "zero3" or "fsdp"."""
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "fsdp" if self.is_fsdp_enabled else "ddp"
+
+    def _stateful(self) -> dict[str, Any]:
+        """What a checkpoint keeps in `apex_state.json`: objects with `state_dict` and `load_state_dict`, by name."""
+        return {"monitor": self._watch, "detectors": self._detectors}
 
     def _open_scorer(self, funcs: list, names: list[str]) -> RewardScorer:
         """Scoring in the background, once every reward is known to work.
@@ -520,7 +570,7 @@ class DiffusionGRPOTrainer(EvaluatingMixin, LogsMixin, SavingMixin, PublishingMi
                     pending = [self._submit(self._scorer, inputs, torch.cat([r.images for r in rollouts]))]
                 scored = [future.result() for future in pending]
         except Exception:
-            self._save_before_failing()
+            save_before_failing(self)
             raise
         metrics["time/rollout"].append(sampled - started)
         metrics["time/rewards_wait"].append(time.perf_counter() - sampled)

@@ -404,151 +404,144 @@ def without_token(args: Any) -> tuple[Any, str | None]:
     return args, token
 
 
-class PublishingMixin:
-    """`push_to_hub()`, `push_to_hub=True` with its strategies, and the model card.
+def init_hf_repo(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
+    """Create the repository, or find it, before any compute.
 
-    Trainer would upload `training_args.bin` with the token in it, leave out the adapter that diffusers loads, and lose
-    errors of intermediate uploads. Here an upload takes along what `trl_apex.trainers.publishing.UPLOADED` names, in one commit.
+    Raises:
+        PushError: if the token, the name or the connection will not do.
     """
+    if not trainer.is_world_process_zero():
+        return
+    name = trainer.args.hub_model_id or Path(trainer.args.output_dir).absolute().name
+    private = trainer.args.hub_private_repo if private is None else private
+    api = HfApi(token=token or trainer._hub_token)
+    repo = trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, None, api.endpoint)
+    trainer.hub_model_id = repo.repo_id
+    trainer.push_in_progress = None
 
-    _hub_token: str | None = None
 
-    def init_hf_repo(self: Any, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository, or find it, before any compute.
+def push_to_hub(
+    trainer: Any,
+    commit_message: str | None = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    *,
+    hub_model_id: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Save the model and upload it with its card; returns the repository's address, or a future of it.
 
-        Raises:
-            PushError: if the token, the name or the connection will not do.
-        """
-        if not self.is_world_process_zero():
-            return
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        private = self.args.hub_private_repo if private is None else private
-        api = HfApi(token=token or self._hub_token)
-        repo = trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, None, api.endpoint)
-        self.hub_model_id = repo.repo_id
-        self.push_in_progress = None
+    Every rank must call it; the main process uploads. The repository is `hub_model_id`, here or in the configuration;
+    by default it is named after `output_dir`.
 
-    def push_to_hub(
-        self: Any,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        *,
-        hub_model_id: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the model and upload it with its card; returns the repository's address, or a future of it.
-
-        Every rank must call it; the main process uploads. The repository is `hub_model_id`, here or in the configuration;
-        by default it is named after `output_dir`.
-
-        Raises:
-            ValueError: if the commit message is the name of a repository.
-            PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
-        """
-        if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
-            raise ValueError(
-                "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
-                f'{commit_message!r}. Pass hub_model_id="{commit_message}", here or in the configuration.'
-            )
-        if hub_model_id is not None:
-            self.args.hub_model_id, self.hub_model_id = hub_model_id, None
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        kwargs.pop("model_name", None)
-        self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
-        try:
-            write_figures(self.args.output_dir)
-        except ImportError as error:
-            logger.warning("The model card has no pictures: %s", error)
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        options: dict[str, Any] = {
-            "token": token or self._hub_token,
-            "revision": revision or self.args.hub_revision,
-            "create": False,
-            "commit_message": commit_message or "End of training",
-        }
-        if blocking:
-            return push_run(self.args.output_dir, self.hub_model_id, **options)
-        return HfApi().run_as_future(push_run, self.args.output_dir, self.hub_model_id, **options)
-
-    def create_model_card(
-        self: Any, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
-    ) -> None:
-        """Write the model card of the run as it stands.
-
-        Args:
-            model_name (`str`, *optional*): by default the name of the repository or of the output directory.
-            dataset_name (`str`, *optional*): hub id of the prompts.
-            tags (`str` or `list[str]`, *optional*): further tags.
-            kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
-        """
-        if not self.is_world_process_zero():
-            return
-        further = [tags] if isinstance(tags, str) else list(tags or [])
-        adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        weights = self.reward_weights.tolist()
-        facts = CardFacts(
-            base_model=str(getattr(self.policy.pipeline.config, "_name_or_path", "") or ""),
-            objectives=[
-                {"name": name, "weight": weight, "licence": getattr(func, "weights_licence", "")}
-                for name, weight, func in zip(self.reward_func_names, weights, self.reward_funcs, strict=True)
-            ],
-            tags=list(dict.fromkeys([*self._tag_names, *(["lora"] if adapter else []), *further])),
-            trainer=type(self).__name__,
-            adapter=adapter,
-            denoiser=self.policy.denoiser_name,
-            rule=self.args.multi_objective_aggregation,
-            datasets=[dataset_name] if dataset_name else [],
-            licence=kwargs.get("license"),
-            ema_decay=self.args.ema_decay,
+    Raises:
+        ValueError: if the commit message is the name of a repository.
+        PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
+    """
+    if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
+        raise ValueError(
+            "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
+            f'{commit_message!r}. Pass hub_model_id="{commit_message}", here or in the configuration.'
         )
-        write_model_card(self.args.output_dir, facts, getattr(self, "hub_model_id", None) or model_name)
+    if hub_model_id is not None:
+        trainer.args.hub_model_id, trainer.hub_model_id = hub_model_id, None
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, private=private)
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    kwargs.pop("model_name", None)
+    trainer.state.save_to_json(os.path.join(trainer.args.output_dir, "trainer_state.json"))
+    try:
+        write_figures(trainer.args.output_dir)
+    except ImportError as error:
+        logger.warning("The model card has no pictures: %s", error)
+    trainer.create_model_card(**kwargs)
+    trainer._finish_current_push()
+    options: dict[str, Any] = {
+        "token": token or trainer._hub_token,
+        "revision": revision or trainer.args.hub_revision,
+        "create": False,
+        "commit_message": commit_message or "End of training",
+    }
+    if blocking:
+        return push_run(trainer.args.output_dir, trainer.hub_model_id, **options)
+    return HfApi().run_as_future(push_run, trainer.args.output_dir, trainer.hub_model_id, **options)
 
-    def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
-        """Upload a whole checkpoint in the background, by `hub_strategy`; a failure is a warning."""
-        strategy = self.args.hub_strategy
-        if self._partial_dir is not None or strategy == HubStrategy.END or not self.is_world_process_zero():
-            return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
-        self.create_model_card()
-        # The folder is laid out as the repository, out of links that outlive the checkpoint.
-        staged = Path(tempfile.mkdtemp(prefix=".push-", dir=self.args.output_dir))
-        checkpoint = Path(checkpoint_folder)
-        left_out = {"README.md", *(("adapter_model.safetensors",) if self._ema is not None else ())}  # not averaged
-        _link(checkpoint, staged, lambda path: is_uploaded(path) and path not in left_out)
-        shutil.copy(Path(self.args.output_dir) / "README.md", staged)
-        folder = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(str(strategy.value))
-        if folder:
-            _link(checkpoint, staged / folder)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not isinstance(model, PeftModel) and self._engine == "ddp":
-            with self._ema.averaged() if self._ema is not None else nullcontext():
-                save_denoiser(model, staged / self.policy.denoiser_name)
-        api, repo_id = HfApi(token=self._hub_token), self.hub_model_id
-        options = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": self.args.hub_revision}
 
-        def upload() -> None:
-            try:
-                once = partial(api.upload_folder, repo_id=repo_id, folder_path=staged, **options)
-                trying(once, repo_id, None, api.endpoint)
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
+def create_model_card(
+    trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+) -> None:
+    """Write the model card of the run as it stands.
 
-        job = api.run_as_future(upload)
-        job.add_done_callback(_report_failure)
-        if self.push_in_progress is None or self.push_in_progress.is_done():
-            self.push_in_progress = PushInProgress([job])
-        else:
-            self.push_in_progress.jobs.append(job)
+    Args:
+        model_name (`str`, *optional*): by default the name of the repository or of the output directory.
+        dataset_name (`str`, *optional*): hub id of the prompts.
+        tags (`str` or `list[str]`, *optional*): further tags.
+        kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    further = [tags] if isinstance(tags, str) else list(tags or [])
+    adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    weights = trainer.reward_weights.tolist()
+    facts = CardFacts(
+        base_model=str(getattr(trainer.policy.pipeline.config, "_name_or_path", "") or ""),
+        objectives=[
+            {"name": name, "weight": weight, "licence": getattr(func, "weights_licence", "")}
+            for name, weight, func in zip(trainer.reward_func_names, weights, trainer.reward_funcs, strict=True)
+        ],
+        tags=list(dict.fromkeys([*trainer._tag_names, *(["lora"] if adapter else []), *further])),
+        trainer=type(trainer).__name__,
+        adapter=adapter,
+        denoiser=trainer.policy.denoiser_name,
+        rule=trainer.args.multi_objective_aggregation,
+        datasets=[dataset_name] if dataset_name else [],
+        licence=kwargs.get("license"),
+        ema_decay=trainer.args.ema_decay,
+    )
+    write_model_card(trainer.args.output_dir, facts, getattr(trainer, "hub_model_id", None) or model_name)
+
+
+def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
+    """Upload a whole checkpoint in the background, by `hub_strategy`; a failure is a warning."""
+    strategy = trainer.args.hub_strategy
+    if strategy == HubStrategy.END or not trainer.is_world_process_zero():
+        return
+    busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+    if busy and not trainer.args.hub_always_push:
+        return
+    trainer.create_model_card()
+    # The folder is laid out as the repository, out of links that outlive the checkpoint.
+    staged = Path(tempfile.mkdtemp(prefix=".push-", dir=trainer.args.output_dir))
+    left_out = {"README.md", *(("adapter_model.safetensors",) if trainer._ema is not None else ())}  # not averaged
+    _link(checkpoint, staged, lambda path: is_uploaded(path) and path not in left_out)
+    shutil.copy(Path(trainer.args.output_dir) / "README.md", staged)
+    folder = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(str(strategy.value))
+    if folder:
+        _link(checkpoint, staged / folder)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if not isinstance(model, PeftModel) and trainer._engine == "ddp":
+        with trainer._ema.averaged() if trainer._ema is not None else nullcontext():
+            save_denoiser(model, staged / trainer.policy.denoiser_name)
+    api, repo_id = HfApi(token=trainer._hub_token), trainer.hub_model_id
+    options = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": trainer.args.hub_revision}
+
+    def upload() -> None:
+        try:
+            once = partial(api.upload_folder, repo_id=repo_id, folder_path=staged, **options)
+            trying(once, repo_id, None, api.endpoint)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    job = api.run_as_future(upload)
+    job.add_done_callback(_report_failure)
+    if trainer.push_in_progress is None or trainer.push_in_progress.is_done():
+        trainer.push_in_progress = PushInProgress([job])
+    else:
+        trainer.push_in_progress.jobs.append(job)
 
 
 def _link(source: Path, target: Path, keep: Callable[[str], bool] = lambda path: True) -> None:

@@ -568,10 +568,12 @@ class EMACallback(TrainerCallback):
         """What this rank holds of the trainable parameters: views, so that an average written there is used."""
         return [nn.Parameter(local_shard(p)) for p in self.trainer.model.parameters() if p.requires_grad]
 
+    def _new(self) -> EMAModel:
+        return EMAModel(self._parameters(), decay=self.decay, min_decay=self.decay)
+
     def on_train_begin(self, args, state, control, **kwargs):
-        self._ema = EMAModel(self._parameters(), decay=self.decay, min_decay=self.decay)
-        if self.trainer.resumed_from is not None:
-            self.load(self.trainer.resumed_from)
+        if self.trainer.resumed_from is None:
+            self._ema = self._new()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.every == 0:
@@ -595,9 +597,10 @@ class EMACallback(TrainerCallback):
             )
 
     def load(self, checkpoint: str | Path) -> None:
-        """Take the average that a checkpoint holds, if it holds one; every rank must call it."""
+        """Take the average that a checkpoint holds, or start one from the weights; every rank must call it."""
+        self._ema = self._new()
         file = Path(checkpoint, EMA_FILE)
-        if self._ema is None or not file.is_file():
+        if not file.is_file():
             return
         stored = load_file(file)
         self._ema.optimization_step = int(stored.pop("optimization_step"))
