@@ -104,6 +104,23 @@ def test_the_right_side_of_the_ddpo_table_exists():
             assert name in fields | other, f"{name} is no field of APEXConfig: {row}"
 
 
+def test_the_table_of_other_defaults_is_complete():
+    from dataclasses import MISSING, fields
+
+    from trl import GRPOConfig
+
+    from trl_apex import APEXConfig
+
+    trl_defaults = {field.name: field.default for field in fields(GRPOConfig)}
+    differ = {
+        field.name
+        for field in fields(APEXConfig)
+        if trl_defaults.get(field.name, MISSING) not in (MISSING, field.default)
+    }
+    section = (DOCS / "trainer.md").read_text().split("## Defaults that differ from TRL's")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE)) == differ
+
+
 def pages() -> list[Path]:
     return [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md"]
 
