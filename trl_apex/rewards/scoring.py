@@ -70,12 +70,8 @@ class RewardScorer:
         names (`Sequence[str]`, *optional*): One objective name per function. Defaults to [`reward_name`] of each.
         timeout (`float` or `Sequence[float | None]`, *optional*): Seconds that one call may take, for all functions
             or one per function; None for no limit.
-        max_retries (`int`, *optional*, defaults to `2`): How often a call is tried again after a failure that may
-            pass: a [`TransientRewardError`] or another `ConnectionError`.
-        backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first retry; each further one
-            waits twice as long.
-        max_failure_rate: Deprecated, without effect. The trainer's `max_reward_failure_rate` stops a run.
-        failure_window: Deprecated, without effect.
+        max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`].
+        max_failure_rate, failure_window: Deprecated, without effect.
 
     Raises:
         ValueError: If names are not one per function and unique, or an option is out of range.
@@ -116,10 +112,8 @@ class RewardScorer:
             raise ValueError(
                 f"`max_retries` and `backoff` must not be negative. Found {max_retries} and {backoff}. Pass 0."
             )
-        if isinstance(timeout, Sequence):
-            self.timeouts: list[float | int | None] = list(timeout)
-        else:
-            self.timeouts = [timeout] * len(self.reward_funcs)
+        several = isinstance(timeout, Sequence)
+        self.timeouts: list[Any] = list(timeout) if several else [timeout] * len(self.reward_funcs)
         if len(self.timeouts) != len(self.reward_funcs) or any(t is not None and t <= 0 for t in self.timeouts):
             raise ValueError(
                 f"`timeout` must be a positive number of seconds, or one per reward function. Found {timeout}. "
@@ -152,10 +146,7 @@ class RewardScorer:
         """Start scoring a batch and return at once, from any thread and before earlier batches are done.
 
         Args:
-            prompts (`list[str]`): One prompt per sample.
-            completions (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The images.
-            images (`Tensor` of shape `[B, 3, H, W]`, *optional*): The images as floats in [0, 1], given to the
-                functions that take `images`.
+            prompts, completions, images: As in [`Reward`]; `images` go to the functions that take them.
             columns (`dict[str, list]`, *optional*): Every other column of the dataset, one entry per sample.
             trl_keywords: `trainer_state`, `log_extra`, `log_metric` and what else TRL passes.
 
@@ -201,7 +192,7 @@ class RewardScorer:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=10)
-        if self._thread.is_alive():  # an `aclose` that hangs
+        if self._thread.is_alive():  # an async function that catches its cancellation
             logger.warning("A reward did not stop within 10 s; its thread is left to end by itself.")
 
     def __enter__(self) -> "RewardScorer":
@@ -223,24 +214,19 @@ class RewardScorer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for func in self.reward_funcs:
-            close = getattr(func, "aclose", None)
-            if close is not None:
-                await close()
 
     async def _score_batch(self, keywords: dict[str, Any], images: Tensor | None, size: int) -> ScoredBatch:
         calls = [self._score(i, keywords, images, size) for i in range(len(self.reward_funcs))]
-        outcomes = await asyncio.gather(*calls, return_exceptions=True)
-        results = []
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)  # all of them end, whichever raises
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-            results.append(outcome)
-        columns = [torch.tensor(rewards, dtype=torch.float32) for rewards, _, _ in results]
+        results: dict[str, Any] = dict(zip(self.names, outcomes, strict=True))
+        columns = [torch.tensor(rewards, dtype=torch.float32) for rewards, _, _ in results.values()]
         return ScoredBatch(
             rewards=torch.stack(columns, dim=1) if columns else torch.empty(size, 0),
-            seconds={name: seconds for name, (_, seconds, _) in zip(self.names, results, strict=True)},
-            failures={name: failed for name, (_, _, failed) in zip(self.names, results, strict=True)},
+            seconds={name: seconds for name, (_, seconds, _) in results.items()},
+            failures={name: failed for name, (_, _, failed) in results.items()},
         )
 
     async def _score(
@@ -251,9 +237,8 @@ class RewardScorer:
         if images is not None and takes_images(lane.func):
             keywords = keywords | {"images": images}
         seconds: list[float] = []
-        own = functools.partial(own_copies, keywords)
-        if type(lane.func).__module__.startswith("trl_apex."):  # these edit nothing in place
-            own = functools.partial(dict, keywords)
+        edits_nothing = type(lane.func).__module__.startswith("trl_apex.")
+        own = functools.partial(dict if edits_nothing else own_copies, keywords)
         try:
             returned = await retrying(lambda: lane.call(own, timeout, seconds), self.max_retries, self.backoff)
         except (RewardLoadError, ImportError):
@@ -284,12 +269,7 @@ class Lane:
 
     A call that overruns its time is given up, but a thread cannot be stopped: later calls wait for it, no longer than
     their own timeout, since a network that runs in two threads at once gives wrong numbers. The thread is a daemon and
-    never keeps the process alive. Its current device is that of the thread that made the lane: otherwise "cuda" would
-    be the first GPU for every process.
-
-    Args:
-        func (`Callable`): The reward function, blocking or async.
-        name (`str`): Name of the objective.
+    never keeps the process alive.
     """
 
     def __init__(self, func: Callable, name: str) -> None:
@@ -312,13 +292,12 @@ class Lane:
         seconds: list[float] | None = None,
         func: Callable | None = None,
     ) -> Any:
-        """Call the function.
+        """Call the function, or another blocking one, such as the reward's `load`, in its thread.
 
         Args:
             keywords (`Callable[[], dict[str, Any]]`): Makes its keywords, in the function's own thread.
             timeout (`float`, *optional*): Seconds it may take, and seconds to wait for an earlier call that overran.
             seconds (`list[float]`, *optional*): Gets the time that the call took.
-            func (`Callable`, *optional*): Another blocking function to call in the thread, such as the reward's `load`.
 
         Raises:
             RewardTimeoutError: If the function takes longer.
@@ -381,11 +360,7 @@ class Lane:
 
 
 def on_this_device(target: Callable[[], Any]) -> Callable[[], Any]:
-    """`target` for another thread, to run there with this thread's current device; a new thread's own is the first.
-
-    Example:
-        >>> thread = threading.Thread(target=on_this_device(lambda: None))
-    """
+    """`target` for another thread, to run there with this thread's current device; a new thread's own is the first."""
     if not torch.accelerator.is_available():
         return target
     index = torch.accelerator.current_device_index()
@@ -398,7 +373,7 @@ def on_this_device(target: Callable[[], Any]) -> Callable[[], Any]:
 
 
 async def _contained(func: Callable, keywords: Callable[[], dict[str, Any]]) -> Any:
-    """Await an async function; what would end the event loop or cancel its tasks becomes an ordinary error."""
+    """Await an async function; what would end the event loop becomes an ordinary error, a cancellation by us does not."""
     try:
         return await func(**keywords())
     except Exception:
@@ -418,14 +393,9 @@ def _plain(error: BaseException) -> RuntimeError:
 async def retrying(
     call: Callable[[], Awaitable[Returned]], max_retries: int, backoff: float | int = BACKOFF
 ) -> Returned:
-    """Await `call()`, again after a failure that may pass: a `ConnectionError` or a transport error of httpx.
+    """Await `call()`, and again, at most `max_retries` times, after a `ConnectionError` or a transport error of httpx.
 
     Waits `backoff`, `2 backoff`, `4 backoff` ... seconds, longer where the other side asks for it, and at most 30.
-
-    Args:
-        call (`Callable[[], Awaitable]`): Makes one try.
-        max_retries (`int`): How often to try again.
-        backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first retry.
 
     Example:
         >>> tries = []
@@ -437,19 +407,15 @@ async def retrying(
         >>> asyncio.run(retrying(ask, max_retries=2, backoff=0.0)), len(tries)
         ('scored', 3)
     """
+    httpx = sys.modules.get("httpx")  # if it is not loaded, nothing can raise its errors
+    passing = (ConnectionError, httpx.TransportError) if httpx else (ConnectionError,)
     for attempt in range(max_retries):
         try:
             return await call()
-        except _passing_errors() as error:
+        except passing as error:
             asked = error.retry_after if isinstance(error, TransientRewardError) else None
             await asyncio.sleep(min(max(backoff * 2**attempt, asked or 0.0), LONGEST_WAIT))
     return await call()
-
-
-def _passing_errors() -> tuple[type[Exception], ...]:
-    """Connection errors, httpx's too if a function has loaded it."""
-    httpx = sys.modules.get("httpx")
-    return (ConnectionError, httpx.TransportError) if httpx is not None else (ConnectionError,)
 
 
 def own_copies(value: Any) -> Any:
@@ -486,13 +452,7 @@ def reward_name(func: Callable) -> str:
 
 
 def is_async(func: Callable) -> bool:
-    """Whether a call returns a coroutine.
-
-    Example:
-        >>> async def slow(**kwargs): ...
-        >>> is_async(slow), is_async(max)
-        (True, False)
-    """
+    """Whether a call returns a coroutine."""
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
 
 
@@ -511,15 +471,7 @@ def takes_images(func: Callable) -> bool:
 
 
 def as_numbers(returned: Any, name: str, size: int) -> tuple[list[float], list[str | None]]:
-    """What a reward function returned as floats, NaN for missing, with the cause of each failure.
-
-    Args:
-        returned: A list, array or tensor of `size` numbers or None.
-        name (`str`): Name of the objective.
-        size (`int`): Samples in the batch.
-
-    Returns:
-        `tuple[list[float], list[str | None]]`: The numbers, and a cause or None per sample.
+    """What the reward `name` returned for `size` samples: floats, NaN for missing, and the cause of each failure or None.
 
     Raises:
         ValueError: If there is not one number or None per sample.
@@ -541,27 +493,22 @@ def as_numbers(returned: Any, name: str, size: int) -> tuple[list[float], list[s
             f"The reward `{name}` must return one number or None per sample, {size} here. Found {found}. "
             "Return a list as long as `prompts`."
         )
+    numbers = [_as_number(value, name) for value in values]
     causes: list[str | None] = list(getattr(returned, "errors", None) or [None] * size)
-    numbers: list[float] = []
-    for i, value in enumerate(values):
-        if value is None:
-            number = math.nan
-        elif isinstance(value, (str, bytes)):
-            number = _refuse(value, name)
-        else:
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            except (TypeError, ValueError, RuntimeError):
-                number = _refuse(value, name)
+    for i, number in enumerate(numbers):
         if abs(number) > LARGEST:
-            number, causes[i] = math.nan, causes[i] or f"the reward is {number:g}"
-        numbers.append(number)
+            numbers[i], causes[i] = math.nan, causes[i] or f"the reward is {number:g}"
     return numbers, causes
 
 
-def _refuse(value: Any, name: str) -> float:
+def _as_number(value: Any, name: str) -> float:
+    try:
+        if not isinstance(value, (str, bytes)):
+            return math.nan if value is None else float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError, RuntimeError):
+        pass
     raise ValueError(
         f"The reward `{name}` must return numbers or None. Found {value!r} of type {type(value).__name__}. "
         "Convert it, or return None for a sample without a reward."
