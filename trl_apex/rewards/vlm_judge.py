@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from trl_apex.redact import secret_from
-from trl_apex.rewards.base import Images, RewardList, TransientRewardError, to_pil
+from trl_apex.rewards.base import Images, RewardList, TransientRewardError, one_per_prompt, to_pil
 from trl_apex.rewards.scoring import describe, retrying
 
 INSTRUCTION = """Rate how well this generated image matches its caption and how good it looks.
@@ -20,28 +20,6 @@ where X is a number from {low:g} (worst) to {high:g} (best).
 Caption: {prompt}"""
 SCORE = re.compile(r"\bscore\b[\s*_`]*(?:is|of|:|=)[\s*_`]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
-
-
-def parse_score(text: str, low: float | int, high: float | int) -> float | None:
-    """The last score that a judge's answer states, or None.
-
-    `Final Score: 3.5`, `**Score:** 4` and `score is 4/5` are read; a number outside `[low, high]` is no score.
-
-    Args:
-        text (`str`): The answer.
-        low (`float`): The worst score.
-        high (`float`): The best score.
-
-    Returns:
-        `float` or None.
-
-    Example:
-        >>> parse_score("Alignment Score: 2\\nFinal Score: 3.5", 1, 5), parse_score("A fine image.", 1, 5)
-        (3.5, None)
-    """
-    found = SCORE.findall(text)
-    score = float(found[-1]) if found else None
-    return score if score is not None and low <= score <= high else None
 
 
 class VLMJudgeReward:
@@ -62,9 +40,8 @@ class VLMJudgeReward:
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable with the key, read at
             each call and never stored.
         max_concurrency (`int`, *optional*, defaults to `16`): Requests under way at the same time.
-        max_retries (`int`, *optional*, defaults to `2`): How often one image is tried again after a passing failure.
-        backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first retry; each further one waits
-            twice as long.
+        max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): How often one image is tried again
+            after a failure that may pass, and the seconds before the first retry, which then double.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one request.
         max_tokens (`int`, *optional*, defaults to `512`): Length of the answer.
         name (`str`, *optional*, defaults to `"vlm_judge"`): Name of the objective.
@@ -114,26 +91,10 @@ class VLMJudgeReward:
     async def __call__(
         self, prompts: Sequence[str], completions: Images | None = None, images: Images | None = None, **columns: Any
     ) -> RewardList:
-        """Judge a batch.
-
-        Args:
-            prompts (`Sequence[str]`): One prompt per image.
-            completions (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The images.
-            images (`Tensor` of shape `[B, 3, H, W]`, *optional*): Used instead of `completions` where given.
-            columns: Not used.
-
-        Returns:
-            [`RewardList`], with a cause for each image that could not be judged.
-        """
+        """Judge a batch; the arguments are those of [`Reward`], and each image that could not be judged has a cause."""
         import httpx
 
-        batch = images if images is not None else completions
-        pictures = to_pil(batch) if batch is not None else []
-        if len(pictures) != len(prompts):
-            raise ValueError(
-                f"`{self.__name__}` needs one image per prompt. Found {len(pictures)} for {len(prompts)} prompts. "
-                "Pass `completions` or `images` of the same length as `prompts`."
-            )
+        pictures = to_pil(one_per_prompt(self.__name__, prompts, images if images is not None else completions))
         gate = asyncio.Semaphore(self.max_concurrency)
         key = secret_from(self.api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -190,6 +151,19 @@ class VLMJudgeReward:
         if score is None:
             raise RuntimeError(f"the answer states no score from {self.low:g} to {self.high:g}: {answer!r:.200}")
         return score
+
+
+def parse_score(text: str, low: float | int, high: float | int) -> float | None:
+    """The last score that a judge's answer states, or None; a number outside `[low, high]` is no score.
+
+    Example:
+        >>> parse_score("Alignment Score: 2\\nFinal Score: 3.5", 1, 5), parse_score("The score is 4/5.", 1, 5)
+        (3.5, 4.0)
+        >>> parse_score("A fine image.", 1, 5)
+    """
+    found = SCORE.findall(text)
+    score = float(found[-1]) if found else None
+    return score if score is not None and low <= score <= high else None
 
 
 def data_url(image: Image.Image) -> str:

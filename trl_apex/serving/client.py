@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trl_apex.redact import secret_from
-from trl_apex.rewards.base import Images, RewardList, RewardLoadError, TransientRewardError
+from trl_apex.rewards.base import Images, RewardList, RewardLoadError, TransientRewardError, one_per_prompt
 from trl_apex.rewards.scoring import describe, retrying
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, encode_request, json_columns
 
@@ -37,10 +37,8 @@ class RemoteReward:
         batch_size (`int`, *optional*, defaults to `8`): Images per request. The server joins requests again.
         as_uint8 (`bool`, *optional*, defaults to `True`): Round float images to bytes. False sends float32, four times
             the size, for a reward that reads more than 8 bits.
-        max_retries (`int`, *optional*, defaults to `0`): How often a request is tried again after a failure that may
-            pass, when used without the scorer, which has retries of its own.
-        backoff (`float`, *optional*, defaults to `0.5`): Seconds before the first of these; each further one waits
-            twice as long.
+        max_retries, backoff (`int`, `float`, *optional*, default to `0`, `0.5`): How often a request is tried again after
+            a failure that may pass, and the seconds before the first retry. The scorer has retries of its own.
         max_concurrency (`int`, *optional*, defaults to `8`): Requests of a call under way at the same time.
 
     Raises:
@@ -81,13 +79,7 @@ class RemoteReward:
     async def __call__(
         self, prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
     ) -> RewardList:
-        """Have a batch scored.
-
-        Args:
-            prompts (`Sequence[str]`): One prompt per image.
-            completions (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The images.
-            images (`Tensor` of shape `[B, 3, H, W]`, *optional*): Used instead of `completions` where given.
-            columns: Columns of the dataset; those of JSON values are sent.
+        """Have a batch scored; the arguments are those of [`Reward`], and the columns of JSON values are sent.
 
         Returns:
             [`RewardList`], with the server's cause for each image that it could not score.
@@ -98,12 +90,7 @@ class RemoteReward:
         """
         import httpx
 
-        batch = images if images is not None else completions
-        if batch is None or len(batch) != len(prompts):
-            raise ValueError(
-                f"`{self.__name__}` needs one image per prompt. Found {0 if batch is None else len(batch)} for "
-                f"{len(prompts)} prompts. Pass `completions` or `images` of the same length as `prompts`."
-            )
+        batch = one_per_prompt(self.__name__, prompts, images if images is not None else completions)
         sent = json_columns(columns, len(prompts))
         gate = asyncio.Semaphore(self.max_concurrency)
         limits = httpx.Limits(keepalive_expiry=2)  # less than the server's 5 s

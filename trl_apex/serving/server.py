@@ -1,7 +1,7 @@
-"""Serve reward functions to trainers over HTTP: FastAPI, uvicorn's limits, and one queue per reward.
+"""Serve reward functions to trainers over HTTP, by FastAPI and uvicorn.
 
-A request waits for its turn unread, is read and checked, joins the others that wait for the same reward, and is answered
-with one number or one cause per image.
+A request waits for its turn unread, is read and checked, joins the others that wait for the same reward (`batching.py`),
+and is answered with one number or one cause per image.
 """
 
 import asyncio
@@ -12,17 +12,12 @@ import os
 import sys
 import time
 import warnings
-from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
-
-import numpy as np
-import torch
-from PIL import Image
 
 try:
     import uvicorn
@@ -35,14 +30,13 @@ except ImportError as error:
 
 from trl_apex import __version__
 from trl_apex.redact import checked_secret, secret_from
-from trl_apex.rewards.base import Reward, to_arrays
-from trl_apex.rewards.registry import load_reward
-from trl_apex.rewards.scoring import Lane, RewardTimeoutError, as_numbers, describe, reward_name, takes_images
+from trl_apex.rewards.registry import load_rewards
+from trl_apex.rewards.scoring import reward_name
+from trl_apex.serving.batching import Job, ServedReward
 from trl_apex.serving.client import LOOPBACK, TOKEN_VARIABLE
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, decode_images
 
 SHORTEST_TOKEN = 16
-ASYNC_CALLS = 8  # of one async reward at the same time
 MEBI = 2**20
 RESERVED = {"prompts", "completions", "images", "completion_ids", "trainer_state", "log_extra", "log_metric", "self"}
 
@@ -62,15 +56,10 @@ class Limits:
         max_connections (`int`): Open connections; while there are more, requests are answered 503.
         body_timeout (`float`): Seconds a client may take to send the body, once it is its turn.
         score_timeout (`float`): Seconds one call of a reward may take.
-        max_queue: Deprecated, without effect: requests wait instead of being refused.
-        header_timeout: Deprecated, without effect: a proxy does this better.
+        max_queue, header_timeout: Deprecated, without effect.
 
     Raises:
         ValueError: If a bound is not positive.
-
-    Example:
-        >>> Limits().requests
-        16
     """
 
     max_body: int = 64 * MEBI
@@ -113,7 +102,7 @@ def serve(
     Modules named in `rewards` are looked for in the current folder as well. The arguments are those of [`make_server`].
 
     Raises:
-        ValueError: If the settings are not safe or a reward is unknown.
+        ValueError: As [`make_server`].
         RuntimeError: If the server cannot listen on the address.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -153,11 +142,8 @@ def make_server(
         ssl_keyfile (`str` or `Path`, *optional*): Its key, where the certificate's file does not hold it.
         options: Further options of [`build_app`].
 
-    Returns:
-        `uvicorn.Server`.
-
     Raises:
-        ValueError: If the address is not loopback and there is no token.
+        ValueError: If the address is not loopback and there is no token, or a reward is unknown.
     """
     token = read_token(token, token_file)
     if host not in LOOPBACK and token is None:
@@ -190,13 +176,6 @@ def read_token(token: str | None = None, token_file: str | Path | None = None) -
 
     White space around it is dropped.
 
-    Args:
-        token (`str`, *optional*): The token.
-        token_file (`str` or `Path`, *optional*): A file that holds nothing else.
-
-    Returns:
-        `str` or None.
-
     Raises:
         ValueError: If the token is shorter than 16 characters or not plain ASCII.
     """
@@ -204,10 +183,10 @@ def read_token(token: str | None = None, token_file: str | Path | None = None) -
         found = checked_secret(token, "`token`")
     elif token_file is not None:
         found = checked_secret(Path(token_file).read_text(), f"the file {token_file}")
-    elif os.environ.get(TOKEN_VARIABLE) is None:
-        return None
-    else:
+    elif TOKEN_VARIABLE in os.environ:
         found = secret_from(TOKEN_VARIABLE) or ""
+    else:
+        return None
     if len(found) < SHORTEST_TOKEN:
         raise ValueError(
             f"The token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces. Found {len(found)} "
@@ -236,15 +215,13 @@ def build_app(
         max_batch (`int`, *optional*, defaults to `64`): Images of several requests joined into one call.
         batch_wait (`float`, *optional*, defaults to `0.002`): Seconds to wait for further requests.
 
-    Returns:
-        `fastapi.FastAPI`.
-
     Raises:
         ValueError: If two rewards have one name, or there are none.
     """
     limits = limits or Limits()
     served = {
-        name: ServedReward(name, func, limits, max_batch, batch_wait) for name, func in named_rewards(rewards).items()
+        name: ServedReward(name, func, limits.requests, limits.score_timeout, max_batch, batch_wait)
+        for name, func in named_rewards(rewards).items()
     }
 
     def trusted(request: Request) -> bool:
@@ -313,7 +290,7 @@ def build_app(
             raise refuse(404, f"there is no such reward; there are {', '.join(served)}")
         reward = served[name]
         try:
-            answer = await answer_request(reward, request)
+            answer = await answer_request(reward, request, limits)
         except HTTPException as error:
             reward.counts[f"requests_{error.status_code}"] += 1
             raise
@@ -362,13 +339,12 @@ def refuse(status: int, detail: str, **headers: str) -> HTTPException:
     return HTTPException(status, detail, headers)
 
 
-async def answer_request(reward: "ServedReward", request: Request) -> RewardAnswer:
+async def answer_request(reward: ServedReward, request: Request, limits: Limits) -> RewardAnswer:
     """Wait for a turn, read the body, and have it scored.
 
     Raises:
         HTTPException: With the cause.
     """
-    limits = reward.limits
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != MEDIA_TYPE:
         hint = " trl_apex 0.1 sends that; use one release on both sides." if kind == "multipart/form-data" else ""
@@ -391,7 +367,7 @@ async def answer_request(reward: "ServedReward", request: Request) -> RewardAnsw
     )
 
 
-def check_state(reward: "ServedReward") -> None:
+def check_state(reward: ServedReward) -> None:
     """Refuse a request for a reward that cannot score.
 
     Raises:
@@ -450,12 +426,8 @@ class Header(BaseModel):
         return self
 
 
-def parse_body(body: bytearray, limits: Limits) -> "Job":
+def parse_body(body: bytearray, limits: Limits) -> Job:
     """A request's images and columns, with every bound checked.
-
-    Args:
-        body (`bytearray`): A line of JSON, then the images' bytes.
-        limits ([`Limits`]): The bounds.
 
     Raises:
         HTTPException: 400 for a header line that is no JSON, 413 for too much, 422 for another form.
@@ -468,8 +440,8 @@ def parse_body(body: bytearray, limits: Limits) -> "Job":
     if end < 0:
         raise refuse(413 if len(body) > limits.max_metadata else 400, "the body must begin with a line of JSON")
     try:
-        value = json.loads(bytes(body[:end]), parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # half surrogates and infinities end here
+        value = json.loads(bytes(body[:end]))
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # NaN, infinities and half surrogates end here
     except (ValueError, RecursionError) as error:
         raise refuse(400, f"the header line must be JSON: {type(error).__name__}") from None
     try:
@@ -491,161 +463,6 @@ def parse_body(body: bytearray, limits: Limits) -> "Job":
     return Job(header.prompts, arrays, header.columns, header.floats)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-@dataclass(eq=False)
-class Job:
-    """The images of one request, and its answer once there is one.
-
-    Args:
-        prompts (`list[str]`): One prompt per image.
-        arrays (`list[np.ndarray]`): One array of shape `[H, W, 3]` per image, uint8 or float32.
-        columns (`dict[str, list]`): Further columns.
-        floats (`bool`): Whether the reward may get the images as a float tensor too.
-    """
-
-    prompts: list[str]
-    arrays: list[np.ndarray]
-    columns: dict[str, list]
-    floats: bool
-    done: asyncio.Future = field(init=False)
-
-    @property
-    def kind(self) -> tuple:
-        """Jobs of one kind can be scored in one call."""
-        form = (self.arrays[0].dtype, self.arrays[0].shape) if self.floats else None
-        return form, tuple(sorted(self.columns))
-
-
-class ServedReward:
-    """One reward of the server: its state, its counters, and the requests that wait for it.
-
-    A request that finds the reward free takes all waiting requests that fit into one call along.
-
-    Args:
-        name (`str`): Name of the objective.
-        func (`Callable`): The reward function, blocking or async.
-        limits ([`Limits`]): The bounds.
-        max_batch (`int`): Images joined into one call.
-        batch_wait (`float`): Seconds to wait for further requests.
-    """
-
-    def __init__(self, name: str, func: Callable, limits: Limits, max_batch: int, batch_wait: float | int) -> None:
-        self.name, self.func, self.limits, self.max_batch, self.batch_wait = name, func, limits, max_batch, batch_wait
-        self.lane = Lane(func, name)
-        self.bodies = asyncio.Semaphore(limits.requests)
-        self.counts: Counter[str] = Counter()
-        self._state = "loading"
-        self._calls = asyncio.Semaphore(ASYNC_CALLS if self.lane.is_async else 1)
-        self._waiting: deque[Job] = deque()
-
-    @property
-    def state(self) -> str:
-        """`ready`, `loading`, or `failed: CAUSE`; a call that hangs counts as failed until it returns."""
-        if self.lane.stuck:
-            return f"failed: a call has not returned within {self.limits.score_timeout:g} s"
-        return self._state
-
-    @property
-    def waiting(self) -> int:
-        """Images whose requests were read and that no call has taken yet."""
-        return sum(len(job.prompts) for job in self._waiting)
-
-    def describe(self, trusted: bool) -> dict[str, str]:
-        """Name and state; for a trusted client also causes, and the class with the models it names, not local paths."""
-        if not trusted:
-            return {"name": self.name, "state": self.state.partition(":")[0]}
-        func = self.func
-        sources = [str(getattr(func, key)) for key in ("model", "clip", "weights") if getattr(func, key, None)]
-        model = [getattr(func, "__qualname__", type(func).__name__), *(s for s in sources if s.count("/") <= 1)]
-        told = {"name": self.name, "state": self.state, "model": " ".join(model)}
-        return told | {key: str(getattr(func, key, "")) for key in ("range", "weights_licence")}
-
-    async def load(self) -> None:
-        """Load the weights in the reward's own thread."""
-        load = getattr(self.func, "load", None)
-        try:
-            if callable(load):
-                await self.lane.call(dict, func=load)
-            self._state = "ready"
-        except Exception as error:
-            self._state = f"failed: {describe(error)}"
-
-    async def close(self) -> None:
-        """Free the memory, unless a call still runs."""
-        unload = getattr(self.func, "unload", None)
-        if callable(unload) and not self.lane.stuck:
-            try:
-                await self.lane.call(dict, timeout=10, func=unload)
-            except Exception as error:
-                warnings.warn(f"The reward `{self.name}` did not unload: {describe(error)}", stacklevel=2)
-        self.lane.close()
-
-    async def score(self, job: Job) -> tuple[list[float], list[str | None]]:
-        """A job's rewards, NaN for missing, and the cause of each failure."""
-        job.done = asyncio.get_running_loop().create_future()
-        self._waiting.append(job)
-        async with self._calls:
-            if job in self._waiting:
-                await asyncio.sleep(self.batch_wait)
-                if self._waiting:
-                    await self._call(self._next_jobs())
-        return await job.done
-
-    def _next_jobs(self) -> list[Job]:
-        """The jobs that have waited longest and fit into one call."""
-        jobs = [self._waiting.popleft()]
-        size = len(jobs[0].prompts)
-        while self._waiting and self._waiting[0].kind == jobs[0].kind:
-            size += len(self._waiting[0].prompts)
-            if size > self.max_batch:
-                break
-            jobs.append(self._waiting.popleft())
-        return jobs
-
-    async def _call(self, jobs: list[Job]) -> None:
-        size = sum(len(job.prompts) for job in jobs)
-        try:
-            if self.lane.stuck:
-                raise RewardTimeoutError(self.state)
-            returned = await self.lane.call(lambda: self._keywords(jobs), self.limits.score_timeout)
-            rewards, errors = as_numbers(returned, self.name, size)
-        except asyncio.CancelledError:  # the server stops
-            for job in jobs:
-                job.done.cancel()
-            raise
-        except Exception as error:
-            if len(jobs) > 1 and not isinstance(error, RewardTimeoutError):
-                for job in jobs:  # one client's images must not cost another's
-                    await self._call([job])
-                return
-            rewards, errors = [math.nan] * size, [describe(error)] * size
-        for job in jobs:
-            size = len(job.prompts)
-            if not job.done.done():
-                job.done.set_result((rewards[:size], errors[:size]))
-            rewards, errors = rewards[size:], errors[size:]
-
-    def _keywords(self, jobs: list[Job]) -> dict[str, Any]:
-        arrays = [array for job in jobs for array in job.arrays]
-        keywords: dict[str, Any] = {
-            key: [value for job in jobs for value in job.columns[key]] for key in jobs[0].columns
-        }
-        keywords |= {"prompts": [prompt for job in jobs for prompt in job.prompts], "completion_ids": None}
-        rounded = arrays[0].dtype == np.uint8
-        if jobs[0].floats and takes_images(self.func) and not (rounded and isinstance(self.func, Reward)):
-            images = np.empty((len(arrays), 3, *arrays[0].shape[:2]), np.float32)
-            for image, array in zip(images, arrays, strict=True):
-                np.divide(array.transpose(2, 0, 1), 255 if rounded else 1, out=image, casting="unsafe")
-            keywords["images"] = torch.from_numpy(images)
-        if not rounded:
-            arrays = [to_arrays(torch.from_numpy(array.copy())[None].permute(0, 3, 1, 2))[0] for array in arrays]
-        keywords["completions"] = [Image.fromarray(array) for array in arrays]
-        return keywords
-
-
 def named_rewards(rewards: Mapping[str, Callable] | Sequence[Callable | str]) -> dict[str, Callable]:
     """Reward functions by objective name.
 
@@ -655,7 +472,7 @@ def named_rewards(rewards: Mapping[str, Callable] | Sequence[Callable | str]) ->
     if isinstance(rewards, Mapping):
         functions = dict(rewards)
     else:
-        loaded = [load_reward(reward) if isinstance(reward, str) else reward for reward in rewards]
+        loaded = load_rewards(rewards)
         functions = {reward_name(func): func for func in loaded}
         if len(functions) < len(loaded):
             names = [reward_name(func) for func in loaded]

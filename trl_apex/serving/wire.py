@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from trl_apex.rewards.base import Images, to_arrays
+from trl_apex.rewards.base import Images, is_column, to_arrays
 
 PROTOCOL = 2
 MEDIA_TYPE = "application/vnd.trl-apex.images"
@@ -30,14 +30,10 @@ def encode_request(prompts: Sequence[str], images: Images, columns: dict[str, li
     """The body of a request.
 
     Args:
-        prompts (`Sequence[str]`): One prompt per image.
-        images (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The images.
+        prompts, images: As in [`Reward`].
         columns (`dict[str, list]`): Further columns, of JSON values.
         as_uint8 (`bool`, *optional*, defaults to `True`): Round floats to bytes, as saving an image does, instead of
             sending float32, four times the size.
-
-    Returns:
-        `bytes`.
 
     Example:
         >>> import torch
@@ -62,15 +58,12 @@ def encode_request(prompts: Sequence[str], images: Images, columns: dict[str, li
 
 
 def decode_images(pixels: memoryview, dtype: str, sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """The images behind the header line.
+    """The images behind the header line, as arrays of shape `[H, W, 3]` that are views of `pixels`.
 
     Args:
         pixels (`memoryview`): Their raw bytes.
         dtype (`str`): `"uint8"` or `"float32"`.
         sizes (`Sequence[Sequence[int]]`): Height and width of each image.
-
-    Returns:
-        `list[np.ndarray]`: One array of shape `[H, W, 3]` per image, a view of `pixels`.
 
     Raises:
         ValueError: If the bytes do not fill the sizes.
@@ -89,24 +82,13 @@ def decode_images(pixels: memoryview, dtype: str, sizes: Sequence[Sequence[int]]
 
 
 def json_columns(columns: dict[str, Any], size: int) -> dict[str, list]:
-    """The columns that can travel: lists with one JSON value per image.
-
-    Args:
-        columns (`dict[str, Any]`): All keywords of a reward call.
-        size (`int`): Images in the batch.
-
-    Returns:
-        `dict[str, list]`.
+    """Those keywords of a reward call for `size` images that can travel: lists with one JSON value per image.
 
     Example:
         >>> json_columns({"target": ["cat"], "log_metric": print, "photo": [object()], "seed": 3}, size=1)
         {'target': ['cat']}
     """
-    return {
-        key: list(value)
-        for key, value in columns.items()
-        if isinstance(value, (list, tuple)) and len(value) == size and _is_json(list(value))
-    }
+    return {key: list(value) for key, value in columns.items() if is_column(value, size) and _is_json(list(value))}
 
 
 def _is_json(value: Any) -> bool:
