@@ -112,9 +112,9 @@ class RewardScorer:
             raise ValueError(
                 f"`max_retries` and `backoff` must not be negative. Found {max_retries} and {backoff}. Pass 0."
             )
-        several = isinstance(timeout, Sequence)
-        self.timeouts: list[Any] = list(timeout) if several else [timeout] * len(self.reward_funcs)
-        if len(self.timeouts) != len(self.reward_funcs) or any(t is not None and t <= 0 for t in self.timeouts):
+        count = len(self.reward_funcs)
+        self.timeouts: list[Any] = list(timeout) if isinstance(timeout, Sequence) else [timeout] * count
+        if len(self.timeouts) != count or any(t is not None and t <= 0 for t in self.timeouts):
             raise ValueError(
                 f"`timeout` must be a positive number of seconds, or one per reward function. Found {timeout}. "
                 "Pass None for no limit."
