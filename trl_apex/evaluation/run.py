@@ -151,17 +151,18 @@ class _Drawing:
     ) -> None:  # fmt: skip
         default_height, default_width = policy.default_size()
         self.height, self.width = height or default_height, width or default_width
-        self.policy, self.seed, self.batch_size, self.device = policy, seed, batch_size, device
+        self.policy, self.seed, self.batch_size = policy, seed, batch_size
         self.shape = policy.latent_shape(self.height, self.width)
         self.sampler = Sampler(policy.schedule(steps, self.height, self.width), policy.transitions[0], 0.7)
         self.guidance_scale, self.pictures = guidance_scale, 0
         self.rows = [row for row in dataset for _ in range(images_per_prompt)]
-        self.embeddings = PromptEmbeddings(lambda texts: policy.encode(texts, max_sequence_length))
+        self.embeddings = PromptEmbeddings(
+            lambda texts: policy.encode(texts, max_sequence_length),
+            encode_negative=lambda: policy.encode_negative(negative_prompt, max_sequence_length),
+            device=device,
+        )
         self.embeddings.precompute(dataset["prompt"][:])
-        self.negative = None
-        if guidance_scale != 1.0 and policy.batched_guidance:
-            encoded = policy.encode_negative(negative_prompt, max_sequence_length)
-            self.negative = {key: value.to(device) for key, value in encoded.items()}
+        self.negative = self.embeddings.negative(guidance_scale) if policy.batched_guidance else None
 
     def __call__(self, funcs: list[Callable], names: list[str]) -> list[Record]:
         records: list[Record] = []
@@ -184,7 +185,7 @@ class _Drawing:
 
     def _images(self, start: int, prompts: list[str]) -> Tensor:
         initial = evaluation_noise(self.seed, range(start, start + len(prompts)), self.shape)
-        embeddings = self.embeddings(prompts, self.device)
+        embeddings = self.embeddings(prompts)
         policy, guidance = self.policy, self.guidance_scale
         return sample(policy, policy.denoiser, self.sampler, embeddings, self.negative, guidance, initial).images
 

@@ -18,13 +18,14 @@ def load_prompts(
     config: str | None = None,
     limit: int | None = None,
 ) -> Any:
-    """Load prompts with everything that stands beside them: all other columns reach the reward functions by name.
+    """Load prompts and their other columns, which reach the reward functions by name.
 
     Args:
         source (`str`, `Path`, `datasets.Dataset` or dict of them): a file (.json with a list of objects, .jsonl, .csv,
             .parquet, or .txt with a prompt a line), a folder, a hub id, data that is loaded already, or `"tiny"` for
-            prompts of the tiny world (256, or as many as `limit` says).
-        split (`str`): which part, where the source has parts. A file is one part.
+            prompts of the tiny world (256, or as many as `limit` says). In a .csv, the prompts and the columns `target`
+            and `text` are read as text, whatever they look like.
+        split (`str`): which part, if the source has parts. A file is one part.
         prompt_column (`str`): the column that holds the prompts; renamed to `prompt`.
         config (`str`, *optional*): configuration of a hub dataset.
         limit (`int`, *optional*): keep the first `limit` rows.
@@ -46,7 +47,10 @@ def load_prompts(
         ```
     """
     name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} that was passed"
-    dataset = _tiny(split, limit) if source == "tiny" else _load(source, split, config)
+    if source == "tiny":
+        dataset = import_module("trl_apex.tiny.prompts").tiny_prompts(split, limit or 256)
+    else:
+        dataset = _load(source, split, config, prompt_column)
     columns = dataset.column_names
     if prompt_column not in columns:
         raise ValueError(
@@ -64,22 +68,45 @@ def load_prompts(
         if limit < 1:
             raise ValueError(f"`limit` must be at least 1. Found {limit}. Leave it out to keep all rows.")
         dataset = dataset.select(range(min(limit, len(dataset))))
-    if not len(dataset):
-        raise ValueError(f"There must be at least one prompt. Found none in {name}. Check the file and the split.")
-    for row, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"Every prompt must be a text. Found {prompt!r} ({type(prompt).__name__}) in row {row} of {name}. "
-                "Correct or remove that row, or name another column with `prompt_column`."
-            )
+    check_dataset(dataset, name)
     return dataset
 
 
-def _tiny(split: str, limit: int | None) -> Any:
-    return import_module("trl_apex.tiny.prompts").tiny_prompts(split, limit or 256)
+def check_dataset(dataset: Any, name: str) -> None:
+    """Raise unless `dataset` is a `datasets.Dataset` with a text in the column `prompt` of every row.
+
+    Args:
+        dataset: what a user passed or a file held.
+        name (`str`): where it comes from, for the message.
+
+    Raises:
+        ValueError: says what is missing.
+    """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`{name}` must be a `datasets.Dataset` with a `prompt` column. Found {type(dataset).__name__}. Use e.g. "
+            '`Dataset.from_dict({"prompt": [...]})` or `datasets.load_dataset(..., split="train")`.'
+        )
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"`{name}` must have a `prompt` column. Found columns {dataset.column_names}. Rename the one that holds the "
+            'text: `dataset.rename_column("caption", "prompt")`.'
+        )
+    if len(dataset) == 0:
+        raise ValueError(
+            f"`{name}` must hold at least one prompt. Found an empty dataset. Check the file, the split and filters."
+        )
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"`prompt` must be a string in every row of `{name}`. Found {type(prompt).__name__} in row {row}. "
+                "Text-to-image models take plain text, not conversations. Correct or remove that row."
+            )
 
 
-def _load(source: Any, split: str, config: str | None) -> Any:
+def _load(source: Any, split: str, config: str | None, prompt_column: str) -> Any:
     from datasets import Dataset
 
     if isinstance(source, Dataset):
@@ -93,7 +120,7 @@ def _load(source: Any, split: str, config: str | None) -> Any:
         )
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path)
+        return _read_file(path, prompt_column)
     if path.is_dir():
         return _read_folder(path, split)
     name = str(source)
@@ -108,7 +135,8 @@ def _part(parts: dict, split: str, name: str) -> Any:
     return parts[split]
 
 
-def _read_file(path: Path) -> Any:
+def _read_file(path: Path, prompt_column: str) -> Any:
+    import pandas
     from datasets import Dataset
 
     suffix = path.suffix.lower()
@@ -116,12 +144,15 @@ def _read_file(path: Path) -> Any:
         raise ValueError(f"A file of prompts must end in one of {', '.join(SUFFIXES)}. Found {path}. Convert it.")
     try:
         if suffix == ".txt":
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]  # \r\n and \r too
             return Dataset.from_dict({"prompt": [line for line in lines if line]})
         if path.stat().st_size == 0:
             raise ValueError("it is empty")
         if suffix == ".csv":
-            return Dataset.from_csv(str(path), keep_in_memory=True)
+            frame, wanted = pandas.read_csv(path), {prompt_column, "target", "text"}
+            as_text = pandas.read_csv(path, usecols=wanted.__contains__, dtype=str, keep_default_na=False)
+            frame[as_text.columns] = as_text  # 007, 2024 and NA are texts there
+            return Dataset.from_pandas(frame, preserve_index=False)
         if suffix == ".parquet":
             return Dataset.from_parquet(str(path), keep_in_memory=True)
         return Dataset.from_json(str(path), keep_in_memory=True)

@@ -20,51 +20,204 @@ from ..diffusion.families.base import DiffusionPolicy
 from ..diffusion.nouns import Embeddings
 from ..distributed import failing_together, num_ranks, this_rank, wait_for_all
 
-SAMPLES = 16
-VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "_attn_implementation_autoset")
+LARGE = 2e9
+"""Bytes of embeddings in memory, over all processes of a node, above which they go to disk."""
+
+# What a trainer does with them
 
 
-def encoder_fingerprint(pipeline: Any, encoder_names: tuple[str, ...], max_sequence_length: int) -> str:
-    """A hash of everything that decides what a prompt's embeddings are.
+def open_embeddings(policy: DiffusionPolicy, args: Any) -> "PromptEmbeddings":
+    """The embeddings of a policy's encoders: in `args.prompt_cache_dir` if there is one, else in memory or, if they would
+    take more than 2 GB on a node, in `output_dir/prompt_embeddings`."""
+    length = args.max_sequence_length
+    return PromptEmbeddings(
+        lambda prompts: policy.encode(prompts, length),
+        cache_dir=args.prompt_cache_dir,
+        fingerprint=lambda: encoder_fingerprint(policy.pipeline, policy.encoder_names, length),
+        overflow_dir=Path(args.output_dir) / "prompt_embeddings",
+        budget=LARGE / int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks())),
+        encode_negative=(
+            (lambda: policy.encode_negative(args.negative_prompt, length)) if policy.batched_guidance else None
+        ),
+        device=args.device,
+    )
 
-    Of each encoder: class, configuration, and of every parameter its name, shape, dtype and 16 evenly spaced values; of
-    each tokenizer: class, longest text and vocabulary; and `max_sequence_length`. Where the encoders came from does not count.
+
+def prepare_embeddings(
+    embeddings: "PromptEmbeddings", policy: DiffusionPolicy, args: Any, datasets: list[Any], own_pipeline: bool
+) -> None:
+    """Encode the prompts of `datasets` and unload the encoders, as the configuration says."""
+    if args.precompute_prompts:
+        precompute(embeddings, datasets)
+    unload = own_pipeline and args.precompute_prompts
+    if unload if args.unload_text_encoders is None else args.unload_text_encoders:
+        embeddings.negative(guidance_scale=2.0)  # any above 1: evaluation may have another than training
+        unload_encoders(policy, own_pipeline)
+        embeddings.close(
+            "The text encoders were unloaded once the prompts of `train_dataset` and `eval_dataset` were encoded."
+        )
+
+
+def precompute(embeddings: "PromptEmbeddings", datasets: list[Any]) -> None:
+    """Encode every distinct prompt of some datasets; if they are kept on disk, each rank encodes its share.
 
     Args:
-        pipeline (`diffusers.DiffusionPipeline`): with its encoders.
-        encoder_names (`tuple[str, ...]`): the components that prompts need.
-        max_sequence_length (`int`): tokens.
-
-    Returns:
-        `str`: 16 hexadecimal digits after the name of the pipeline's class.
+        embeddings ([`PromptEmbeddings`]): filled here.
+        datasets (`list`): of `datasets.Dataset`, dicts of them, or None.
     """
-    digest = hashlib.sha256(f"{type(pipeline).__name__} {max_sequence_length}".encode())
-    for name in encoder_names:
-        encoder = getattr(pipeline, name, None)
-        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"), None)
-        digest.update(f"{name} {type(encoder).__name__} {type(tokenizer).__name__}".encode())
-        if encoder is not None:
-            _add_encoder(digest, encoder)
-        if tokenizer is not None:
-            vocabulary = sorted(tokenizer.get_vocab().items())
-            digest.update(json.dumps([tokenizer.model_max_length, vocabulary]).encode())
-    return f"{type(pipeline).__name__}-{digest.hexdigest()[:16]}"
+    parts = [part for one in datasets for part in (one.values() if isinstance(one, dict) else [one])]
+    prompts = sorted({prompt for part in parts if part is not None for prompt in part["prompt"]})
+    with failing_together("the prompt embeddings"):
+        if not embeddings.on_disk:  # the first batch tells how large all will be
+            embeddings.precompute(prompts[: embeddings.batch_size], total=len(prompts))
+    with failing_together("the prompt embeddings"):
+        if embeddings.on_disk:
+            embeddings.precompute(prompts[this_rank() :: num_ranks()])
+    wait_for_all()
+    with failing_together("the prompt embeddings"):
+        embeddings.precompute(prompts)  # what is still missing, if the ranks do not share the disk
 
 
-def _add_encoder(digest: Any, encoder: Any) -> None:
-    config = {key: value for key, value in encoder.config.to_dict().items() if key not in VOLATILE}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in sorted(encoder.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
-        where = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), device=flat.device).long()
-        digest.update(flat[where].float().cpu().numpy().tobytes())
+def unload_encoders(policy: DiffusionPolicy, own_pipeline: bool) -> None:
+    """Free the memory of the text encoders; those of a pipeline that someone else may use are moved to the CPU."""
+    for name in policy.encoder_names:
+        encoder = getattr(policy.pipeline, name, None)
+        if not isinstance(encoder, nn.Module):
+            continue
+        if own_pipeline:
+            policy.pipeline.register_modules(**{name: None})
+        else:
+            encoder.to("cpu")
+        del encoder
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+
+
+class PromptEmbeddings:
+    """Prompt embeddings, computed on first need and kept on the CPU or on disk.
+
+    Args:
+        encode (`Callable[[list[str]], Embeddings]`): the policy's text encoders.
+        batch_size (`int`): prompts encoded at a time.
+        cache_dir (`str` or `Path`, *optional*): keep the embeddings in this folder instead of in memory, for this run and
+            others. They are read row by row through the memory map, so that they take no memory of their own.
+        fingerprint (`str` or `Callable`): names the encoders in `cache_dir`; see [`encoder_fingerprint`].
+        overflow_dir (`str` or `Path`, *optional*): the folder to use if the embeddings would take more than `budget`.
+        budget (`float`, *optional*): bytes in memory; `LARGE` by default.
+        encode_negative (`Callable[[], Embeddings]`, *optional*): embeddings `[1, ...]` of the negative prompt.
+        device (`torch.device` or `str`): where embeddings are returned.
+
+    Example:
+        ```python
+        >>> cache = PromptEmbeddings(lambda prompts: {"x": torch.tensor([[float(len(p))] for p in prompts])})
+        >>> cache(["a", "abc", "a"])["x"].flatten().tolist()
+        [1.0, 3.0, 1.0]
+
+        ```
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[list[str]], Embeddings],
+        batch_size: int = 32,
+        cache_dir: str | Path | None = None,
+        fingerprint: str | Callable[[], str] = "embeddings",
+        overflow_dir: str | Path | None = None,
+        budget: float | None = None,
+        encode_negative: Callable[[], Embeddings] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self._encode, self._encode_negative = encode, encode_negative
+        self.batch_size, self.device = batch_size, device
+        self._rows: dict[str, Embeddings] = {}
+        self._negative: Embeddings | None = None
+        self._fingerprint, self._overflow_dir, self._budget = fingerprint, overflow_dir, budget
+        self._store = None if cache_dir is None else self._open(cache_dir)
+
+    def __call__(self, prompts: list[str], device: torch.device | str | None = None) -> Embeddings:
+        """Embeddings `[B, ...]` of `prompts`, in order."""
+        embeddings, index = self.distinct(prompts, device)
+        return {name: value[index] for name, value in embeddings.items()}
+
+    def distinct(self, prompts: list[str], device: torch.device | str | None = None) -> tuple[Embeddings, Tensor]:
+        """Embeddings `[P, ...]` of the P distinct `prompts`, and which of them belongs to each prompt, `[B]`."""
+        device = self.device if device is None else device
+        place: dict[str, int] = {}
+        index = torch.tensor([place.setdefault(prompt, len(place)) for prompt in prompts], device=device)
+        self.precompute(list(place))
+        rows = [self._row(prompt) for prompt in place]
+        return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}, index
+
+    def negative(self, guidance_scale: float) -> Embeddings | None:
+        """Embeddings `[1, ...]` of the negative prompt; None if guidance has no second branch."""
+        if guidance_scale == 1.0 or self._encode_negative is None:
+            return None
+        if self._negative is None:
+            self._negative = {name: value.to(self.device) for name, value in self._encode_negative().items()}
+        return self._negative
+
+    def precompute(self, prompts: list[str], total: int = 0) -> None:
+        """Encode those of `prompts` that are not known yet; `total` says how many there will be, if more than these."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        if self._store is not None:
+            missing = self._store.find(missing)
+        for start in range(0, len(missing), self.batch_size):
+            chunk = missing[start : start + self.batch_size]
+            encoded = {name: value.cpu() for name, value in self._encode(chunk).items()}
+            if self._store is None and start == 0:
+                self._keep_within_budget(encoded, len(chunk), max(len(missing), total))
+            if self._store is not None:
+                self._store.add(chunk, encoded)
+                continue
+            for i, prompt in enumerate(chunk):
+                self._rows[prompt] = {name: value[i].clone() for name, value in encoded.items()}
+
+    def close(self, reason: str) -> None:
+        """From now on, a prompt that is not known yet is an error, which starts with `reason`."""
+
+        def refuse(prompts: list[str]) -> Embeddings:
+            raise ValueError(f"{reason} Found another prompt: {prompts[0]!r}. Set `unload_text_encoders=False`.")
+
+        self._encode = refuse
+
+    @property
+    def on_disk(self) -> bool:
+        return self._store is not None
+
+    def _open(self, folder: str | Path) -> "EmbeddingStore":
+        fingerprint = self._fingerprint if isinstance(self._fingerprint, str) else self._fingerprint()
+        return EmbeddingStore(Path(folder).expanduser() / fingerprint)
+
+    def _row(self, prompt: str) -> Embeddings:
+        if prompt in self._rows:
+            return self._rows[prompt]
+        assert self._store is not None, "a prompt that was just encoded is in memory or on disk"
+        row = self._store.row(prompt)
+        if row is None:  # damaged since it was found
+            self.precompute([prompt])
+            row = self._store.row(prompt)
+        assert row is not None, "a shard that was just written cannot be read"
+        return row
+
+    def _keep_within_budget(self, encoded: Embeddings, rows: int, total: int) -> None:
+        size = sum(value.numel() * value.element_size() for value in encoded.values()) / rows * total
+        if size <= (LARGE if self._budget is None else self._budget):
+            return
+        if self._overflow_dir is not None:
+            self._store = self._open(self._overflow_dir)
+            return
+        warnings.warn(
+            f"The embeddings of {total} prompts will take {size / 1e9:.0f} GB of memory in every process. Set "
+            "`prompt_cache_dir` to keep them on disk.",
+            stacklevel=4,
+        )
 
 
 class EmbeddingStore:
     """A folder of shards, each with the embeddings of some prompts and, in its header, these prompts.
 
-    Any number of processes may read and write one folder at the same time: a shard gets its name only once it is whole,
+    Any number of processes may read and write one folder at the same time: a shard gets its name only once it is complete,
     and never changes afterwards. A shard that cannot be read is renamed to `.bad` with a warning, and its prompts
     count as unknown: another process may still have it open, and the cause may be the disk.
 
@@ -92,11 +245,13 @@ class EmbeddingStore:
     def find(self, prompts: list[str]) -> list[str]:
         """Those of `prompts` that no shard holds, after a look for new shards if need be."""
         if any(prompt not in self._place for prompt in prompts):
-            self._read_new_shards()
+            for path in sorted(self.folder.glob("*.safetensors")):
+                if path not in self._open:
+                    self._read_shard(path)
         return [prompt for prompt in prompts if prompt not in self._place]
 
     def row(self, prompt: str) -> Embeddings | None:
-        """The embeddings of one prompt, each without a batch axis; None if its shard has been damaged meanwhile."""
+        """The embeddings of one prompt, each without a batch axis; None if its shard was damaged meanwhile."""
         path, index = self._place[prompt]
         try:
             shard = self._open[path]
@@ -117,11 +272,6 @@ class EmbeddingStore:
         finally:
             unfinished.unlink(missing_ok=True)
         self._read_shard(path)
-
-    def _read_new_shards(self) -> None:
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if path not in self._open:
-                self._read_shard(path)
 
     def _read_shard(self, path: Path) -> None:
         try:
@@ -150,216 +300,29 @@ class EmbeddingStore:
             os.replace(path, path.with_suffix(".bad"))
 
 
-LARGE = 2e9
-"""Bytes of embeddings in memory, over all processes of a node, above which they go to disk."""
+VOLATILE = ("_name_or_path", "_commit_hash", "transformers_version", "_attn_implementation_autoset")
 
 
-class PromptEmbeddings:
-    """Prompt embeddings, computed on first need and kept on the CPU, or on disk.
+def encoder_fingerprint(pipeline: Any, encoder_names: tuple[str, ...], max_sequence_length: int) -> str:
+    """A hash of everything that decides what a prompt's embeddings are, after the name of the pipeline's class.
 
-    Args:
-        encode (`Callable[[list[str]], Embeddings]`): the policy's text encoders.
-        batch_size (`int`): prompts encoded at a time.
-        cache_dir (`str` or `Path`, *optional*): keep the embeddings in this folder instead of in memory, for this run and
-            others. They are read back row by row through the memory map, so that they take no memory of their own.
-        fingerprint (`str` or `Callable`): names the encoders in `cache_dir`; see [`encoder_fingerprint`].
-        overflow_dir (`str` or `Path`, *optional*): the folder to use where the embeddings would take more than `budget`.
-        budget (`float`, *optional*): bytes in memory; `LARGE` by default.
-
-    Example:
-        ```python
-        >>> cache = PromptEmbeddings(lambda prompts: {"x": torch.tensor([[float(len(p))] for p in prompts])})
-        >>> cache(["a", "abc", "a"], "cpu")["x"].flatten().tolist()
-        [1.0, 3.0, 1.0]
-
-        ```
+    Of each encoder: class, configuration, and name, shape, dtype and 16 evenly spaced values of every parameter. Of
+    each tokenizer: class, longest text and vocabulary. And `max_sequence_length`, in tokens.
     """
-
-    def __init__(
-        self,
-        encode: Callable[[list[str]], Embeddings],
-        batch_size: int = 32,
-        cache_dir: str | Path | None = None,
-        fingerprint: str | Callable[[], str] = "embeddings",
-        overflow_dir: str | Path | None = None,
-        budget: float | None = None,
-    ):
-        self._encode, self.batch_size = encode, batch_size
-        self._rows: dict[str, Embeddings] = {}
-        self._fingerprint, self._overflow_dir, self._budget = fingerprint, overflow_dir, budget
-        self._store = None if cache_dir is None else self._open(cache_dir)
-
-    @property
-    def on_disk(self) -> bool:
-        return self._store is not None
-
-    def _open(self, folder: str | Path) -> EmbeddingStore:
-        fingerprint = self._fingerprint if isinstance(self._fingerprint, str) else self._fingerprint()
-        return EmbeddingStore(Path(folder).expanduser() / fingerprint)
-
-    def precompute(self, prompts: list[str], total: int = 0) -> None:
-        """Encode those of `prompts` that are not known yet.
-
-        Args:
-            prompts (`list[str]`): what to encode.
-            total (`int`): prompts that there will be, if more than these.
-        """
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
-        if self._store is not None:
-            missing = self._store.find(missing)
-        for start in range(0, len(missing), self.batch_size):
-            chunk = missing[start : start + self.batch_size]
-            encoded = {name: value.cpu() for name, value in self._encode(chunk).items()}
-            if self._store is None and start == 0:
-                self._keep_within_budget(encoded, len(chunk), max(len(missing), total))
-            if self._store is not None:
-                self._store.add(chunk, encoded)
-                continue
-            for i, prompt in enumerate(chunk):
-                self._rows[prompt] = {name: value[i].clone() for name, value in encoded.items()}
-
-    def close(self, reason: str) -> None:
-        """From now on, a prompt that is not known yet is an error.
-
-        Args:
-            reason (`str`): the error's text before the prompt that was found.
-        """
-
-        def refuse(prompts: list[str]) -> Embeddings:
-            raise ValueError(f"{reason} Found another prompt: {prompts[0]!r}. Set `unload_text_encoders=False`.")
-
-        self._encode = refuse
-
-    def __call__(self, prompts: list[str], device: torch.device | str) -> Embeddings:
-        """Embeddings of `prompts`, in order, on `device`; each distinct one travels once."""
-        self.precompute(prompts)
-        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        rows = [self._row(prompt) for prompt in place]
-        index = torch.tensor([place[prompt] for prompt in prompts], device=device)
-        return {name: torch.stack([row[name] for row in rows]).to(device)[index] for name in rows[0]}
-
-    def _row(self, prompt: str) -> Embeddings:
-        if prompt in self._rows:
-            return self._rows[prompt]
-        assert self._store is not None, "a prompt that was just encoded is in memory or on disk"
-        row = self._store.row(prompt)
-        if row is None:
-            self.precompute([prompt])
-            row = self._store.row(prompt)
-        assert row is not None, "a shard that was just written cannot be read"
-        return row
-
-    def _keep_within_budget(self, encoded: Embeddings, rows: int, total: int) -> None:
-        size = sum(value.numel() * value.element_size() for value in encoded.values()) / rows * total
-        if size <= (LARGE if self._budget is None else self._budget):
-            return
-        if self._overflow_dir is not None:
-            self._store = self._open(self._overflow_dir)
-            return
-        warnings.warn(
-            f"The embeddings of {total} prompts will take {size / 1e9:.0f} GB of memory in every process. Set "
-            "`prompt_cache_dir` to keep them on disk.",
-            stacklevel=3,
-        )
-
-
-class PromptConditions:
-    """What the denoiser is told: the embeddings of prompts, and of the negative prompt beside them, on the device.
-
-    Args:
-        policy ([`DiffusionPolicy`]): whose encoders and device.
-        args ([`DiffusionGRPOConfig`]): where embeddings are kept, and which negative prompt.
-    """
-
-    def __init__(self, policy: DiffusionPolicy, args: Any):
-        self._policy, self._args = policy, args
-        self._prompts = open_embeddings(policy, args.max_sequence_length, args.prompt_cache_dir, args.output_dir)
-        self._negative: Embeddings | None = None
-
-    def prepare(self, datasets: list[Any], own_pipeline: bool) -> None:
-        """Encode the prompts of `datasets` and let the encoders go, as far as the configuration says so."""
-        args = self._args
-        if args.precompute_prompts:
-            precompute(self._prompts, datasets)
-        unload = own_pipeline and args.precompute_prompts
-        if unload if args.unload_text_encoders is None else args.unload_text_encoders:
-            self.negative(guidance_scale=2.0)  # any that needs it: evaluation may have another than training
-            unload_encoders(self._policy, own_pipeline)
-            self._prompts.close(
-                "The text encoders were unloaded once the prompts of `train_dataset` and `eval_dataset` were encoded."
-            )
-
-    def __call__(self, prompts: list[str]) -> Embeddings:
-        """Embeddings `[B, ...]` of `prompts`, in order."""
-        return self._prompts(prompts, self._args.device)
-
-    def distinct(self, prompts: list[str]) -> tuple[Embeddings, Tensor]:
-        """Embeddings `[P, ...]` of the P distinct `prompts`, and which of them belongs to each prompt, `[B]`."""
-        place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        index = torch.tensor([place[prompt] for prompt in prompts], device=self._args.device)
-        return self(list(place)), index
-
-    def negative(self, guidance_scale: float) -> Embeddings | None:
-        """Embeddings `[1, ...]` of the negative prompt; None where guidance has no second branch."""
-        if guidance_scale == 1.0 or not self._policy.batched_guidance:
-            return None
-        if self._negative is None:
-            encoded = self._policy.encode_negative(self._args.negative_prompt, self._args.max_sequence_length)
-            self._negative = {name: value.to(self._args.device) for name, value in encoded.items()}
-        return self._negative
-
-
-def open_embeddings(
-    policy: DiffusionPolicy, max_sequence_length: int, cache_dir: str | None, output_dir: str
-) -> PromptEmbeddings:
-    """The embeddings of a policy's encoders, kept in `cache_dir` if there is one, else in memory or, where they would take
-    more than 2 GB on a node, in `output_dir/prompt_embeddings`."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks()))
-    return PromptEmbeddings(
-        lambda prompts: policy.encode(prompts, max_sequence_length),
-        cache_dir=cache_dir,
-        fingerprint=lambda: encoder_fingerprint(policy.pipeline, policy.encoder_names, max_sequence_length),
-        overflow_dir=Path(output_dir) / "prompt_embeddings",
-        budget=LARGE / processes,
-    )
-
-
-def precompute(embeddings: PromptEmbeddings, datasets: list[Any]) -> None:
-    """Encode every distinct prompt of some datasets; where they are kept on disk, each rank encodes its share.
-
-    Args:
-        embeddings ([`PromptEmbeddings`]): filled here.
-        datasets (`list`): of `datasets.Dataset`, dicts of them, or None.
-    """
-    parts = [part for one in datasets for part in (one.values() if isinstance(one, dict) else [one])]
-    prompts = sorted({prompt for part in parts if part is not None for prompt in part["prompt"]})
-    with failing_together("the prompt embeddings"):
-        if not embeddings.on_disk:  # the first batch tells how large all will be
-            embeddings.precompute(prompts[: embeddings.batch_size], total=len(prompts))
-    with failing_together("the prompt embeddings"):
-        if embeddings.on_disk:
-            embeddings.precompute(prompts[this_rank() :: num_ranks()])
-    wait_for_all()
-    with failing_together("the prompt embeddings"):
-        embeddings.precompute(prompts)  # where the disk is not shared by all ranks, what is still missing
-
-
-def unload_encoders(policy: DiffusionPolicy, own_pipeline: bool) -> None:
-    """Free the memory of the text encoders.
-
-    Args:
-        policy ([`DiffusionPolicy`]): of the pipeline.
-        own_pipeline (`bool`): False for a pipeline that someone else may use again: its encoders are only moved to the CPU.
-    """
-    for name in policy.encoder_names:
-        encoder = getattr(policy.pipeline, name, None)
-        if not isinstance(encoder, nn.Module):
-            continue
-        if own_pipeline:
-            policy.pipeline.register_modules(**{name: None})
-        else:
-            encoder.to("cpu")
-        del encoder
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    digest = hashlib.sha256(f"{type(pipeline).__name__} {max_sequence_length}".encode())
+    for name in encoder_names:
+        encoder = getattr(pipeline, name, None)
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"), None)
+        digest.update(f"{name} {type(encoder).__name__} {type(tokenizer).__name__}".encode())
+        if encoder is not None:
+            config = {key: value for key, value in encoder.config.to_dict().items() if key not in VOLATILE}
+            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            for key, parameter in sorted(encoder.named_parameters()):
+                digest.update(f"{key} {tuple(parameter.shape)} {parameter.dtype}".encode())
+                flat = parameter.detach().reshape(-1)
+                where = torch.linspace(0, len(flat) - 1, min(16, len(flat)), device=flat.device).long()
+                digest.update(flat[where].float().cpu().numpy().tobytes())
+        if tokenizer is not None:
+            vocabulary = sorted(tokenizer.get_vocab().items())
+            digest.update(json.dumps([tokenizer.model_max_length, vocabulary]).encode())
+    return f"{type(pipeline).__name__}-{digest.hexdigest()[:16]}"

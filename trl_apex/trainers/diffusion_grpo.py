@@ -55,7 +55,8 @@ from ..distributed import (
     whole_models,
 )
 from ..prompts import GroupSampler
-from ..prompts.embeddings import PromptConditions
+from ..prompts.datasets import check_dataset
+from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..rewards.base import Reward, to_pil
 from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardScorer
@@ -67,7 +68,6 @@ from .detectors import LearningDetectors, disable_dropout
 from .inputs import (
     as_list,
     check_best_metric,
-    check_dataset,
     check_weights,
     check_whole,
     loading_arguments,
@@ -284,9 +284,10 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
             args = copy.copy(args)
             args.learning_rate = ADAPTER_RATE if isinstance(denoiser, PeftModel) else FULL_RATE
         self.policy.move_frozen(args.device)
-        self._conditions = PromptConditions(self.policy, args)
+        self._conditions = open_embeddings(self.policy, args)
         # Before the denoiser moves to the device: it and the text encoders need not fit there together.
-        self._conditions.prepare([train_dataset, eval_dataset], own_pipeline=isinstance(model, str))
+        own_pipeline = isinstance(model, str)
+        prepare_embeddings(self._conditions, self.policy, args, [train_dataset, eval_dataset], own_pipeline)
 
         super(GRPOTrainer, self).__init__(
             model=denoiser,

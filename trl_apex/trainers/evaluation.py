@@ -12,8 +12,9 @@ from transformers import Trainer
 from ..diffusion.rollout import evaluation_noise
 from ..diffusion.schedule import Sampler
 from ..distributed import gather_list
+from ..prompts.datasets import check_dataset
 from ..rewards.base import to_pil
-from .inputs import check_dataset, reward_names
+from .inputs import reward_names
 from .logs import PICTURES, weighted_sum
 
 logger = logging.getLogger(__name__)

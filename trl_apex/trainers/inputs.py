@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback
 
@@ -85,34 +84,6 @@ def check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks:
             f"`metric_for_best_model` must be a number that evaluation reports. Found {args.metric_for_best_model!r}. Use "
             f"one of {', '.join(known)}."
         )
-
-
-def check_dataset(dataset: Any, name: str) -> None:
-    """Raise unless `dataset` is a `datasets.Dataset` of text prompts.
-
-    Raises:
-        ValueError: says what is missing.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`{name}` must be a `datasets.Dataset` with a `prompt` column. Found {type(dataset).__name__}. Use e.g. "
-            '`Dataset.from_dict({"prompt": [...]})` or `datasets.load_dataset(..., split="train")`.'
-        )
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"`{name}` must have a `prompt` column. Found columns {dataset.column_names}. Rename the one that holds the "
-            'text: `dataset.rename_column("caption", "prompt")`.'
-        )
-    if len(dataset) == 0:
-        raise ValueError(
-            f"`{name}` must hold at least one prompt. Found an empty dataset. Check the split and filters."
-        )
-    for i, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f"`prompt` must be a string in every row of `{name}`. Found {type(prompt).__name__} in row {i}. "
-                "Text-to-image models take plain text, not conversations."
-            )
 
 
 def check_whole(pipeline: Any) -> None:

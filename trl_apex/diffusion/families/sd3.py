@@ -18,13 +18,14 @@ class SD3Policy(DiffusionPolicy):
         return self.vae_scale_factor * self.denoiser.config.patch_size
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        shape = super().latent_shape(height, width)
         largest = self.size_multiple() * (self.denoiser.config.pos_embed_max_size or height + width)
         if max(height, width) > largest:
             raise ValueError(
                 f"`height` and `width` must be at most {largest} pixels: the model has no positions beyond "
                 f"(`pos_embed_max_size`). Found {height} x {width}. Use a smaller size."
             )
-        return super().latent_shape(height, width)
+        return shape
 
     @torch.no_grad()
     def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
