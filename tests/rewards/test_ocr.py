@@ -50,9 +50,17 @@ def test_rule(recognized, target, reward):
         ("a red bird", []),
         ('a sign " " and ""', []),
         ('an odd " mark', []),
-        ("a sign 'Open'", []),
+        ("a sign 'Open'", ["Open"]),
         ('with " C A T "', [" C A T "]),
         ('a 5" screen that says "HI 5" and "B"', ["HI 5", "B"]),  # inch marks
+        ('ein Schild „Geöffnet“, „Mo-Fr", „do 9-17”', ["Geöffnet", "Mo-Fr", "do 9-17"]),
+        ("une enseigne « Café » et «Bar», »Kino« ‹Ja›", ["Café", "Bar", "Kino", "Ja"]),
+        ("看板「営業中」『本日』", ["営業中", "本日"]),
+        ("a sign 'OPEN' and ‘It’s late’", ["OPEN", "It’s late"]),
+        ("the dog's bowl says 'Don't touch'.", ["Don't touch"]),
+        ("""a 'vintage' sign, "SALE\"""", ["SALE"]),  # single quotes count if there are no others
+        ("rock 'n' roll of the '90s, the girls' club", []),
+        ('a 24" x 36" poster "SALE" and a 5\' wall', ["SALE"]),
     ],
 )
 def test_targets(prompt, targets):

@@ -14,7 +14,18 @@ from PIL import Image
 
 from trl_apex.rewards.base import Images, Reward, RewardLoadError, to_arrays
 
-QUOTED = re.compile(r'(?<!\d)"([^"]*)"|\u201c([^\u201d]*)\u201d')  # a quote behind a digit is an inch mark
+QUOTES = (
+    r'(?<!\d)"([^"]*)"',  # a quote behind a digit is an inch mark
+    "\u201c([^\u201d]*)\u201d",  # English
+    '\u201e([^\u201e\u201c\u201d"]*)[\u201c\u201d"]',  # German, Polish
+    r"\u00ab\s*([^\u00bb]*?)\s*\u00bb|\u00bb([^\u00ab]*)\u00ab|\u2039([^\u203a]*)\u203a",  # angles
+    "\u300c([^\u300d]*)\u300d|\u300e([^\u300f]*)\u300f",  # Chinese, Japanese, Korean
+)
+QUOTED = re.compile("|".join(QUOTES))
+# Single quotes start and end at a word's border, and are no decade ('90s) and no 'n' of rock 'n' roll.
+SINGLE = re.compile(
+    r"(?<!\w)['\u2018](?!\d\ds\b|n['\u2019])((?:[^'\u2018\u2019]|(?<=\w)['\u2019](?=\w))+)['\u2019](?!\w)"
+)
 
 
 class OCRReward(Reward):
@@ -124,16 +135,18 @@ class OCRReward(Reward):
 
 
 def quoted_targets(prompt: str) -> list[str]:
-    """The texts that a prompt asks for: what stands between double quotes, straight or curly, in order.
+    """The texts that a prompt asks for, in order: between double quotes of any language, or else between single ones.
 
     Example:
         >>> quoted_targets('a shop sign "Open" on a 5" screen with "24 h"')
         ['Open', '24 h']
+        >>> quoted_targets("the baker's sign 'Don't wait', 90s style")
+        ["Don't wait"]
         >>> quoted_targets("a red bird")
         []
     """
-    found = [straight or curly for straight, curly in QUOTED.findall(prompt)]
-    return [text for text in found if normalize_text(text)]
+    found = ["".join(groups) for groups in QUOTED.findall(prompt)]
+    return [text for text in found or SINGLE.findall(prompt) if normalize_text(text)]
 
 
 def column_targets(value: Any) -> list[str]:
