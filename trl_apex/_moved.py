@@ -7,6 +7,8 @@ import sys
 import types
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 # Old module -> the module that holds its names now.
 MOVED = {
@@ -106,12 +108,31 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname in MOVED else None
+        package = any(old.startswith(f"{fullname}.") for old in MOVED)
+        if not package and fullname not in MOVED:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=package)
 
     def exec_module(self, module: types.ModuleType) -> None:
         old = module.__name__
-        warnings.warn(f"`{old}` has moved to `{MOVED[old]}`. Import it from there.", FutureWarning, stacklevel=2)
-        sys.modules[old] = importlib.import_module(MOVED[old])
+        if hasattr(module, "__path__"):  # stays a package, or the old paths of its modules would be gone
+            module.__dict__["__getattr__"] = partial(_name_of_package, old)
+        else:
+            _warn(old, stacklevel=3)
+            sys.modules[old] = importlib.import_module(MOVED[old])
+
+
+def _name_of_package(old: str, name: str) -> Any:
+    if old not in MOVED or name.startswith("__"):
+        raise AttributeError(f"module {old!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(MOVED[old]), name)
+    _warn(old, stacklevel=3)
+    return value
+
+
+def _warn(old: str, stacklevel: int) -> None:
+    message = f"`{old}` has moved to `{MOVED[old]}`. Import it from there."
+    warnings.warn(message, FutureWarning, stacklevel=stacklevel)
 
 
 def install() -> None:
