@@ -4,7 +4,8 @@
 
 `ratio` is the plain loop's processor time over the setting's, medians over rounds in which all settings take turns, on one
 thread; `ratio_se` is its standard error. Wall times are given beside it, for a machine that other work shares.
-`forwards` and `backwards` count rows through the transformer, both branches of the guidance, as they happened.
+`forwards` and `backwards` count rows through the transformer, both branches of the guidance, as they happened; the trainer's
+are one forward more, of the detector that compares velocities.
 
 Settings without "all" are the plain loop with one part exchanged; those with "all" are `APEXTrainer`. Before anything is
 timed, trainer and plain loop compute the same iteration, and their latents and gradients are compared.

@@ -49,7 +49,7 @@ def makers(tmp_path_factory):
         "aesthetic": (AestheticReward, {"clip": clip, "head": str(folder / "head.safetensors")}),
         "hpsv2": (HPSv2Reward, {"weights": str(folder / "hps.pt"), "clip": str(hps)}),
         "image_reward": (ImageReward, {"weights": str(folder / "ImageReward.pt"), "tokenizer": str(blip)}),
-        "deqa": (DeQAReward, {"model": llava, "dtype": torch.float32}),
+        "deqa": (DeQAReward, {"model": llava}),
     }
 
 
@@ -58,8 +58,9 @@ def makers(tmp_path_factory):
 def test_a_reward_of_rank_1_stays_on_its_device_in_the_scoring_thread(makers, second_device, name, given):
     cls, arguments = makers[name]
     images = torch.rand(3, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    arguments = arguments | {"dtype": torch.float32}
     expected = cls(**arguments, device="cpu")(prompts=PROMPTS, images=images)
-    reward = cls(**arguments, dtype=torch.float32)
+    reward = cls(**arguments)
     assert reward.device == torch.device("sim")
     if given == "images":
         images = images.to(second_device)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
-    sys.path[:0] = [str(here), *(str(here.parent / name) for name in ("policy", "rewards", "trainer"))]
+    sys.path[:0] = [str(here), *(str(here.parent / name) for name in ("diffusion", "rewards", "trainers"))]
     os.environ["ACCELERATE_TORCH_DEVICE"] = "sim:0"
 
     import simulated_device

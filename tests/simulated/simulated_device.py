@@ -193,6 +193,7 @@ def install() -> None:
     install.library = library  # what it registered goes when it goes
     torch.accelerator.current_device_index = lambda: torch.sim.current_device()
     torch.accelerator.set_device_index = lambda device: torch.sim.set_device(device)
+    torch.accelerator.empty_cache = lambda: torch.sim.empty_cache()
     torch.Tensor.to = _with_index(torch.Tensor.to)
     torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)  # a wrapped tensor cannot be made in it
     # Moving a module must not make new parameters, which an optimizer would not know.
