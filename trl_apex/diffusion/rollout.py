@@ -134,7 +134,7 @@ def denoise(
     latents = initial[rows]
     kept, log_probs = [], []
     for step in range(sampler.schedule.num_steps):
-        if step == window.start and len(rows) < len(everyone):
+        if step == window.start and len(rows) < len(initial):
             latents, rows = latents[copies], everyone
         steps = torch.full((len(latents),), step)
         prediction = predict(latents, sampler.timesteps(steps).to(initial.device), rows)
