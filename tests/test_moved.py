@@ -7,7 +7,6 @@ import pytest
 
 from trl_apex._moved import MOVED
 
-
 PACKAGES = {"trl_apex.hub": "push_run", "trl_apex.loss": "gaussian_kl"}  # with names of their own
 
 
