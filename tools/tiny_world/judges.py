@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tools.tiny_world.shared import clip_image_processor, descend
-from trl_apex.rewards.clip import AestheticHead, normalize
+from trl_apex.rewards.clip import AestheticHead
 from trl_apex.rewards.deqa import LEVELS, build_text, level_token_ids
 from trl_apex.tiny.heldout import HeldoutClassifier
 from trl_apex.tiny.pipeline import MAX_LENGTH, build_tokenizer, build_word_tokenizer
@@ -185,7 +185,7 @@ def fit_clip(
 def embed_images(clip: Any, pixels: UInt8[Tensor, "N 3 32 32"]) -> Float[Tensor, "N D"]:
     """Image embeddings of unit length, of shape `[N, D]`."""
     parts = [clip.get_image_features(pixel_values=clip_pixels(part)).pooler_output for part in pixels.split(512)]
-    return normalize(torch.cat(parts))
+    return functional.normalize(torch.cat(parts).float())
 
 
 def fit_aesthetic(

@@ -192,11 +192,8 @@ def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Call
     Args:
         reward_function (`Callable`): as in `trl.DDPOTrainer`: takes images as a float tensor of shape `[B, 3, H, W]` in
             [0, 1], a tuple of B prompts and a tuple of B metadata, and returns B rewards and something that is dropped.
+            The metadata are dictionaries of the dataset's columns, or the column `prompt_metadata` if there is one.
         name (`str`, *optional*): of the objective; by default the function's own.
-
-    Returns:
-        `Callable`: takes this package's keywords. The metadata are dictionaries of the dataset's columns, or, where the
-        dataset has the column `prompt_metadata`, what is in there.
 
     Example:
         >>> def brightness(images, prompts, metadata):
@@ -262,10 +259,7 @@ def with_index(device: torch.device) -> torch.device:
 def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
     """Quantize float images to bytes, as saving them to a file would.
 
-    `u = round(255 clip(x, 0, 1))`, `x = images`.
-
-    Args:
-        images (`Tensor` of shape `[B, 3, H, W]`): Floats in [0, 1], or bytes, which pass unchanged.
+    `u = round(255 clip(x, 0, 1))`, `x = images` in [0, 1]. Bytes pass unchanged.
 
     Raises:
         ValueError: If `images` has another shape or is neither float nor uint8.
@@ -335,7 +329,7 @@ def find_weights(source: str, keyword: str) -> Path:
 
     Args:
         source (`str`): A local file, or `"owner/repo:FILE"`, or `"owner/repo"` with one weights file in it.
-        keyword (`str`): The argument that `source` came from, for the error message.
+        keyword (`str`): The argument that it came from.
 
     Raises:
         RewardLoadError: If the repository does not hold exactly one weights file and none is named.
@@ -359,9 +353,7 @@ def find_weights(source: str, keyword: str) -> Path:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, in float32.
 
-    Args:
-        path (`Path`): A `.safetensors` file, or a PyTorch file, which is read with `weights_only=True`; a nested
-            `"state_dict"` is unwrapped.
+    A file other than `.safetensors` is read with `weights_only=True`; a nested `"state_dict"` is unwrapped.
 
     Raises:
         RewardLoadError: If the file holds something other than tensors.
@@ -379,15 +371,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict and refuse one with a missing tensor, which would leave random weights behind.
-
-    Args:
-        module (`torch.nn.Module`): What to fill.
-        state (`dict[str, Tensor]`): Its tensors; others are not allowed, buffers of positions aside.
-        source (`str`): Name of the file, for the error message.
+    """Load a state dict from the file `source`; a missing tensor would leave random weights behind.
 
     Raises:
-        RewardLoadError: If tensors are missing or left over.
+        RewardLoadError: If tensors are missing or left over, buffers of positions aside.
     """
     found = module.load_state_dict(state, strict=False)
     missing, unexpected = ([key for key in keys if not key.endswith("position_ids")] for keys in found)

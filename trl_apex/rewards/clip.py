@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from trl_apex.rewards.base import (
     Images,
@@ -209,8 +210,7 @@ class CLIPTower:
     Args:
         model (`CLIPModel`): The model, on its device.
         processor (`str`): Hub id or local folder of its processor.
-        images_kept (`int`, *optional*, defaults to `1024`): Image embeddings kept.
-        prompts_kept (`int`, *optional*, defaults to `65536`): Prompt embeddings kept.
+        images_kept, prompts_kept (`int`, *optional*, default to `1024`, `65536`): Embeddings kept.
     """
 
     def __init__(self, model: Any, processor: str, images_kept: int = 1024, prompts_kept: int = 65536) -> None:
@@ -241,7 +241,7 @@ class CLIPTower:
             new = [arrays[i] for i in missing]
             inputs = self.image_processor(new, return_tensors="pt", input_data_format="channels_last")
             pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-            return normalize(self.model.get_image_features(pixel_values=pixels).pooler_output)
+            return normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float())
 
         with self._lock, torch.inference_mode():
             return self.image_embeddings.get(keys, embed)
@@ -258,17 +258,14 @@ class CLIPTower:
                 return_tensors="pt",
             ).to(self.model.device)
             ids, mask = tokens["input_ids"], tokens["attention_mask"]
-            return normalize(self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output)
+            return normalize(self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output.float())
 
         with self._lock, torch.inference_mode():
             return self.text_embeddings.get(prompts, embed)
 
 
 class EmbeddingCache:
-    """Embeddings of the items seen last, by a key of their content.
-
-    Args:
-        size (`int`): Embeddings kept; the least recently used ones go first.
+    """The `size` embeddings that were used last, by a key of their content.
 
     Example:
         >>> cache = EmbeddingCache(size=2)
@@ -298,17 +295,6 @@ class EmbeddingCache:
         return rows
 
 
-def normalize(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """`e / ||e||` in float32.
-
-    Example:
-        >>> [round(x, 4) for x in normalize(torch.tensor([[3.0, 4.0]]))[0].tolist()]
-        [0.6, 0.8]
-    """
-    embeddings = embeddings.float()
-    return embeddings / embeddings.norm(dim=-1, keepdim=True)
-
-
 _towers: "weakref.WeakValueDictionary[tuple, CLIPTower]" = weakref.WeakValueDictionary()
 _towers_lock = threading.Lock()
 
@@ -322,12 +308,7 @@ def shared_tower(
 ) -> CLIPTower:
     """The one tower of this process for a model, device and precision; it goes when its last user unloads.
 
-    Args:
-        model (`str`): Hub id or local folder of a `CLIPModel`, or what `load` takes.
-        processor (`str`, *optional*): Hub id or local folder of its processor. Defaults to `model`.
-        device (`torch.device`): Where it runs.
-        dtype (`torch.dtype`): Precision of the network.
-        load (`Callable[[str], CLIPModel]`, *optional*): Reads the model; by default from its folder.
+    `load` makes a `CLIPModel` of `model`, by default [`load_clip`]; the processor is `model`'s own by default.
     """
     key = (str(model), str(processor or model), str(device), dtype, load is None)
     with _towers_lock:
@@ -377,11 +358,7 @@ DROPOUT = {0: 0.2, 1: 0.2, 2: 0.1}
 class AestheticHead(nn.Module):
     """The predictor's head: five linear layers with dropout between them and no activations.
 
-    `r = W_5 W_4 W_3 W_2 W_1 e` with biases; `e = embeddings`, of unit length.
-
-    Args:
-        width (`int`, *optional*, defaults to `768`): Size of the image embedding.
-        hidden (`tuple[int, ...]`, *optional*): Outputs of the linear layers.
+    `r = W_5 W_4 W_3 W_2 W_1 e` with biases; `e = embeddings`, of unit length and size `width`.
 
     Example:
         >>> list(AestheticHead(width=8).state_dict())[::2]
@@ -417,27 +394,22 @@ def load_head(path: Path) -> AestheticHead:
     return head.eval().requires_grad_(False)
 
 
-TOWER_NAMES = (
-    (r"transformer\.resblocks\.(\d+)\.", r"encoder.layers.\1."),
-    (r"\.ln_1\.", ".layer_norm1."),
-    (r"\.ln_2\.", ".layer_norm2."),
-    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+OPEN_CLIP_NAMES = (
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.", "vision_model."),
+    (r"^(token_embedding|positional_embedding|transformer|ln_final)\b", r"text_model.\1"),
+    (r"\.(token|class)_embedding\b", r".embeddings.\1_embedding"),
+    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"),
+    (r"\.conv1\.", ".embeddings.patch_embedding."),
+    (r"\.ln_pre\.", ".pre_layrnorm."),  # transformers' own spelling
+    (r"\.ln_post\.", ".post_layernorm."),
+    (r"\.ln_final\.", ".final_layer_norm."),
+    (r"\.transformer\.resblocks\.", ".encoder.layers."),
+    (r"\.ln_(\d)\.", r".layer_norm\1."),
+    (r"\.attn\.", ".self_attn."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-)
-TEXT_NAMES = (
-    (r"^token_embedding\.", "embeddings.token_embedding."),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "final_layer_norm."),
-    *TOWER_NAMES,
-)
-VISION_NAMES = (
-    (r"^class_embedding$", "embeddings.class_embedding"),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^conv1\.", "embeddings.patch_embedding."),
-    (r"^ln_pre\.", "pre_layrnorm."),  # transformers' own spelling
-    (r"^ln_post\.", "post_layernorm."),
-    *TOWER_NAMES,
 )
 
 
@@ -450,23 +422,13 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
-        if key == "logit_scale":
-            renamed[key] = value
-        elif key in ("visual.proj", "text_projection"):
-            target = "visual_projection" if key == "visual.proj" else "text_projection"
-            renamed[f"{target}.weight"] = value.T.contiguous()
-        elif key.startswith("visual."):
-            renamed |= _rename(key.removeprefix("visual."), value, VISION_NAMES, "vision_model.")
+        for pattern, replacement in OPEN_CLIP_NAMES:
+            key = re.sub(pattern, replacement, key)
+        if key.endswith("_projection.weight"):
+            renamed[key] = value.T.contiguous()
+        elif ".in_proj_" in key:
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                renamed[key.replace("in_proj_", f"{part}_proj.")] = tensor.clone()
         elif key != "attn_mask":
-            renamed |= _rename(key, value, TEXT_NAMES, "text_model.")
+            renamed[key] = value
     return renamed
-
-
-def _rename(key: str, value: Tensor, names: tuple[tuple[str, str], ...], prefix: str) -> dict[str, Tensor]:
-    for pattern, replacement in names:
-        key = re.sub(pattern, replacement, key)
-    joined = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", key)
-    if joined is None:
-        return {prefix + key: value}
-    parts = zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True)
-    return {f"{prefix}{joined[1]}.self_attn.{part}.{joined[2]}": tensor.clone() for part, tensor in parts}

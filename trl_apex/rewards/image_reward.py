@@ -72,13 +72,7 @@ class ImageReward(Reward):
 
 
 class ImageRewardModel(nn.Module):
-    """BLIP's image encoder and image-grounded text encoder, with the MLP on top.
-
-    Args:
-        vision_model (`transformers.BlipVisionModel`): The image encoder.
-        text_encoder (`transformers.BlipTextModel`): The text encoder with cross-attention.
-        mlp ([`AestheticHead`]): Same layers as the aesthetic predictor's head.
-    """
+    """BLIP's image encoder and image-grounded text encoder, with an MLP on top that is built as the aesthetic head."""
 
     def __init__(self, vision_model: Any, text_encoder: Any, mlp: AestheticHead) -> None:
         super().__init__()
@@ -110,39 +104,38 @@ class ImageRewardModel(nn.Module):
         """
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-        try:
-            patch = state["vision_model.embeddings.patch_embedding.weight"]
-            words = state["text_encoder.embeddings.word_embeddings.weight"]
-            patches = state["vision_model.embeddings.position_embedding"].shape[1] - 1
-            positions = state["text_encoder.embeddings.position_embeddings.weight"].shape[0]
-            vision_inner = state["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
-            text_inner = state["text_encoder.encoder.layer.0.intermediate.dense.weight"].shape[0]
-            head = [state[f"mlp.layers.{i}.weight"] for i in (0, 2, 4, 6, 7)]
-        except KeyError as error:
-            raise RewardLoadError(
-                f"{source} must hold ImageReward's tensors. Found none called {error}. Pass the authors' checkpoint."
-            ) from error
+        def shape(key: str) -> torch.Size:
+            if key not in state:
+                raise RewardLoadError(
+                    f"{source} must hold ImageReward's tensors. Found none called {key}. Pass the authors' checkpoint."
+                )
+            return state[key].shape
+
+        width, _, _, patch = shape("vision_model.embeddings.patch_embedding.weight")
+        words, text_width = shape("text_encoder.embeddings.word_embeddings.weight")
+        patches = shape("vision_model.embeddings.position_embedding")[1] - 1
         vision = BlipVisionConfig(
-            hidden_size=patch.shape[0],
-            intermediate_size=vision_inner,
+            hidden_size=width,
+            intermediate_size=shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
             num_hidden_layers=_layers(state, "vision_model.encoder.layers."),
-            num_attention_heads=patch.shape[0] // HEAD_WIDTH,
-            patch_size=patch.shape[-1],
-            image_size=round(patches**0.5) * patch.shape[-1],
+            num_attention_heads=width // HEAD_WIDTH,
+            patch_size=patch,
+            image_size=round(patches**0.5) * patch,
             layer_norm_eps=1e-6,
         )
         text = BlipTextConfig(
-            vocab_size=words.shape[0],
-            hidden_size=words.shape[1],
-            encoder_hidden_size=patch.shape[0],
-            intermediate_size=text_inner,
+            vocab_size=words,
+            hidden_size=text_width,
+            encoder_hidden_size=width,
+            intermediate_size=shape("text_encoder.encoder.layer.0.intermediate.dense.weight")[0],
             num_hidden_layers=_layers(state, "text_encoder.encoder.layer."),
-            num_attention_heads=words.shape[1] // HEAD_WIDTH,
-            max_position_embeddings=positions,
+            num_attention_heads=text_width // HEAD_WIDTH,
+            max_position_embeddings=shape("text_encoder.embeddings.position_embeddings.weight")[0],
             layer_norm_eps=1e-12,
             is_decoder=True,  # makes the cross-attention layers; the forward pass itself is not causal
         )
-        mlp = AestheticHead(head[0].shape[1], tuple(weight.shape[0] for weight in head))
+        head = [shape(f"mlp.layers.{i}.weight") for i in (0, 2, 4, 6, 7)]
+        mlp = AestheticHead(head[0][1], tuple(outputs for outputs, _ in head))
         model = cls(BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False), mlp)
         load_strictly(model, state, source)
         return model.eval().requires_grad_(False)

@@ -206,14 +206,11 @@ class RewardScorer:
             self._loop.run_forever()
         finally:  # however it ended: nobody may wait for a batch any more
             self._closed = True
-            self._loop.run_until_complete(self._drain())
+            for task in (tasks := asyncio.all_tasks(self._loop)):
+                task.cancel()
+            if tasks:
+                self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.close()
-
-    async def _drain(self) -> None:
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _score_batch(self, keywords: dict[str, Any], images: Tensor | None, size: int) -> ScoredBatch:
         calls = [self._score(i, keywords, images, size) for i in range(len(self.reward_funcs))]
@@ -439,12 +436,7 @@ def own_copies(value: Any) -> Any:
 
 
 def reward_name(func: Callable) -> str:
-    """The objective name of a reward function: its `__name__`, else its class's; that of what a `partial` wraps.
-
-    Example:
-        >>> reward_name(functools.partial(max, 0))
-        'max'
-    """
+    """The objective name of a reward function: its `__name__`, else its class's; that of what a `partial` wraps."""
     while isinstance(func, functools.partial):
         func = func.func
     name = getattr(func, "__name__", None)
@@ -457,12 +449,7 @@ def is_async(func: Callable) -> bool:
 
 
 def takes_images(func: Callable) -> bool:
-    """Whether a function takes the keyword `images`, by name or among `**kwargs`.
-
-    Example:
-        >>> takes_images(lambda completions, **kwargs: []), takes_images(lambda prompts, completions: [])
-        (True, False)
-    """
+    """Whether a function takes the keyword `images`, by name or among `**kwargs`."""
     try:
         parameters = inspect.signature(func).parameters
     except (TypeError, ValueError):
@@ -533,11 +520,8 @@ def numbered_names(names: list[str]) -> list[str]:
     """The names with the repeated ones numbered, since priorities and logs are kept by name.
 
     Example:
-        ```python
         >>> numbered_names(["short", "short", "ocr", "short_2"])
         ['short', 'short_3', 'ocr', 'short_2']
-
-        ```
     """
     result: list[str] = []
     for name in names:
