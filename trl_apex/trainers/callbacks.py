@@ -26,10 +26,9 @@ logger = logging.getLogger(__name__)
 
 
 class IterationCallback(TrainerCallback):
-    """Keeps saves, stops and the evaluations that pick a best model on the ends of iterations.
+    """Moves saves, stops and the evaluations that pick a best model to the end of the iteration, or of the run.
 
-    A rollout belongs to the weights that sampled it and is not saved. What falls inside an iteration happens at its end, a
-    few updates later, or at the end of the run.
+    A rollout belongs to the weights that sampled it, and is not saved.
     """
 
     def __init__(self, trainer):
@@ -40,18 +39,17 @@ class IterationCallback(TrainerCallback):
         self.trainer._step = state.global_step * args.gradient_accumulation_steps
         self._postponed = set()
         waited = state.stateful_callbacks.get("EarlyStoppingCallback", [])
-        for callback, saved in zip(
-            _early_stopping(self.trainer), waited if isinstance(waited, list) else [waited], strict=False
-        ):
+        waited = waited if isinstance(waited, list) else [waited]
+        for callback, saved in zip(_early_stopping(self.trainer), waited, strict=False):
             callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.save_and_stop:
             control.should_save = control.should_training_stop = True
         boundary = state.global_step % self.trainer.updates_per_iteration == 0 or state.global_step >= state.max_steps
-        events = {"should_save", "should_training_stop"} | (
-            {"should_evaluate"} if args.metric_for_best_model else set()
-        )
+        events = {"should_save", "should_training_stop"}
+        if args.metric_for_best_model:
+            events.add("should_evaluate")
         self._postponed |= {event for event in events if getattr(control, event)}
         for event in events:
             setattr(control, event, boundary and event in self._postponed)
@@ -72,7 +70,7 @@ def is_finished(trainer: Any) -> bool:
 
 
 class GradientGuardCallback(TrainerCallback):
-    """Leaves the weights alone where an update has nothing to say, or something that is not a number."""
+    """Skips updates whose advantages are all 0 or whose gradients are not finite."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -85,23 +83,13 @@ class GradientGuardCallback(TrainerCallback):
         """Keep the ratios of a micro-batch, to name its samples should the update fail."""
         self._ratios.append((ratio.detach(), {"samples": inputs["samples"], "steps": inputs["steps"]}))
 
-    def _culprits(self) -> list[str]:
-        """The rows of this update whose ratio is not a number."""
-        trainer, culprits = self.trainer, []
-        prompts = trainer._iteration_rollout["prompts"]
-        first = trainer.accelerator.process_index * len(prompts)
-        for ratio, rows in self._ratios:
-            for row in (~ratio.isfinite()).nonzero().flatten().tolist():
-                sample, step = int(rows["samples"][row]), int(rows["steps"][row])
-                culprits.append(f"image {sample} ({prompts[sample - first]!r:.60}) at denoising step {step}")
-        return culprits
-
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        trainer = self.trainer
-        device = trainer.accelerator.device
+        """Skip an update that is dead (no advantage, no KL) or not finite, on all ranks alike."""
+        trainer, device = self.trainer, self.trainer.accelerator.device
+        dead, self.update_is_dead = self.update_is_dead, True
+        ratios, self._ratios = self._ratios, []
         if trainer.is_deepspeed_enabled:  # has stepped already, unless a gradient was not finite
-            if self.update_is_dead:
-                self._ratios = []
+            if dead:
                 self._count(dead=True)
                 return
             finite = trainer.model_wrapped.was_step_applied()
@@ -110,51 +98,46 @@ class GradientGuardCallback(TrainerCallback):
             norm = get_total_norm(gradients).item()  # the one time that an update waits for the device
             finite = math.isfinite(norm)
         if any_rank(not finite, device):
-            scale = self._loss_scale()
             if not trainer.is_deepspeed_enabled:
                 model.zero_grad(set_to_none=True)
-            culprits = self._culprits()
-            if scale > 1 and not any_rank(bool(culprits), device):  # the scaler starts too high and lowers its scale
-                self._ratios, self.update_is_dead = [], True
-                self._count(overflow=True)
-                logger.info("Update %d overflowed at loss scale %g, which is lowered.", state.global_step + 1, scale)
-                return
-            self._nonfinite_in_a_row += 1
-            self._count(nonfinite=True)
-            where = "; ".join(culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
-            more = f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
-            self._ratios, self.update_is_dead = [], True
-            logger.warning(
-                "Update %d has non-finite gradients and is skipped (%d in a row): %s%s.",
-                state.global_step + 1,
-                self._nonfinite_in_a_row,
-                where,
-                more,
-            )
-            if self._nonfinite_in_a_row >= args.max_nonfinite_updates:
-                trainer.request_stop(
-                    f"{self._nonfinite_in_a_row} updates in a row had non-finite gradients, the last of them update "
-                    f"{state.global_step + 1} ({where}{more}). Lower `learning_rate`, use bf16 instead of fp16, or "
-                    "look for a reward that returns huge values."
-                )
+            self._report_nonfinite(ratios, state.global_step + 1)
             return
-        self._nonfinite_in_a_row, self._ratios = 0, []
-        nothing = self.update_is_dead
-        self.update_is_dead = True
+        self._nonfinite_in_a_row = 0
         if trainer.is_deepspeed_enabled:
             self._count()
-            return
-        if args.skip_dead_updates and args.beta == 0 and not any_rank(not nothing, device):
+        elif args.skip_dead_updates and args.beta == 0 and not any_rank(not dead, device):
             model.zero_grad(set_to_none=True)
             self._count(dead=True)
-            return
-        self._count()
-        self._compare_with_epsilon(norm, sum(g.numel() for g in gradients), args.adam_epsilon)
+        else:
+            self._count()
+            self._compare_with_epsilon(norm, sum(g.numel() for g in gradients), args.adam_epsilon)
 
-    def _loss_scale(self) -> float:
-        """What float16 training multiplies the loss by; 1 where nothing is scaled."""
-        scaler = getattr(self.trainer.accelerator, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
+    def _report_nonfinite(self, ratios: list[tuple[torch.Tensor, dict[str, Any]]], update: int) -> None:
+        """Name the rows of a skipped update whose ratio is not a number; stop the run after too many in a row."""
+        trainer, culprits = self.trainer, []
+        prompts = trainer._iteration_rollout["prompts"]
+        first = trainer.accelerator.process_index * len(prompts)
+        for ratio, rows in ratios:
+            for row in (~ratio.isfinite()).nonzero().flatten().tolist():
+                sample, step = int(rows["samples"][row]), int(rows["steps"][row])
+                culprits.append(f"image {sample} ({prompts[sample - first]!r:.60}) at denoising step {step}")
+        scaler = getattr(trainer.accelerator, "scaler", None)  # of float16; it starts too high and lowers its scale
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        if scale > 1 and not any_rank(bool(culprits), trainer.accelerator.device):
+            self._count(overflow=True)
+            logger.info("Update %d overflowed at loss scale %g, which is lowered.", update, scale)
+            return
+        self._nonfinite_in_a_row += 1
+        self._count(nonfinite=True)
+        where = "; ".join(culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
+        where += f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
+        count = self._nonfinite_in_a_row
+        logger.warning("Update %d has non-finite gradients and is skipped (%d in a row): %s.", update, count, where)
+        if count >= trainer.args.max_nonfinite_updates:
+            trainer.request_stop(
+                f"{count} updates in a row had non-finite gradients, the last of them update {update} ({where}). Lower "
+                "`learning_rate`, use bf16 instead of fp16, or look for a reward that returns huge values."
+            )
 
     def _count(self, *, dead: bool = False, nonfinite: bool = False, overflow: bool = False) -> None:
         """Log one update: a log line gives the number skipped since the last one, and their share."""
@@ -217,12 +200,7 @@ class InterruptCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a progress bar and the latest reward and priority of every objective.
-
-    Args:
-        names (`list[str]`): objectives, in order.
-        console (`rich.console.Console`, *optional*): where to; the terminal by default.
-    """
+    """Shows a progress bar, and the latest reward and priority of the objectives `names`."""
 
     def __init__(self, names: list[str], console: Console | None = None):
         self.names, self.console = names, console or Console()
@@ -266,11 +244,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class RewardHackingWatch:
-    """Warns, once, when a monitored reward has fallen since the first evaluation while the trained ones rose.
-
-    Args:
-        trained (`int`): how many of the rewards, the first ones, are trained on.
-    """
+    """Warns, once, when a monitored reward has fallen since the first evaluation while the `trained` first ones rose."""
 
     def __init__(self, trained: int):
         self._trained = trained
@@ -278,14 +252,7 @@ class RewardHackingWatch:
         self._warned = False
 
     def see(self, dataset: str, names: list[str], records: list[dict[str, Any]], step: int) -> None:
-        """Compare an evaluation with the first one of the same dataset.
-
-        Args:
-            dataset (`str`): its name, e.g. the prefix of its metrics.
-            names (`list[str]`): of the rewards, trained ones first.
-            records (`list[dict]`): one a row, with `prompt` and `rewards`.
-            step (`int`): optimizer steps so far.
-        """
+        """Compare an evaluation (one record a row, with `prompt` and `rewards`) with the first one of its dataset."""
         prompts = json.dumps([[record["prompt"] for record in records], names])
         key = hashlib.sha256(prompts.encode()).hexdigest()[:16]
         rewards = [[_finite(record["rewards"][name]) for name in names] for record in records]

@@ -28,9 +28,6 @@ class LearningDetectors(TrainerCallback):
     - The importance ratio of a first update is 1, up to rounding.
     - Pixels, latents and velocities keep the size that they had in the first iteration.
     - Most training steps have an advantage.
-
-    Args:
-        trainer ([`DiffusionGRPOTrainer`]): whose rollouts and updates are watched.
     """
 
     def __init__(self, trainer):
@@ -117,12 +114,7 @@ class LearningDetectors(TrainerCallback):
     # Does something else move than the reward?
 
     def see_rollout(self, rollouts: list[Rollout], advantages: Tensor) -> None:
-        """Compare an iteration's velocity, images and latents with earlier ones.
-
-        Args:
-            rollouts (`list[Rollout]`): of this rank.
-            advantages (`torch.Tensor` of shape `[B]`): of all ranks.
-        """
+        """Compare an iteration's velocity, images and latents on this rank with earlier ones; `advantages` are all ranks'."""
         assert self._velocity is not None, "probed in the rollout"
         velocity = self._velocity.float()
         pixel = torch.cat([r.images.float().mean((1, 2, 3)) for r in rollouts]).mean()

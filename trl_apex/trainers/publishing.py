@@ -1,4 +1,8 @@
-"""A run on the Hugging Face Hub: its model card and its upload."""
+"""A run on the Hugging Face Hub: its model card and its upload.
+
+Trainer would upload `training_args.bin` with the token in it, leave out the adapter that diffusers loads, and lose errors of
+uploads in between. Here an upload is one commit of what `UPLOADED` names.
+"""
 
 import copy
 import fnmatch
@@ -18,7 +22,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -27,33 +32,209 @@ from ..redact import redacted
 from ..report import write_figures
 from .weights import save_denoiser
 
-# What goes up. Not among it: training_args.bin (a pickle of the arguments, the token among them), completions/ and logs.
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Not among it: training_args.bin (a pickle of the arguments, the token among them), completions/ and logs.
 UPLOADED = [
     *("README.md", "report.html", "pytorch_lora_weights.safetensors"),
     *("adapter_model.safetensors", "adapter_config.json", "transformer/*", "unet/*"),
     *("aggregator_state.json", "population_conflict.json", "trainer_state.json"),
     *("summary.json", "config.json", "environment.json", "figures/*.png", "samples/*.png", "samples/prompts.json"),
 ]
-PAUSES = (1.0, 4.0)  # seconds before each further attempt
-T = TypeVar("T")
+PAUSES = (1.0, 4.0)
+"""Seconds before each further attempt after a network failure."""
+FACTS_FILE = "card.json"
+
+
+# Methods of the trainer
+
+
+def without_token(args: Any) -> tuple[Any, str | None]:
+    """A copy of the arguments without the token of the Hub, since every checkpoint holds them, and the token."""
+    if not args.hub_token:
+        return args, None
+    token, args = args.hub_token, copy.copy(args)
+    args.hub_token = None
+    return args, token
+
+
+def init_hf_repo(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
+    """Create the repository, or find it, before any compute.
+
+    Raises:
+        PushError: if the token, the name or the connection will not do.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    args = trainer.args
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    private = args.hub_private_repo if private is None else private
+    api = HfApi(token=token or trainer._hub_token)
+    repo = trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, None, api.endpoint)
+    trainer.hub_model_id = repo.repo_id
+    trainer.push_in_progress = None
+
+
+def push_to_hub(
+    trainer: Any,
+    commit_message: str | None = "End of training",
+    blocking: bool = True,
+    token: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    *,
+    hub_model_id: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Save the model and upload it with its card; returns the repository's address, or a future of it.
+
+    Every rank must call it; the main process uploads. The repository is `hub_model_id`, here or in the configuration;
+    by default it is named after `output_dir`.
+
+    Raises:
+        ValueError: if the commit message is the name of a repository.
+        PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
+    """
+    if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
+        raise ValueError(
+            "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
+            f'{commit_message!r}. Pass hub_model_id="{commit_message}", here or in the configuration.'
+        )
+    if hub_model_id is not None:
+        trainer.args.hub_model_id, trainer.hub_model_id = hub_model_id, None
+    if trainer.hub_model_id is None:
+        trainer.init_hf_repo(token=token, private=private)
+    trainer.save_model(_internal_call=True)
+    if not trainer.is_world_process_zero():
+        return None
+    kwargs.pop("model_name", None)
+    run = trainer.args.output_dir
+    trainer.state.save_to_json(os.path.join(run, "trainer_state.json"))
+    try:
+        write_figures(run)
+    except ImportError as error:
+        logger.warning("The model card has no pictures: %s", error)
+    trainer.create_model_card(**kwargs)
+    trainer._finish_current_push()
+    push = partial(
+        push_run,
+        run,
+        trainer.hub_model_id,
+        token=token or trainer._hub_token,
+        revision=revision or trainer.args.hub_revision,
+        create=False,
+        commit_message=commit_message or "End of training",
+    )
+    return push() if blocking else HfApi().run_as_future(push)
+
+
+def create_model_card(
+    trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+) -> None:
+    """Write the model card of the run as it stands.
+
+    Args:
+        model_name (`str`, *optional*): by default the name of the repository or of the output directory.
+        dataset_name (`str`, *optional*): hub id of the prompts.
+        tags (`str` or `list[str]`, *optional*): further tags.
+        kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    further = [tags] if isinstance(tags, str) else list(tags or [])
+    adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    weights = trainer.reward_weights.tolist()
+    facts = CardFacts(
+        base_model=str(getattr(trainer.policy.pipeline.config, "_name_or_path", "") or ""),
+        objectives=[
+            {"name": name, "weight": weight, "licence": getattr(func, "weights_licence", "")}
+            for name, weight, func in zip(trainer.reward_func_names, weights, trainer.reward_funcs, strict=True)
+        ],
+        tags=list(dict.fromkeys([*trainer._tag_names, *(["lora"] if adapter else []), *further])),
+        trainer=type(trainer).__name__,
+        adapter=adapter,
+        denoiser=trainer.policy.denoiser_name,
+        rule=trainer.args.multi_objective_aggregation,
+        datasets=[dataset_name] if dataset_name else [],
+        licence=kwargs.get("license"),
+        ema_decay=trainer.args.ema_decay,
+    )
+    write_model_card(trainer.args.output_dir, facts, getattr(trainer, "hub_model_id", None) or model_name)
+
+
+def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
+    """Upload a whole checkpoint in the background, by `hub_strategy`; a failure is a warning."""
+    args, strategy = trainer.args, trainer.args.hub_strategy
+    if strategy == HubStrategy.END or not trainer.is_world_process_zero():
+        return
+    busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+    if busy and not args.hub_always_push:
+        return
+    trainer.create_model_card()
+    # The folder is laid out as the repository, out of links that outlive the checkpoint.
+    staged = Path(tempfile.mkdtemp(prefix=".push-", dir=args.output_dir))
+    left_out = {"README.md", *(("adapter_model.safetensors",) if trainer._ema is not None else ())}  # not averaged
+    _link(checkpoint, staged, lambda path: is_uploaded(path) and path not in left_out)
+    shutil.copy(Path(args.output_dir) / "README.md", staged)
+    folder = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(str(strategy.value))
+    if folder:
+        _link(checkpoint, staged / folder)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if not isinstance(model, PeftModel) and trainer._engine == "ddp":
+        with trainer._ema.averaged() if trainer._ema is not None else nullcontext():
+            save_denoiser(model, staged / trainer.policy.denoiser_name)
+    api, repo_id = HfApi(token=trainer._hub_token), trainer.hub_model_id
+    options = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": args.hub_revision}
+
+    def upload() -> None:
+        try:
+            once = partial(api.upload_folder, repo_id=repo_id, folder_path=staged, **options)
+            trying(once, repo_id, None, api.endpoint)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    job = api.run_as_future(upload)
+    job.add_done_callback(_report_failure)
+    if busy:
+        trainer.push_in_progress.jobs.append(job)
+    else:
+        trainer.push_in_progress = PushInProgress([job])
+
+
+def _link(source: Path, target: Path, keep: Callable[[str], bool] = lambda path: True) -> None:
+    """The same files in another folder, as links where the disk has them; `keep` takes paths relative to `source`."""
+    for path in [path for path in source.rglob("*") if path.is_file()]:
+        name = path.relative_to(source)
+        if keep(name.as_posix()):
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:
+                shutil.copy(path, place)
+
+
+def _report_failure(job: Future) -> None:
+    error = job.exception()
+    if error is not None:
+        text = str(error) if isinstance(error, PushError) else f"{type(error).__name__} while uploading a checkpoint"
+        logger.warning("%s The run goes on, and the next upload holds everything.", text)
+
+
+# Uploading a run directory
 
 
 class PushError(RuntimeError):
     """An upload failed. The run is on disk as before, and the message says how to try again.
 
-    Args:
-        message (`str`): what happened, and what to do.
-        user (`bool`): whether the user can mend it (token, name, permission) or the network must recover.
+    `user` says whether the user can mend it (token, name, permission) or the network must recover.
     """
 
     def __init__(self, message: str, user: bool = False) -> None:
         super().__init__(message)
         self.user = user
-
-    @property
-    def exit_code(self) -> int:
-        """Of a command that fails with it."""
-        return 2 if self.user else 1
+        self.exit_code = 2 if user else 1  # of a command that fails with it
 
 
 def is_uploaded(path: str) -> bool:
@@ -105,7 +286,6 @@ def push_run(
         private (`bool`, *optional*): visibility of a repository that is created.
         revision (`str`, *optional*): branch to commit to.
         create (`bool`): create the repository if it is missing.
-        commit_message (`str`): of the commit.
         endpoint (`str`, *optional*): address of the hub.
         pauses (`tuple[float, ...]`, *optional*): seconds before each further attempt after a network failure; 1 and 4.
 
@@ -116,8 +296,6 @@ def push_run(
         FileNotFoundError: if there is no such run, or it holds no weights.
         PushError: if the upload fails; the run directory is as before.
     """
-    from huggingface_hub import HfApi
-
     check_uploadable(run_dir)
     api = HfApi(endpoint=endpoint, token=token)
 
@@ -142,12 +320,7 @@ def trying(
     endpoint: str,
     pauses: tuple[float, ...] | None = None,
 ) -> T:
-    """Call something that talks to the Hub. After a network failure, wait and call it again.
-
-    Args:
-        attempt (`Callable`): safe to repeat.
-        repo_id (`str`), run_dir (`str` or `Path`, *optional*), endpoint (`str`): named in the error.
-        pauses (`tuple[float, ...]`, *optional*): seconds before each further attempt; 1 and 4.
+    """Call something that talks to the Hub and is safe to repeat. After a network failure, wait and call it again.
 
     Raises:
         PushError: if the last attempt fails, or one fails for another reason than the network.
@@ -168,16 +341,14 @@ def trying(
 def is_network_failure(error: BaseException) -> bool:
     """Whether another attempt may help: the server is busy or broken, or gave no answer.
 
-    Errors of the HTTP library have no answer of the server. They are told from errors of the code, which are Python's own
-    exceptions, by that alone: the library has changed between versions of huggingface_hub.
+    Errors of the HTTP library are told from errors of the code, which are Python's own exceptions: that library has changed
+    between versions of huggingface_hub.
 
     Example:
         >>> is_network_failure(TimeoutError()), is_network_failure(ValueError()), is_network_failure(KeyError("x"))
         (True, False, False)
     """
-    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    status = _answer(error, "status_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status >= 500 or status == 429
     if isinstance(error, ValueError | OfflineModeIsEnabled | LocalTokenNotFoundError):
@@ -185,86 +356,54 @@ def is_network_failure(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__ != "builtins"
 
 
-def _answer(error: BaseException, name: str, otherwise: Any) -> Any:
-    """An attribute of the server's answer behind an error."""
-    return getattr(getattr(error, "response", None), name, otherwise)
-
-
 def _cause(error: BaseException, repo_id: str, endpoint: str) -> tuple[str, bool]:
     """What went wrong and what to do, and whether the user can mend it."""
-    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    kind, status = type(error).__name__, _answer(error, "status_code", None)
-    sent = {name.lower() for name in getattr(_answer(error, "request", None), "headers", {})}
+    answer: Any = getattr(error, "response", None)
+    status = getattr(answer, "status_code", None)
+    sent = {name.lower() for name in getattr(getattr(answer, "request", None), "headers", {})}
     # The hub does not tell strangers which private repositories exist: then a 401 says that there is none.
-    hidden = status == 401 and _answer(error, "headers", {}).get("X-Error-Code") == "RepoNotFound"
+    hidden = status == 401 and answer.headers.get("X-Error-Code") == "RepoNotFound"
     no_token = status == 401 and "authorization" not in sent and "nvalid" not in str(error)
     if isinstance(error, OfflineModeIsEnabled):
-        return "offline mode is on. Unset HF_HUB_OFFLINE", True
-    if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no name of a repository. Use `user/name`", True
-    if isinstance(error, LocalTokenNotFoundError) or no_token:
-        return f"{endpoint} wants a token and there is none. Run `hf auth login`, or set HF_TOKEN", True
-    if status == 401 and not hidden:
-        text = f"{endpoint} does not accept the token. Make a new one with write access, and run `hf auth login`"
-        return text, True
-    if status == 403:
-        text = f"the token may not write to {repo_id}. Use one with write access to it, or another --repo-id"
-        return text, True
-    if status in (401, 404):
-        text = f"there is no repository {repo_id} at {endpoint}, or the token does not see it. Check name and token"
-        return text, True
-    if is_network_failure(error):
-        return f"the connection to {endpoint} failed ({kind}). Check it, or wait", False
-    return f"{kind}: {str(redacted(str(error))).partition(chr(10))[0].rstrip('.')}", False
+        cause = "offline mode is on. Unset HF_HUB_OFFLINE"
+    elif isinstance(error, HFValidationError):
+        cause = f"{repo_id!r} is no name of a repository. Use `user/name`"
+    elif isinstance(error, LocalTokenNotFoundError) or no_token:
+        cause = f"{endpoint} wants a token and there is none. Run `hf auth login`, or set HF_TOKEN"
+    elif status == 401 and not hidden:
+        cause = f"{endpoint} does not accept the token. Make a new one with write access, and run `hf auth login`"
+    elif status == 403:
+        cause = f"the token may not write to {repo_id}. Use one with write access to it, or another --repo-id"
+    elif status in (401, 404):
+        cause = f"there is no repository {repo_id} at {endpoint}, or the token does not see it. Check name and token"
+    elif is_network_failure(error):
+        return f"the connection to {endpoint} failed ({type(error).__name__}). Check it, or wait", False
+    else:
+        return f"{type(error).__name__}: {str(redacted(str(error))).partition(chr(10))[0].rstrip('.')}", False
+    return cause, True
 
 
-FACTS_FILE = "card.json"
-TAGS = ["trl", "apex", "grpo", "diffusers", "lora", "text-to-image"]
+# The model card
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says that the other files of a run do not.
+    """What a card says that the other files of a run do not."""
 
-    Args:
-        base_model (`str`): hub id or folder of the base pipeline.
-        objectives (`list[dict]`): `name`, `weight` and `licence` of each reward.
-        tags (`list[str]`): of the repository.
-        trainer (`str`): name of the trainer.
-        adapter (`bool`): an adapter, or all weights.
-        denoiser (`str`): the trained part of the pipeline.
-        rule (`str`): how the rewards were combined.
-        datasets (`list[str]`): hub ids of the prompts, if any.
-        licence (`str`, *optional*): of the weights; the base model's terms apply as well.
-        ema_decay (`float`, *optional*): of the average over the training that the weights are.
-    """
-
-    base_model: str = ""
-    objectives: list[dict[str, Any]] = field(default_factory=list)
-    tags: list[str] = field(default_factory=lambda: list(TAGS))
+    base_model: str = ""  # hub id or folder of the base pipeline
+    objectives: list[dict[str, Any]] = field(default_factory=list)  # `name`, `weight` and `licence` of each reward
+    tags: list[str] = field(default_factory=lambda: ["trl", "apex", "grpo", "diffusers", "lora", "text-to-image"])
     trainer: str = "APEXTrainer"
-    adapter: bool = True
-    denoiser: str = "transformer"
-    rule: str = "apex"
-    datasets: list[str] = field(default_factory=list)
-    licence: str | None = None
-    ema_decay: float | None = None
+    adapter: bool = True  # or all weights
+    denoiser: str = "transformer"  # the trained part of the pipeline
+    rule: str = "apex"  # how the rewards were combined
+    datasets: list[str] = field(default_factory=list)  # hub ids of the prompts
+    licence: str | None = None  # of the weights; the base model's terms apply as well
+    ema_decay: float | None = None  # where the weights are a moving average
 
 
 def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None = None) -> Path:
-    """Write `README.md` from the facts and what else lies in the run directory, and keep the facts for later.
-
-    Args:
-        run_dir (`str` or `Path`): the run directory.
-        facts ([`CardFacts`]): see there.
-        repo_id (`str`, *optional*): where it will be; the folder's name by default.
-
-    Returns:
-        `Path`: the card.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
+    """Write `README.md` from the facts and what else lies in the run directory, and keep the facts for later."""
     run_dir = Path(run_dir)
     (run_dir / FACTS_FILE).write_text(json.dumps(redacted(asdict(facts)), indent=1))
     hub_model = facts.base_model if _is_hub_id(facts.base_model) else None
@@ -278,19 +417,14 @@ def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None 
         datasets=facts.datasets or None,
         widget=[{"text": s["prompt"], "output": {"url": s["image"]}} for s in samples[:6]] or None,
     )
-    text = _render(run_dir, facts, repo_id or run_dir.resolve().name, hub_model)
+    text = _render(run_dir, facts, repo_id or run_dir.resolve().name, hub_model, samples)
     path = run_dir / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
     return path
 
 
 def refresh_model_card(run_dir: str | Path, repo_id: str | None = None) -> Path:
-    """Write the card anew, with the facts kept from the last time, or with what the run directory tells.
-
-    Args:
-        run_dir (`str` or `Path`): the run directory.
-        repo_id (`str`, *optional*): where it will be.
-    """
+    """Write the card anew, with the facts kept from the last time, or with what the run directory tells."""
     run_dir = Path(run_dir)
     kept = _read(run_dir / FACTS_FILE)
     if not kept:
@@ -306,16 +440,17 @@ def refresh_model_card(run_dir: str | Path, repo_id: str | None = None) -> Path:
     return write_model_card(run_dir, CardFacts(**known), repo_id)
 
 
-def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None) -> str:
+def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None, samples: list) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["cell"] = _cell
-    environment.filters["figure"] = _figure
+    environment.filters |= {"cell": _cell, "figure": _figure}
     template = environment.from_string((files(__package__) / "model_card.md.jinja").read_text(encoding="utf-8"))
-    summary, environment_file = _read(run_dir / "summary.json"), _read(run_dir / "environment.json")
+    summary, recorded, config = (_read(run_dir / f"{n}.json") for n in ("summary", "environment", "config"))
+    figures = {path.stem: f"figures/{path.name}" for path in (run_dir / "figures").glob("*.png")}
+    prompt = samples[0]["prompt"] if samples else "a red circle on a table"
     return template.render(
         facts=facts,
         repo_id=repo_id,
@@ -327,26 +462,15 @@ def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None
             for part in ("objectives", "held_out")
             for name, row in (summary.get(part) or {}).items()
         ],
-        figures={"samples": "", "rewards": "", "priorities": ""} | _figures(run_dir),
-        config=redacted(_changed(_read(run_dir / "config.json"))),
-        command=redacted(environment_file.get("command", "")),
-        versions=environment_file.get("versions", {}),
+        figures={"samples": "", "rewards": "", "priorities": ""} | figures,
+        config=redacted({key: value for key, value in config.items() if value not in (None, "", [], {})}),
+        command=redacted(recorded.get("command", "")),
+        versions=recorded.get("versions", {}),
         steps=_read(run_dir / "trainer_state.json").get("global_step"),
         report=(run_dir / "report.html").is_file(),
         state=(run_dir / "aggregator_state.json").is_file(),
-        prompt=json.dumps(
-            next((s["prompt"] for s in _samples(run_dir)), "a red circle on a table"), ensure_ascii=False
-        ),
+        prompt=json.dumps(prompt, ensure_ascii=False),
     )
-
-
-def _changed(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, without the empty ones."""
-    return {key: value for key, value in config.items() if value not in (None, "", [], {})}
-
-
-def _figures(run_dir: Path) -> dict[str, str]:
-    return {path.stem: f"figures/{path.name}" for path in (run_dir / "figures").glob("*.png")}
 
 
 def _samples(run_dir: Path) -> list[dict[str, str]]:
@@ -376,9 +500,8 @@ def _is_hub_id(name: str) -> bool:
 
 def _cell(value: Any) -> str:
     """Text for a cell of a Markdown table."""
-    return (
-        " ".join(str(value).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
-    )
+    plain = " ".join(str(value).split())
+    return plain.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
 def _figure(value: Any, sign: bool = False) -> str:
@@ -386,179 +509,3 @@ def _figure(value: Any, sign: bool = False) -> str:
     if not isinstance(value, int | float) or value != value:
         return ""
     return f"{value:{'+' if sign else ''}.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-logger = logging.getLogger(__name__)
-
-
-def without_token(args: Any) -> tuple[Any, str | None]:
-    """The arguments without the token of the Hub, and the token: `training_args.bin` is written in every checkpoint.
-
-    Args:
-        args (`transformers.TrainingArguments`): the user's; not changed.
-    """
-    if not args.hub_token:
-        return args, None
-    token, args = args.hub_token, copy.copy(args)
-    args.hub_token = None
-    return args, token
-
-
-def init_hf_repo(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
-    """Create the repository, or find it, before any compute.
-
-    Raises:
-        PushError: if the token, the name or the connection will not do.
-    """
-    if not trainer.is_world_process_zero():
-        return
-    name = trainer.args.hub_model_id or Path(trainer.args.output_dir).absolute().name
-    private = trainer.args.hub_private_repo if private is None else private
-    api = HfApi(token=token or trainer._hub_token)
-    repo = trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, None, api.endpoint)
-    trainer.hub_model_id = repo.repo_id
-    trainer.push_in_progress = None
-
-
-def push_to_hub(
-    trainer: Any,
-    commit_message: str | None = "End of training",
-    blocking: bool = True,
-    token: str | None = None,
-    revision: str | None = None,
-    private: bool | None = None,
-    *,
-    hub_model_id: str | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Save the model and upload it with its card; returns the repository's address, or a future of it.
-
-    Every rank must call it; the main process uploads. The repository is `hub_model_id`, here or in the configuration;
-    by default it is named after `output_dir`.
-
-    Raises:
-        ValueError: if the commit message is the name of a repository.
-        PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
-    """
-    if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
-        raise ValueError(
-            "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
-            f'{commit_message!r}. Pass hub_model_id="{commit_message}", here or in the configuration.'
-        )
-    if hub_model_id is not None:
-        trainer.args.hub_model_id, trainer.hub_model_id = hub_model_id, None
-    if trainer.hub_model_id is None:
-        trainer.init_hf_repo(token=token, private=private)
-    trainer.save_model(_internal_call=True)
-    if not trainer.is_world_process_zero():
-        return None
-    kwargs.pop("model_name", None)
-    trainer.state.save_to_json(os.path.join(trainer.args.output_dir, "trainer_state.json"))
-    try:
-        write_figures(trainer.args.output_dir)
-    except ImportError as error:
-        logger.warning("The model card has no pictures: %s", error)
-    trainer.create_model_card(**kwargs)
-    trainer._finish_current_push()
-    options: dict[str, Any] = {
-        "token": token or trainer._hub_token,
-        "revision": revision or trainer.args.hub_revision,
-        "create": False,
-        "commit_message": commit_message or "End of training",
-    }
-    if blocking:
-        return push_run(trainer.args.output_dir, trainer.hub_model_id, **options)
-    return HfApi().run_as_future(push_run, trainer.args.output_dir, trainer.hub_model_id, **options)
-
-
-def create_model_card(
-    trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
-) -> None:
-    """Write the model card of the run as it stands.
-
-    Args:
-        model_name (`str`, *optional*): by default the name of the repository or of the output directory.
-        dataset_name (`str`, *optional*): hub id of the prompts.
-        tags (`str` or `list[str]`, *optional*): further tags.
-        kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
-    """
-    if not trainer.is_world_process_zero():
-        return
-    further = [tags] if isinstance(tags, str) else list(tags or [])
-    adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
-    weights = trainer.reward_weights.tolist()
-    facts = CardFacts(
-        base_model=str(getattr(trainer.policy.pipeline.config, "_name_or_path", "") or ""),
-        objectives=[
-            {"name": name, "weight": weight, "licence": getattr(func, "weights_licence", "")}
-            for name, weight, func in zip(trainer.reward_func_names, weights, trainer.reward_funcs, strict=True)
-        ],
-        tags=list(dict.fromkeys([*trainer._tag_names, *(["lora"] if adapter else []), *further])),
-        trainer=type(trainer).__name__,
-        adapter=adapter,
-        denoiser=trainer.policy.denoiser_name,
-        rule=trainer.args.multi_objective_aggregation,
-        datasets=[dataset_name] if dataset_name else [],
-        licence=kwargs.get("license"),
-        ema_decay=trainer.args.ema_decay,
-    )
-    write_model_card(trainer.args.output_dir, facts, getattr(trainer, "hub_model_id", None) or model_name)
-
-
-def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
-    """Upload a whole checkpoint in the background, by `hub_strategy`; a failure is a warning."""
-    strategy = trainer.args.hub_strategy
-    if strategy == HubStrategy.END or not trainer.is_world_process_zero():
-        return
-    busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
-    if busy and not trainer.args.hub_always_push:
-        return
-    trainer.create_model_card()
-    # The folder is laid out as the repository, out of links that outlive the checkpoint.
-    staged = Path(tempfile.mkdtemp(prefix=".push-", dir=trainer.args.output_dir))
-    left_out = {"README.md", *(("adapter_model.safetensors",) if trainer._ema is not None else ())}  # not averaged
-    _link(checkpoint, staged, lambda path: is_uploaded(path) and path not in left_out)
-    shutil.copy(Path(trainer.args.output_dir) / "README.md", staged)
-    folder = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(str(strategy.value))
-    if folder:
-        _link(checkpoint, staged / folder)
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    if not isinstance(model, PeftModel) and trainer._engine == "ddp":
-        with trainer._ema.averaged() if trainer._ema is not None else nullcontext():
-            save_denoiser(model, staged / trainer.policy.denoiser_name)
-    api, repo_id = HfApi(token=trainer._hub_token), trainer.hub_model_id
-    options = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": trainer.args.hub_revision}
-
-    def upload() -> None:
-        try:
-            once = partial(api.upload_folder, repo_id=repo_id, folder_path=staged, **options)
-            trying(once, repo_id, None, api.endpoint)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-
-    job = api.run_as_future(upload)
-    job.add_done_callback(_report_failure)
-    if trainer.push_in_progress is None or trainer.push_in_progress.is_done():
-        trainer.push_in_progress = PushInProgress([job])
-    else:
-        trainer.push_in_progress.jobs.append(job)
-
-
-def _link(source: Path, target: Path, keep: Callable[[str], bool] = lambda path: True) -> None:
-    """The same files in another folder, as links where the disk has them; `keep` takes paths relative to `source`."""
-    for path in [path for path in source.rglob("*") if path.is_file()]:
-        name = path.relative_to(source)
-        if keep(name.as_posix()):
-            place = target / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:
-                shutil.copy(path, place)
-
-
-def _report_failure(job: Future) -> None:
-    error = job.exception()
-    if error is not None:
-        text = str(error) if isinstance(error, PushError) else f"{type(error).__name__} while uploading a checkpoint"
-        logger.warning("%s The run goes on, and the next upload holds everything.", text)

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import json
 import logging
 import types
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import EMAModel
-from huggingface_hub import hf_hub_download, split_torch_state_dict_into_shards
+from huggingface_hub import hf_hub_download, save_torch_state_dict
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,111 +28,11 @@ from ..diffusion.families import dtype_argument
 from ..diffusion.families.base import DiffusionPolicy
 from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
 
-WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-RECOMPILE_LIMIT = 32
-"""Graphs of one kind of block: with and without gradients, adapter, checkpointing, and the block's own variants."""
-
-
-def save_denoiser(
-    denoiser: Any,
-    directory: str | Path,
-    state_dict: dict[str, Tensor] | None = None,
-    max_shard_size: int | str = "10GB",
-) -> None:
-    """Write weights and configuration in diffusers' format, so that `from_pretrained(directory)` reads them.
-
-    Args:
-        denoiser (`diffusers.ModelMixin`): gives the configuration, and the weights unless `state_dict` does.
-        directory (`str` or `Path`): where to; made if needed.
-        state_dict (`dict`, *optional*): the gathered weights, where an engine has sharded those of `denoiser`.
-        max_shard_size (`int` or `str`): larger models are split into several files.
-
-    Note:
-        `save_pretrained` of diffusers reads the weights from the module itself, which under ZeRO-3 and FSDP holds a part.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = denoiser.state_dict() if state_dict is None else state_dict
-    weights = {name.removeprefix("module."): value.detach().contiguous().cpu() for name, value in weights.items()}
-    split = split_torch_state_dict_into_shards(weights, filename_pattern=WEIGHTS, max_shard_size=max_shard_size)
-    for file, names in split.filename_to_tensors.items():
-        save_file({name: weights[name] for name in names}, directory / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=1))
-    denoiser.save_config(directory)
-
-
-class _Config(FrozenDict):
-    """A configuration of diffusers that trackers (TensorBoard, MLflow ...) can read as one of transformers."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self)
-
-    def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, default=str)
-
-
-def answer_as_transformers(denoiser: Any) -> None:
-    """Let Trainer and its callbacks use the names they know; diffusers has its own.
-
-    Args:
-        denoiser (`diffusers.ModelMixin`): changed in place.
-    """
-    denoiser._internal_dict = _Config(denoiser.config)
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        enable = types.MethodType(lambda self, **kwargs: self.enable_gradient_checkpointing(), denoiser)
-        setattr(denoiser, f"{name}_enable", enable)
-        setattr(
-            denoiser, f"{name}_disable", types.MethodType(lambda self: self.disable_gradient_checkpointing(), denoiser)
-        )
-
-
-def frozen_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
-    """The model as it is now, for the KL divergence to it.
-
-    Args:
-        model (`nn.Module`): the model before training.
-        share_frozen (`bool`): use the same memory for the weights that do not train; for models that no engine shards.
-    """
-    frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()] if share_frozen else []
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in frozen}).eval().requires_grad_(False)
-
-
-def compile_blocks(denoiser: nn.Module, backend: Any = "inductor") -> int:
-    """Compile the repeated blocks of a denoiser in place, so that rollout and update run the same compiled code.
-
-    Shapes are dynamic: one graph serves all batch sizes. Past `RECOMPILE_LIMIT` graphs of one block PyTorch raises instead
-    of going on without compiling, since rollout and update would then differ.
-
-    Args:
-        denoiser (`nn.Module`): a diffusers model.
-        backend (`str` or `Callable`): of `torch.compile`.
-
-    Returns:
-        `int`: how many blocks.
-
-    Raises:
-        ValueError: if the model does not say which of its blocks repeat.
-    """
-    names = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or []
-    blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
-    if not blocks:
-        raise ValueError(
-            f"`compile_denoiser` needs a model that names its repeated blocks. Found none in {type(denoiser).__name__}. "
-            "Set compile_denoiser=False."
-        )
-    dynamo = torch._dynamo.config
-    dynamo.fail_on_recompile_limit_hit = True
-    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
-    for block in blocks:
-        block.compile(dynamic=True, backend=backend)
-    return len(blocks)
-
-
 logger = logging.getLogger(__name__)
 
+LORA_FILE, EMA_FILE = "pytorch_lora_weights.safetensors", "ema.safetensors"
+RECOMPILE_LIMIT = 32
+"""Graphs of one kind of block: with and without gradients, adapter, checkpointing, and the block's own variants."""
 # Options of LoraConfig that training keeps to and that a saved adapter takes along. Any other must stay at its default.
 DELIVERED = {
     "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
@@ -153,19 +52,78 @@ WAYS_OUT = (
 )
 
 
+# The denoiser
+
+
+class _Config(FrozenDict):
+    """A configuration of diffusers that trackers (TensorBoard, MLflow ...) can read as one of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+
+def answer_as_transformers(denoiser: Any) -> None:
+    """Let Trainer and its callbacks use the names of transformers on a diffusers model, in place."""
+    denoiser._internal_dict = _Config(denoiser.config)
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        for end, method in (("enable", _enable_checkpointing), ("disable", _disable_checkpointing)):
+            setattr(denoiser, f"{name}_{end}", types.MethodType(method, denoiser))
+
+
+def _enable_checkpointing(denoiser: Any, **kwargs: Any) -> None:
+    denoiser.enable_gradient_checkpointing()
+
+
+def _disable_checkpointing(denoiser: Any) -> None:
+    denoiser.disable_gradient_checkpointing()
+
+
+def frozen_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
+    """The model as it is now, for the KL divergence to it.
+
+    With `share_frozen` it has the weights that do not train in the same memory; for models that no engine shards.
+    """
+    frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()] if share_frozen else []
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in frozen}).eval().requires_grad_(False)
+
+
+def compile_blocks(denoiser: nn.Module, backend: Any = "inductor") -> int:
+    """Compile the repeated blocks of a denoiser in place, for rollout and update alike; returns how many.
+
+    Shapes are dynamic: one graph serves all batch sizes. Past `RECOMPILE_LIMIT` graphs of one block PyTorch raises instead
+    of going on without compiling, since rollout and update would then differ.
+
+    Raises:
+        ValueError: if the model does not say which of its blocks repeat.
+    """
+    names = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or []
+    blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise ValueError(
+            f"`compile_denoiser` needs a model that names its repeated blocks. Found none in {type(denoiser).__name__}. "
+            "Set compile_denoiser=False."
+        )
+    dynamo = torch._dynamo.config
+    dynamo.fail_on_recompile_limit_hit = True
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    for block in blocks:
+        block.compile(dynamic=True, backend=backend)
+    return len(blocks)
+
+
+# The adapter to train
+
+
 @dataclasses.dataclass
 class Adapter:
-    """An adapter that was taken off a denoiser.
-
-    Args:
-        config (`peft.LoraConfig`): its configuration.
-        weights (`dict[str, Tensor]`): by the names of PEFT, without the adapter's own name.
-        scales (`dict[str, float]`): what each layer multiplies its output with.
-    """
+    """An adapter that was taken off a denoiser."""
 
     config: LoraConfig
-    weights: dict[str, Tensor]
-    scales: dict[str, float]
+    weights: dict[str, Tensor]  # by PEFT's names, without the adapter's own
+    scales: dict[str, float]  # what each layer multiplies its output with
 
 
 def take_adapter(policy: DiffusionPolicy, source: str | Path | None = None) -> Adapter | None:
@@ -224,17 +182,10 @@ def take_adapter(policy: DiffusionPolicy, source: str | Path | None = None) -> A
     return Adapter(config, weights, scales)
 
 
-def add_adapter(
-    denoiser: Any, peft_config: LoraConfig | None, policy: DiffusionPolicy, start: Adapter | None = None
-) -> PeftModel:
-    """Put an adapter on `denoiser`, a fresh one or the one to start from.
+def add_adapter(denoiser: Any, peft_config: Any, policy: DiffusionPolicy, start: Adapter | None = None) -> PeftModel:
+    """Freeze `denoiser` and put an adapter on it: a fresh one by `peft_config`, or `start`, what [`take_adapter`] found.
 
-    Args:
-        denoiser (`diffusers.ModelMixin`): frozen here; only the adapter trains.
-        peft_config (`peft.LoraConfig`, *optional*): without `target_modules`, the model family's attention layers are
-            taken. None for the configuration of `start`.
-        policy ([`DiffusionPolicy`]): names these layers.
-        start ([`Adapter`], *optional*): what [`take_adapter`] found.
+    Without `target_modules`, the attention layers that `policy` names are taken.
 
     Raises:
         ValueError: if a target matches no module, an option cannot be delivered, or `start` is another adapter than
@@ -269,6 +220,10 @@ def _fill(model: PeftModel, start: Adapter) -> None:
     set_peft_model_state_dict(model, {f"base_model.model.{key}": value for key, value in start.weights.items()})
 
 
+def _plain(name: str) -> str:
+    return name.removeprefix("base_model.model.")
+
+
 def warn_of_all_weights(denoiser: nn.Module) -> None:
     """Warn where so many weights are to be trained that `peft_config` was probably forgotten."""
     count = sum(parameter.numel() for parameter in denoiser.parameters())
@@ -282,11 +237,7 @@ def warn_of_all_weights(denoiser: nn.Module) -> None:
 
 
 def _check_options(config: Any) -> None:
-    """Raise for what cannot be trained, or not be saved in a form that `load_lora_weights` of diffusers reads.
-
-    Raises:
-        ValueError: names the option.
-    """
+    """Raise ValueError for what cannot be trained, or not be saved in a form that `load_lora_weights` reads."""
     if not isinstance(config, LoraConfig) or str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         raise ValueError(
             "`peft_config` must be a `peft.LoraConfig`, the kind of adapter that diffusers' pipelines load. Found "
@@ -318,19 +269,11 @@ def _check_targets(denoiser: nn.Module, targets: Any) -> None:
     names = [name for name, _ in denoiser.named_modules()]
     missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if missing:
+        linear = {".".join(n.split(".")[2:]) for n, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
         raise ValueError(
             f"Every LoRA target must match a module of {type(denoiser).__name__}. Found no module for "
-            f"{sorted(missing)}. Layers to choose from include {_linear_suffixes(denoiser)}."
+            f"{sorted(missing)}. Layers to choose from include {sorted(linear - {''})[:12]}."
         )
-
-
-def _linear_suffixes(module: nn.Module) -> list[str]:
-    names = {".".join(n.split(".")[2:]) for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-    return sorted(name for name in names if name)[:12]
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("base_model.model.")
 
 
 def _difference(model: PeftModel, start: Adapter) -> str:
@@ -355,22 +298,37 @@ def _difference(model: PeftModel, start: Adapter) -> str:
     return ""
 
 
+# Files that diffusers loads
+
+
+def save_denoiser(denoiser: Any, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write weights and configuration in diffusers' format, so that `from_pretrained(directory)` reads them.
+
+    The weights are those of `state_dict` where given, gathered or averaged: `save_pretrained` of diffusers takes them from
+    the module, which holds a part under ZeRO-3 and FSDP.
+    """
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    weights = denoiser.state_dict() if state_dict is None else state_dict
+    weights = {name.removeprefix("module."): value.detach() for name, value in weights.items()}
+    save_torch_state_dict(
+        weights,
+        directory,
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size="10GB",
+        metadata={"format": "pt"},
+    )
+    denoiser.save_config(directory)
+
+
 def save_diffusers_lora(
     model: PeftModel, policy: DiffusionPolicy, directory: str | Path, state_dict: dict[str, Tensor] | None = None
 ) -> None:
     """Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(directory)` reads.
 
-    Args:
-        model (`peft.PeftModel`): the adapted denoiser.
-        policy ([`DiffusionPolicy`]): of the pipeline that will load it.
-        directory (`str` or `Path`): where to.
-        state_dict (`dict`, *optional*): the weights to write, where they are not those of `model`: gathered or averaged.
+    The weights are those of `state_dict` where given, gathered or averaged.
 
     Raises:
         RuntimeError: if the number of weights is not that of the adapter.
-
-    Note:
-        The options that still matter are written into the file's metadata; without them `lora_alpha` would be lost.
     """
     adapter = get_peft_model_state_dict(model, state_dict=state_dict)
     layers = {_plain(name): value.contiguous().cpu() for name, value in adapter.items()}
@@ -382,25 +340,21 @@ def save_diffusers_lora(
             f"A saved adapter must hold the weights of all its {len(targets)} layers, {expected} in all. Found {len(layers)}. "
             "Nothing was written; the versions of peft and of the engine do not fit each other."
         )
-    save = type(policy.pipeline).save_lora_weights
+    scale = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+    metadata = {name: getattr(config, name) for name in scale}  # without them `lora_alpha` would be lost
     prefix = policy.denoiser_name
-    kwargs: dict[str, Any] = {f"{prefix}_lora_layers": layers}
-    if f"{prefix}_lora_adapter_metadata" in inspect.signature(save).parameters:
-        scale = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-        known = {name: getattr(config, name) for name in scale}
-        kwargs[f"{prefix}_lora_adapter_metadata"] = {**known, "target_modules": targets}
-    save(str(directory), **kwargs)
+    kwargs: dict[str, Any] = {
+        f"{prefix}_lora_layers": layers,
+        f"{prefix}_lora_adapter_metadata": {**metadata, "target_modules": targets},
+    }
+    type(policy.pipeline).save_lora_weights(str(directory), **kwargs)
 
 
-LORA_FILE, EMA_FILE = "pytorch_lora_weights.safetensors", "ema.safetensors"
+# An adapter or full weights from a folder or the Hub
 
 
 def check_adapter(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> None:
-    """Raise where a local `source` cannot be loaded, before anything is computed.
-
-    Raises:
-        ValueError: says what the folder lacks.
-    """
+    """Raise ValueError where a local `source` cannot be loaded, before anything is computed."""
     if getattr(policy.denoiser, "peft_config", None):
         raise ValueError(
             "The base must come without adapters. Found some on the pipeline. Call `pipeline.unload_lora_weights()`; call "
@@ -435,9 +389,6 @@ def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> I
         policy ([`DiffusionPolicy`]): without adapters.
         source (`str` or `Path`): a run directory, or a hub id of an adapter.
         ema (`bool`): take the averaged weights that were saved beside. Only runs of 0.1.0 have others in the adapter itself.
-
-    Raises:
-        ValueError: if nothing was loaded.
     """
     path = Path(source).expanduser()
     full = _full_weights(policy, path) if path.exists() else None
@@ -462,11 +413,7 @@ def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> I
 
 
 def load_adapter(policy: DiffusionPolicy, source: str | Path) -> None:
-    """Onto the pipeline, from safetensors only: diffusers would try to unpickle what it cannot read as such.
-
-    Args:
-        policy ([`DiffusionPolicy`]): without adapters.
-        source (`str` or `Path`): a folder with `pytorch_lora_weights.safetensors`, or a hub id.
+    """Load an adapter onto the pipeline, from safetensors only: diffusers would try to unpickle what is none.
 
     Raises:
         ValueError: if the file is none, belongs to another model, or did not arrive as a whole.
@@ -503,11 +450,7 @@ def load_adapter(policy: DiffusionPolicy, source: str | Path) -> None:
 
 
 def adapter_file(policy: DiffusionPolicy, source: str | Path) -> Path:
-    """The file of an adapter's weights, downloaded where `source` is a hub id.
-
-    Raises:
-        ValueError: if there is none, or the pipeline has adapters already.
-    """
+    """The file of an adapter's weights, downloaded where `source` is a hub id; ValueError if there is none."""
     check_adapter(policy, source)
     path = Path(source).expanduser()
     if path.exists():
@@ -548,17 +491,11 @@ def _load_average(denoiser: Any, file: Path) -> None:
         parameters[plain].copy_(value)
 
 
-EMA_FILE = "ema.safetensors"
+# The moving average
 
 
 class EMACallback(TrainerCallback):
-    """One step of the average per optimizer step (or every `ema_update_steps`), saved with the checkpoint.
-
-    Args:
-        trainer: whose trainable parameters are averaged.
-        decay (`float`): 0.9 keeps nine tenths at each step.
-        every (`int`): optimizer steps between two steps of the average.
-    """
+    """Averages the trainable parameters each `every` optimizer steps; a `decay` of 0.9 keeps nine tenths at each."""
 
     def __init__(self, trainer, decay: float, every: int):
         self.trainer, self.decay, self.every = trainer, decay, every
