@@ -400,7 +400,7 @@ def all_options() -> str:
     from transformers import TrainingArguments
     from trl import GRPOConfig
 
-    from .trainers.config import LANGUAGE_FIELDS, APEXConfig, DiffusionGRPOConfig
+    from .trainers.config import REFUSED_FIELDS, APEXConfig, DiffusionGRPOConfig
 
     lines = ["usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]"]
     owners = {
@@ -416,7 +416,7 @@ def all_options() -> str:
     for owner, title in groups.items():
         lines += ["", title]
         for f in dataclasses.fields(TrainArguments if owner is TrainArguments else APEXConfig):
-            if owners.get(f.name, TrainArguments) is not owner or f.name in LANGUAGE_FIELDS or not f.init:
+            if owners.get(f.name, TrainArguments) is not owner or f.name in REFUSED_FIELDS or not f.init:
                 continue
             if f.metadata.get("help") == argparse.SUPPRESS:  # an old name
                 continue

@@ -1,5 +1,6 @@
 """What cannot work is refused before any compute, with what was expected, what was found and what to do."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from toy_rewards import contrast, redness
+from trl import GRPOConfig
 
-from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig
+from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex.trainers.config import HARMLESS_FIELDS, HONOURED_FIELDS, REFUSED_FIELDS
 
 
 def constructed(pipeline, dataset, lora, args, **overrides):
@@ -54,12 +57,12 @@ def test_rewards_may_be_named(pipeline, dataset, lora, make_args):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ({"reward_weights": [1.0]}, "one weight per reward.*Found 1"),
+        ({"reward_weights": [1.0]}, "one number per objective.*Found 1"),
         ({"reward_weights": [1.0, -1.0]}, "must not be negative"),
-        ({"reward_weights": [0.0, 0.0]}, "one must be positive"),
+        ({"reward_weights": [0.0, 0.0]}, "not all zero"),
         ({"gradient_accumulation_steps": 3}, "whole updates.*gradient_accumulation_steps=2"),
         ({"transition": "ddim"}, "`transition` must be one of.*flow_sde"),
-        ({"height": 33}, "multiples of 4 pixels.*Found 33 x 32"),
+        ({"height": 30}, "multiples of 4 pixels.*Found 30 x 32"),
         ({"sde_window_size": 5}, "sde_window_range"),
         ({"num_inference_steps": 1}, "at least 2"),
     ],
@@ -77,10 +80,15 @@ def test_settings_that_do_not_fit_the_model_or_the_rewards(pipeline, dataset, lo
             "divisible by num_gen",
         ),
         ({"num_generations": 1}, "at least 2.*Found 1"),
-        ({"temperature": 0.7}, "`temperature` has no meaning"),
-        ({"use_vllm": True}, "`use_vllm` has no meaning"),
+        ({"temperature": 0.7}, "`temperature` must stay.*no meaning"),
+        ({"use_vllm": True}, "`use_vllm` must stay.*no meaning"),
         ({"multi_objective_aggregation": "average"}, "must be one of apex"),
         ({"noise_level": 0.0}, "`noise_level` must be positive"),
+        ({"timestep_shift": -1.0}, "`timestep_shift` must be positive"),
+        ({"nft_beta": 0}, "`nft_beta` must be positive"),
+        ({"num_generations_eval": 2}, "one image per prompt"),
+        ({"ds3_gather_for_generation": False}, "Use `gather_for_rollout`"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches` off"),
         ({"timestep_batch_size": 0}, "`timestep_batch_size`"),
         ({"ema_decay": 1.5}, "`ema_decay`"),
         ({"aggregation_options": {"priority_temperature": -1.0}}, "priority_temperature"),
@@ -88,13 +96,68 @@ def test_settings_that_do_not_fit_the_model_or_the_rewards(pipeline, dataset, lo
         ({"updates_per_iteration": 2, "generation_batch_size": None}, "needs `generation_batch_size`"),
         ({"updates_per_iteration": 2, "gradient_accumulation_steps": 2}, "leave out the other"),
         ({"updates_per_iteration": 3}, "must divide.*1 x 2 / 1. Found 3"),
-        ({"torch_compile": True}, "`torch_compile` must be False.*compile_denoiser=True"),
+        ({"torch_compile": True}, "`torch_compile` must stay.*compile_denoiser=True"),
         ({"compile_denoiser": True, "gradient_probe": True}, "Turn off one of the two"),
     ],
 )
 def test_bad_configuration(make_args, overrides, message):
     with pytest.raises(ValueError, match=message):
         make_args(**overrides)
+
+
+def test_every_inherited_field_is_honoured_refused_or_harmless(make_args):
+    inherited = {entry.name: entry for entry in dataclasses.fields(GRPOConfig)}
+    assert not HONOURED_FIELDS & HARMLESS_FIELDS
+    assert set(inherited) >= REFUSED_FIELDS
+    examples = "vllm_mode sapo_temperature_pos vespo_k_pos entropy_target label_smoothing_factor neftune_noise_alpha"
+    assert set(examples.split()) <= REFUSED_FIELDS  # a field that a release adds is refused too
+    assert {"disable_dropout", "metric_for_best_model", "dataloader_num_workers", "deepspeed"} <= HONOURED_FIELDS
+    for name in REFUSED_FIELDS:
+        default = getattr(DiffusionGRPOConfig, name, inherited[name].default)
+        value = not default if isinstance(default, bool) else 7
+        with pytest.raises(ValueError, match=f"`{name}` must stay at its default"):
+            make_args(**{name: value})
+
+
+def test_negative_weights_are_taken_by_trls_own_rules(pipeline, dataset, lora, make_args):
+    args = make_args(DiffusionGRPOConfig, reward_weights=[1.0, -1.0])
+    trainer = DiffusionGRPOTrainer(pipeline, [redness, contrast], args, dataset, peft_config=lora)
+    assert trainer.reward_weights.tolist() == [1.0, -1.0]
+
+
+def needs_target(prompts, completions, target, **kwargs):
+    return [0.0] * len(prompts)
+
+
+def without_kwargs(prompts, completions):
+    return [0.0] * len(prompts)
+
+
+class Judge:
+    def __call__(self, prompts, **kwargs):
+        return [0.0] * len(prompts)
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (needs_target, "`needs_target`.*missing a required argument: 'target'"),
+        (without_kwargs, "`without_kwargs`.*unexpected keyword argument 'completion_ids'"),
+        (Judge, r"Found the class Judge. Pass `Judge\(...\)`"),
+        (max, "`max`.*no signature found"),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_refused(pipeline, dataset, lora, make_args, reward, message):
+    with pytest.raises(ValueError, match=message):
+        constructed(pipeline, dataset, lora, make_args(), reward_funcs=[reward])
+    with pytest.raises(ValueError, match=message):
+        constructed(pipeline, dataset, lora, make_args(), monitor_funcs=[reward], eval_dataset=dataset)
+
+
+def test_columns_that_no_reward_sees_are_named(pipeline, lora, make_args):
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "images": [1, 2], "target": ["c", "d"]})
+    with pytest.warns(UserWarning, match="Found images in `train_dataset`"):
+        constructed(pipeline, rows, lora, make_args(), reward_funcs=[needs_target])
 
 
 def test_unknown_key(make_args):

@@ -142,7 +142,7 @@ def test_a_metric_that_no_evaluation_has_is_refused_with_the_list(build):
         build(metric_for_best_model="ocr")
     with pytest.raises(ValueError, match="`eval_strategy`"):
         build(save_strategy="best")
-    with pytest.raises(ValueError, match="`save_on_each_node` must be False"):
+    with pytest.raises(ValueError, match="`save_on_each_node` must stay"):
         build(save_on_each_node=True)
 
 

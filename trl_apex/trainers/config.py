@@ -2,148 +2,123 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
 import logging
 import math
 import os
-import types
+import reprlib
 import typing
 import warnings
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any
 
+from huggingface_hub.dataclasses import type_validator
 from trl import GRPOConfig
 
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions
 from ..aggregation.rules import GRADIENT_RULES, RULES
 from ..diffusion.losses import TIMESTEP_SAMPLING, WEIGHTINGS
 
-
-def check_types(config: Any, names: set[str], finite: set[str]) -> None:
-    """Raise where a field holds something of another type than its annotation says, or NaN.
-
-    Args:
-        config (dataclass instance): annotated with bool, int, float, str, lists of these, None and unions.
-        names (`set[str]`): the fields to look at.
-        finite (`set[str]`): those that must not be infinite either.
-
-    Raises:
-        ValueError: names the field, the type and what was found.
-
-    Example:
-        ```python
-        >>> @dataclasses.dataclass
-        ... class Options:
-        ...     steps: int | None = 3
-        >>> check_types(Options(steps="many"), {"steps"}, set())
-        Traceback (most recent call last):
-        ValueError: `steps` must be of type int | None. Found 'many' (str). Correct or remove it.
-
-        ```
-    """
-    hints = typing.get_type_hints(type(config))
-    for entry in dataclasses.fields(config):
-        if entry.name not in names:
-            continue
-        value, hint = getattr(config, entry.name), hints[entry.name]
-        if not _fits(value, hint):
-            raise ValueError(
-                f"`{entry.name}` must be of type {_name(hint)}. Found {_short(value)} ({type(value).__name__}). "
-                "Correct or remove it."
-            )
-        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)]
-        if entry.name in finite and any(not math.isfinite(number) for number in numbers):
-            raise ValueError(f"`{entry.name}` must be finite. Found {_short(value)}. Correct or remove it.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if hint is Any:
-        return True
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, part) for part in arguments)
-    if origin is list:
-        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
-    if hint is type(None):
-        return value is None
-    if hint in (int, float):
-        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
-
-
-def _name(hint: Any) -> str:
-    return (
-        hint.__name__
-        if isinstance(hint, type) and not typing.get_args(hint)
-        else str(hint).replace("NoneType", "None")
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 logger = logging.getLogger(__name__)
 
 STATIC_RULES = ("sum_then_normalize", "normalize_then_sum")
 
-# What of GRPOConfig has no meaning for a denoiser. Found at another value than GRPOConfig's default: an error.
-LANGUAGE_FIELDS = (
-    "max_completion_length",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "generation_kwargs",
-    "chat_template_kwargs",
-    "repetition_penalty",
-    "cache_implementation",
-    "use_vllm",
-    "use_liger_kernel",
-    "mask_truncated_completions",
-    "top_entropy_quantile",
-    "entropy_coef",
-    "use_adaptive_entropy",
-    "importance_sampling_level",
-    "max_tool_calling_iterations",
-    "off_policy_mask_threshold",
-    "use_bias_correction_kl",
-    "use_transformers_continuous_batching",
-    "use_transformers_paged",
-    "router_aux_loss_coef",
-    "log_completions_hub_repo",
+# Inherited fields that have an effect. Those that are in neither list must stay at their default.
+HONOURED_FIELDS = frozenset(
+    """
+    output_dir seed full_determinism use_cpu tf32 bf16 fp16 debug skip_memory_metrics torch_empty_cache_steps
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
+    adam_beta1 adam_beta2 adam_epsilon max_grad_norm activation_checkpointing gradient_checkpointing
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+    disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+    eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
+    save_strategy save_steps save_total_limit save_only_model enable_jit_checkpoint ignore_data_skip
+    restore_callback_states_from_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order
+    model_init_kwargs disable_dropout num_generations generation_batch_size steps_per_generation
+    num_iterations beta epsilon epsilon_high delta loss_type reward_weights multi_objective_aggregation scale_rewards
+    shuffle_dataset log_completions num_completions_to_print log_unique_prompts
+    """.split()  # noqa: SIM905
 )
+# Inherited fields without an effect that launchers and scripts set, or whose values mean the same here.
+HARMLESS_FIELDS = frozenset(
+    """
+    local_rank do_train do_eval do_predict resume_from_checkpoint dataloader_drop_last average_tokens_across_devices
+    activation_checkpointing_kwargs gradient_checkpointing_kwargs
+    """.split()  # noqa: SIM905
+)
+REFUSED_FIELDS = frozenset(f.name for f in dataclasses.fields(GRPOConfig)) - HONOURED_FIELDS - HARMLESS_FIELDS
+# Of refused fields: why, and what to do instead.
+NO_MEANING = ("it has no meaning for a text-to-image model", "Leave it out.")
+REASONS = {
+    "ds3_gather_for_generation": ("it is about language models", "Use `gather_for_rollout`."),
+    "data_seed": ("it has no effect", "Use `seed`."),
+    "train_sampling_strategy": ("it has no effect", "Use `shuffle_dataset`."),
+    "trust_remote_code": ("it has no effect", "Load the pipeline yourself and pass it as `model`."),
+    "bf16_full_eval": ("evaluation computes as training does", "Use `bf16`."),
+    "fp16_full_eval": ("evaluation computes as training does", "Use `fp16`."),
+    "num_generations_eval": ("evaluation makes one image per prompt", "Leave it out."),
+    "remove_unused_columns": ("the dataset's columns are passed to the rewards", "Leave it out."),
+    "torch_compile": (
+        "it would compile the update alone, and the importance ratio would not start at 1",
+        "Use compile_denoiser=True, which compiles rollout and update alike.",
+    ),
+    "save_on_each_node": (
+        "checkpoints are written once, to a disk that all nodes see",
+        "Leave it out, and put `output_dir` on a shared disk.",
+    ),
+}
 
-
-# What `None` means for each loss. The flow-matching losses are published without guidance.
+# What None means for each loss. The flow-matching losses are published without guidance.
 LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "grpo": {"guidance_scale": 4.5, "epsilon": 1e-4},
     "awm": {"guidance_scale": 1.0, "epsilon": 1.0, "timesteps_per_image": 6},
     "nft": {"guidance_scale": 1.0, "epsilon": 1e-4, "timesteps_per_image": 4},
     "fpo": {"guidance_scale": 1.0, "epsilon": 0.01, "timesteps_per_image": 4},
 }
-
-# Of GRPOConfig's fields, those whose types are checked here as well.
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "loss_type": tuple(LOSS_DEFAULTS),
+    "transition": ("flow_sde", "cps", "ddim", None),
+    "timestep_sampling": TIMESTEP_SAMPLING,
+    "awm_weighting": WEIGHTINGS,
+}
+# Inherited fields whose types are checked here as well.
 TYPED_FIELDS = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "steps_per_generation",
     "num_generations", "num_iterations", "max_steps", "seed", "beta", "delta", "epsilon_high", "max_grad_norm",
     "reward_weights", "save_total_limit", "logging_steps", "save_steps",
 }  # fmt: skip
 MAY_BE_INFINITE = {"delta", "max_grad_norm", "reward_weights"}
+WHOLE_TOO: dict[Any, Any] = {
+    float: float | int,
+    float | None: float | int | None,
+    list[float]: list[float | int],
+    list[float] | None: list[float | int] | None,
+}
+POSITIVE = (
+    "noise_level", "timestep_shift", "advantage_max", "fpo_scale", "nft_beta", "reward_timeout",
+)  # fmt: skip
 LEAST = {
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "generation_batch_size": 1,
-    "steps_per_generation": 1, "num_iterations": 1, "num_inference_steps": 1, "eval_num_inference_steps": 1,
-    "max_sequence_length": 1, "height": 1, "width": 1, "sde_window_size": 1, "timestep_batch_size": 1,
-    "rollout_batch_size": 1, "ema_update_steps": 1, "max_nonfinite_updates": 1, "learning_rate": 0, "weight_decay": 0,
-    "timesteps_per_image": 1, "timestep_shift": 0, "guidance_scale": 0, "advantage_max": 0, "fpo_scale": 0, "nft_beta": 0,
-    "adam_epsilon": 0, "epsilon": 0, "beta": 0, "eval_guidance_scale": 0, "gradient_accumulation_steps": 1,
+    **dict.fromkeys((
+        "per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "steps_per_generation",
+        "num_iterations", "gradient_accumulation_steps", "num_inference_steps", "eval_num_inference_steps", "height",
+        "width", "max_sequence_length", "sde_window_size", "timesteps_per_image", "timestep_batch_size",
+        "rollout_batch_size", "ema_update_steps", "max_nonfinite_updates",
+    ), 1),
+    **dict.fromkeys((
+        "learning_rate", "weight_decay", "adam_epsilon", "epsilon", "beta", "guidance_scale", "eval_guidance_scale",
+    ), 0),
 }  # fmt: skip
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+def _field(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -153,7 +128,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     TRL's fields keep their meaning where a denoiser has one. `num_generations` images are sampled for each of
     `generation_batch_size / num_generations` prompts; each image contributes one row per trained denoising step, and one
     training step is a forward and a backward over `per_device_train_batch_size * timestep_batch_size` rows. Fields that
-    only a language model understands must stay at their default.
+    have no meaning for a denoiser must stay at their default.
 
     Note:
         Defaults that differ from TRL's: `learning_rate` 3e-4 (1e-5 for all weights), `epsilon` 1e-4 (log-probabilities
@@ -162,181 +137,123 @@ class DiffusionGRPOConfig(GRPOConfig):
         `report_to` "none", `remove_unused_columns` False (columns reach the rewards).
 
     Raises:
-        ValueError: for a batch that holds no whole groups, a window that does not fit, a language-only field that was set.
+        ValueError: for a batch that holds no whole groups, a window that does not fit, a field without a meaning here.
     """
 
-    gradient_accumulation_steps: int = field(
-        default=1, metadata=_help("Micro-batches an optimizer step. `updates_per_iteration` may set it for you.")
+    gradient_accumulation_steps: int = _field(
+        1, "Micro-batches an optimizer step. `updates_per_iteration` may set it for you."
     )
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata=_help("Initial learning rate of AdamW. None: 3e-4 for an adapter, 1e-5 for all weights."),
+    learning_rate: float | None = _field(  # type: ignore[assignment]
+        None, "Initial learning rate of AdamW. None: 3e-4 for an adapter, 1e-5 for all weights."
     )
-    adam_epsilon: float = field(
-        default=1e-15, metadata=_help("AdamW's epsilon; 1e-8 would swallow gradients of this size.")
+    adam_epsilon: float = _field(1e-15, "AdamW's epsilon; 1e-8 would swallow gradients of this size.")
+    weight_decay: float = _field(1e-4, "Weight decay of AdamW.")
+    lr_scheduler_type: str = _field("constant", "Learning rate schedule.")
+    epsilon: float | None = _field(
+        None, "Clip range of the importance ratio. None: 1e-4 for 'grpo', 1 for 'awm', 0.01 for 'fpo'."
     )
-    weight_decay: float = field(default=1e-4, metadata=_help("Weight decay of AdamW."))
-    lr_scheduler_type: str = field(default="constant", metadata=_help("Learning rate schedule."))
-    epsilon: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata=_help("Clip range of the importance ratio. None: 1e-4 for 'grpo', 1 for 'awm', 0.01 for 'fpo'."),
+    bf16: bool | None = _field(None, "bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set.")
+    gradient_checkpointing: bool | None = _field(
+        None, "Recompute activations in the backward pass. None: yes, unless `fsdp_config` says that FSDP does."
     )
-    bf16: bool | None = field(
-        default=None, metadata=_help("bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set.")
+    activation_checkpointing: bool | None = _field(
+        None, "transformers' newer name of `gradient_checkpointing`; goes first if both are set."
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata=_help(
-            "Recompute activations in the backward pass. None: yes, unless `fsdp_config` says that FSDP does."
-        ),
+    ddp_find_unused_parameters: bool | None = _field(
+        False, "As in TrainingArguments; every adapter weight is used in each forward."
     )
-    activation_checkpointing: bool | None = field(
-        default=None,
-        metadata=_help("transformers' newer name of `gradient_checkpointing`; goes first if both are set."),
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata=_help("As in TrainingArguments; every adapter weight is used in each forward.")
-    )
-    report_to: None | str | list[str] = field(default="none", metadata=_help("Where to log, as in TrainingArguments."))
-    remove_unused_columns: bool | None = field(
-        default=False, metadata=_help("Must be False: dataset columns are passed to the reward functions.")
+    report_to: None | str | list[str] = _field("none", "Where to log, as in TrainingArguments.")
+    remove_unused_columns: bool | None = _field(
+        False, "Must be False: dataset columns are passed to the reward functions."
     )
 
-    num_generations_eval: int | None = field(
-        default=1, metadata=_help("Unused: evaluation makes one image per prompt.")
+    num_generations_eval: int | None = _field(1, "Must be 1: evaluation makes one image per prompt.")
+    height: int | None = _field(None, "Image height in pixels. None: 512 for SD3 and FLUX, else the model's own.")
+    width: int | None = _field(None, "Image width in pixels. None: 512 for SD3 and FLUX, else the model's own.")
+    num_inference_steps: int = _field(10, "Denoising steps of a rollout.")
+    loss_type: str = _field(
+        "grpo",
+        "What an update minimizes. 'grpo': the clipped ratio of stochastic denoising steps. 'awm' (Advantage Weighted "
+        "Matching), 'nft' (DiffusionNFT), 'fpo' (ratio of flow-matching losses): from the final latents alone.",
     )
-    height: int | None = field(
-        default=None, metadata=_help("Image height in pixels. None: 512 for SD3 and FLUX, else the model's own.")
+    guidance_scale: float | None = _field(
+        None, "Classifier-free guidance of rollout and update; 1 for none. None: 4.5 for 'grpo'; other losses need 1."
     )
-    width: int | None = field(
-        default=None, metadata=_help("Image width in pixels. None: 512 for SD3 and FLUX, else the model's own.")
+    timesteps_per_image: int | None = _field(
+        None, "'awm', 'nft', 'fpo': noise levels that each image is trained on. None: 6, 4 and 4."
     )
-    num_inference_steps: int = field(default=10, metadata=_help("Denoising steps of a rollout."))
-    loss_type: str = field(
-        default="grpo",
-        metadata=_help(
-            "What an update minimizes. 'grpo': the clipped ratio of stochastic denoising steps. 'awm' (Advantage Weighted "
-            "Matching), 'nft' (DiffusionNFT), 'fpo' (ratio of flow-matching losses): from the final latents alone."
-        ),
-    )
-    guidance_scale: float | None = field(
-        default=None,
-        metadata=_help(
-            "Classifier-free guidance of rollout and update; 1 for none. None: 4.5 for 'grpo'; the other losses need 1."
-        ),
-    )
-    timesteps_per_image: int | None = field(
-        default=None,
-        metadata=_help("'awm', 'nft', 'fpo': noise levels that each image is trained on. None: 6, 4 and 4."),
-    )
-    timestep_sampling: str = field(
-        default="grid",
-        metadata=_help("'awm', 'nft', 'fpo': where noise levels come from: " + ", ".join(TIMESTEP_SAMPLING) + "."),
+    timestep_sampling: str = _field(
+        "grid", "'awm', 'nft', 'fpo': where noise levels come from: " + ", ".join(TIMESTEP_SAMPLING) + "."
     )
     timestep_range: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
-        metadata=_help("'awm', 'nft', 'fpo': lowest and highest noise level that is trained."),
+        metadata={"help": "'awm', 'nft', 'fpo': lowest and highest noise level that is trained."},
     )
-    timestep_shift: float = field(
-        default=3.0, metadata=_help("Shift of 'uniform' and 'logit_normal' noise levels towards noise; 1 for none.")
+    timestep_shift: float = _field(
+        3.0, "Shift of 'uniform' and 'logit_normal' noise levels towards noise; 1 for none."
     )
-    awm_weighting: str = field(
-        default="ghuber", metadata=_help("'awm': likelihood of a squared error: " + ", ".join(WEIGHTINGS) + ".")
+    awm_weighting: str = _field("ghuber", "'awm': likelihood of a squared error: " + ", ".join(WEIGHTINGS) + ".")
+    advantage_max: float = _field(1.0, "'awm': advantages, clipped to +-5, are scaled to at most this.")
+    fpo_scale: float = _field(10.0, "'fpo': how much a change of the loss changes the ratio.")
+    nft_beta: float = _field(1.0, "'nft': how far its two branches lie from the policy that sampled.")
+    negative_prompt: str = _field("", "Prompt of the unconditional branch.")
+    max_sequence_length: int = _field(256, "Tokens of the longest text encoder.")
+    prompt_cache_dir: str | None = _field(
+        None, "Keep prompt embeddings in files of this folder, for later runs too. None: in memory."
     )
-    advantage_max: float = field(
-        default=1.0, metadata=_help("'awm': advantages, clipped to +-5, are scaled to at most this.")
+    precompute_prompts: bool = _field(True, "Encode all prompts of the training and evaluation datasets at the start.")
+    unload_text_encoders: bool | None = _field(
+        None,
+        "Free the text encoders once all prompts are encoded (a pipeline object that was passed keeps its own, on the "
+        "CPU). None: where the trainer loaded the pipeline from a name.",
     )
-    fpo_scale: float = field(default=10.0, metadata=_help("'fpo': how much a change of the loss changes the ratio."))
-    nft_beta: float = field(
-        default=1.0, metadata=_help("'nft': how far its two branches lie from the policy that sampled.")
+    transition: str | None = _field(
+        None, "Stochastic step: 'flow_sde', 'cps' or 'ddim'. None for the model family's default."
     )
-    negative_prompt: str = field(default="", metadata=_help("Prompt of the unconditional branch."))
-    max_sequence_length: int = field(default=256, metadata=_help("Tokens of the longest text encoder."))
-    prompt_cache_dir: str | None = field(
-        default=None,
-        metadata=_help("Keep prompt embeddings in files of this folder, for later runs too. None: in memory."),
+    noise_level: float = _field(0.7, "Noise of a stochastic step (a of Flow-SDE, eta of DDIM).")
+    sde_window_size: int | None = _field(
+        None, "Stochastic, trained steps an iteration; None for all but the last, which is noise-free."
     )
-    precompute_prompts: bool = field(
-        default=True, metadata=_help("Encode all prompts of the training and evaluation datasets at the start.")
+    sde_window_range: list[int] | None = _field(
+        None, "First step a window may hold, and one past the last. None for the first half."
     )
-    unload_text_encoders: bool | None = field(
-        default=None,
-        metadata=_help(
-            "Free the text encoders once all prompts are encoded (a pipeline object that was passed keeps its own, on the "
-            "CPU). None: where the trainer loaded the pipeline from a name."
-        ),
+    share_initial_noise: bool = _field(
+        False, "Images of one group start from the same noise and differ by the window's."
     )
-    transition: str | None = field(
-        default=None,
-        metadata=_help("Stochastic step: 'flow_sde', 'cps' or 'ddim'. None for the model family's default."),
+    timestep_batch_size: int = _field(1, "Trained steps of one image that share a forward pass of the update.")
+    updates_per_iteration: int | None = _field(
+        None, "Optimizer steps per pass over a rollout; sets `gradient_accumulation_steps` for you."
     )
-    noise_level: float = field(default=0.7, metadata=_help("Noise of a stochastic step (a of Flow-SDE, eta of DDIM)."))
-    sde_window_size: int | None = field(
-        default=None,
-        metadata=_help("Stochastic, trained steps an iteration; None for all but the last, which is noise-free."),
+    rollout_batch_size: int | None = _field(
+        8, "Images sampled at a time on a device; None for the whole generation batch."
     )
-    sde_window_range: list[int] | None = field(
-        default=None, metadata=_help("First step a window may hold, and one past the last. None for the first half.")
+    offload_reference: bool = _field(
+        False, "Full fine-tuning with `beta` > 0: keep the frozen reference on the CPU between its forwards."
     )
-    share_initial_noise: bool = field(
-        default=False, metadata=_help("Images of one group start from the same noise and differ by the window's.")
+    gather_for_rollout: bool = _field(
+        True, "Under ZeRO-3 and FSDP2, gather all weights once a rollout; False gathers each layer in each forward."
     )
-    timestep_batch_size: int = field(
-        default=1, metadata=_help("Trained steps of one image that share a forward pass of the update.")
+    compile_denoiser: bool = _field(False, "Compile the denoiser's repeated blocks, for rollout and update alike.")
+    ema_decay: float | None = _field(
+        None, "Decay of an exponential moving average of the trained weights; None for none."
     )
-    updates_per_iteration: int | None = field(
-        default=None,
-        metadata=_help("Optimizer steps per pass over a rollout; sets `gradient_accumulation_steps` for you."),
+    ema_update_steps: int = _field(1, "Optimizer steps between two updates of the average.")
+    reward_overlap: bool = _field(True, "Score a rollout batch while the next is sampled. Changes no result.")
+    reward_timeout: float | None = _field(
+        None, "Seconds after which a reward function's call counts as failed; None for no limit."
     )
-    rollout_batch_size: int | None = field(
-        default=8, metadata=_help("Images sampled at a time on a device; None for the whole generation batch.")
+    max_reward_failure_rate: float = _field(
+        0.5, "Share of failed scores of one objective above which the run saves and stops."
     )
-    offload_reference: bool = field(
-        default=False,
-        metadata=_help("Full fine-tuning with `beta` > 0: keep the frozen reference on the CPU between its forwards."),
-    )
-    gather_for_rollout: bool = field(
-        default=True,
-        metadata=_help(
-            "Under ZeRO-3 and FSDP2, gather all weights once a rollout; False gathers each layer in each forward."
-        ),
-    )
-    compile_denoiser: bool = field(
-        default=False, metadata=_help("Compile the denoiser's repeated blocks, for rollout and update alike.")
-    )
-    ema_decay: float | None = field(
-        default=None, metadata=_help("Decay of an exponential moving average of the trained weights; None for none.")
-    )
-    ema_update_steps: int = field(default=1, metadata=_help("Optimizer steps between two updates of the average."))
-    reward_overlap: bool = field(
-        default=True, metadata=_help("Score a rollout batch while the next is sampled. Changes no result.")
-    )
-    reward_timeout: float | None = field(
-        default=None,
-        metadata=_help("Seconds after which a reward function's call counts as failed; None for no limit."),
-    )
-    max_reward_failure_rate: float = field(
-        default=0.5, metadata=_help("Share of failed scores of one objective above which the run saves and stops.")
-    )
-    eval_num_inference_steps: int = field(default=40, metadata=_help("Denoising steps in evaluation (deterministic)."))
-    eval_guidance_scale: float | None = field(
-        default=None, metadata=_help("Guidance in evaluation; None for `guidance_scale`.")
-    )
-    skip_dead_updates: bool = field(
-        default=True, metadata=_help("Leave the weights alone where every advantage of an update is 0.")
-    )
-    max_nonfinite_updates: int = field(
-        default=5, metadata=_help("Updates in a row with non-finite gradients before the run saves and stops.")
+    eval_num_inference_steps: int = _field(40, "Denoising steps in evaluation (deterministic).")
+    eval_guidance_scale: float | None = _field(None, "Guidance in evaluation; None for `guidance_scale`.")
+    skip_dead_updates: bool = _field(True, "Leave the weights alone where every advantage of an update is 0.")
+    max_nonfinite_updates: int = _field(
+        5, "Updates in a row with non-finite gradients before the run saves and stops."
     )
 
     def __post_init__(self) -> None:
-        inherited = {f.name for f in dataclasses.fields(GRPOConfig)}
-        own = {f.name for f in dataclasses.fields(self)} - inherited
-        ours = set(DiffusionGRPOConfig.__annotations__) - {"args"}
-        check_types(self, own | ours | TYPED_FIELDS, (ours | TYPED_FIELDS) - MAY_BE_INFINITE)
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            self._check(value is None or value >= least, f"`{name}` must be at least {least}", value, "Correct it.")
+        self._check_fields()
         if self.num_generations is None or self.num_generations < 2:
             raise ValueError(
                 "`num_generations` must be at least 2: an advantage compares the images of one prompt. "
@@ -345,14 +262,9 @@ class DiffusionGRPOConfig(GRPOConfig):
         if self.bf16 is None and self.use_cpu:
             self.bf16 = False
         self._set_checkpointing()
-        self._check(
-            self.loss_type in LOSS_DEFAULTS, f"`loss_type` must be one of {', '.join(LOSS_DEFAULTS)}", self.loss_type,
-            "'grpo' is the clipped ratio of denoising steps.",
-        )  # fmt: skip
         for name, value in LOSS_DEFAULTS[self.loss_type].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        self._reject_language_fields()
         updates = self.updates_per_iteration
         if updates is not None and (self.generation_batch_size is None or self.gradient_accumulation_steps != 1):
             raise ValueError(
@@ -360,14 +272,40 @@ class DiffusionGRPOConfig(GRPOConfig):
                 f"Found generation_batch_size={self.generation_batch_size} and "
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps}. Pass the first and leave out the other."
             )
-        self._plan_best_model()
+        best = self.load_best_model_at_end or self.save_strategy == "best"
+        plateaus = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        if best or plateaus:
+            self.metric_for_best_model: Any = self.metric_for_best_model or "reward"
         super().__post_init__()
-        if self._follows_plateaus():  # PyTorch's default waits for a loss that no longer falls
+        if plateaus:  # PyTorch's default waits for a loss that no longer falls
             mode = "max" if self.greater_is_better else "min"
             self.lr_scheduler_kwargs: Any = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
-        self._check_choices()
+        self._check_combinations()
         if updates is not None:
             self.gradient_accumulation_steps = self._accumulation_for(updates)
+
+    def _check_fields(self) -> None:
+        """Raise for values that are wrong by themselves, before TRL fills in the others."""
+        defaults = {f.name: _default(f) for f in dataclasses.fields(self)}
+        ours = set(DiffusionGRPOConfig.__annotations__) - {"args"}
+        own = set(defaults) - {f.name for f in dataclasses.fields(GRPOConfig)}
+        check_types(self, own | ours | TYPED_FIELDS, (ours | TYPED_FIELDS) - MAY_BE_INFINITE)
+        for name, default in defaults.items():
+            value, remedy = getattr(self, name), f"The default is {default!r}."
+            if name in CHOICES:
+                rule = f"`{name}` must be one of {', '.join(map(str, CHOICES[name]))}"
+                self._check(value in CHOICES[name], rule, value, remedy)
+            if value is None:
+                continue
+            if name in LEAST:
+                self._check(value >= LEAST[name], f"`{name}` must be at least {LEAST[name]}", value, remedy)
+            if name in POSITIVE:
+                self._check(value > 0, f"`{name}` must be positive", value, remedy)
+            if name in REFUSED_FIELDS:
+                reason, remedy = REASONS.get(name, NO_MEANING)
+                rule = f"`{name}` must stay at its default ({default!r}): {reason}"
+                same = value == default or (default == "no" and value is False)  # YAML reads `no` as false
+                self._check(same, rule, value, remedy)
 
     def _set_checkpointing(self) -> None:
         """Gradient checkpointing is on by default; transformers' new name for it is `activation_checkpointing`."""
@@ -400,69 +338,39 @@ class DiffusionGRPOConfig(GRPOConfig):
             )
         return steps // updates
 
-    def _plan_best_model(self: Any) -> None:
-        """Pick the best model by the reward, where the user asks for one and names no metric."""
-        asked = self.load_best_model_at_end or self.save_strategy == "best"
-        if (asked or self._follows_plateaus()) and self.metric_for_best_model is None:
-            self.metric_for_best_model = "reward"
-
-    def _follows_plateaus(self) -> bool:
-        return self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-
-    def _reject_language_fields(self) -> None:
-        defaults = {f.name: f.default for f in dataclasses.fields(GRPOConfig)}
-        for name in LANGUAGE_FIELDS:
-            if name in defaults and getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"`{name}` has no meaning for a text-to-image model and must stay at its default "
-                    f"({defaults[name]!r}). Found {getattr(self, name)!r}. Remove it from the configuration."
-                )
-
-    def _check_choices(self) -> None:
+    def _check_combinations(self) -> None:
+        """Raise for values that do not fit together; `super().__post_init__()` has filled in what was left out."""
+        rules = ", ".join(self.allowed_rules())
         self._check(
             self.multi_objective_aggregation in self.allowed_rules(),
-            f"`multi_objective_aggregation` must be one of {', '.join(self.allowed_rules())} for {type(self).__name__}",
+            f"`multi_objective_aggregation` must be one of {rules} for {type(self).__name__}",
             self.multi_objective_aggregation,
             "Pick one of these; `APEXConfig` has more.",
         )
-        if self.flow_matching:
-            self._check(
-                self.guidance_scale == 1.0,
-                f"`guidance_scale` must be 1 with loss_type={self.loss_type!r}: its target is the velocity of the image "
-                "itself, which a guided prediction does not predict",
-                self.guidance_scale,
-                "Leave it out; `eval_guidance_scale` is free.",
-            )
-            self._check(
-                self.sde_window_size is None and self.sde_window_range is None,
-                f"`sde_window_size` and `sde_window_range` need loss_type='grpo': with {self.loss_type!r} no step is stochastic",
-                f"{self.sde_window_size} and {self.sde_window_range}",
-                "Leave them out; `timesteps_per_image` and `timestep_range` choose what is trained.",
-            )
-        else:
-            self._check(
-                self.timesteps_per_image is None,
-                "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'",
-                self.timesteps_per_image,
-                "Use sde_window_size with 'grpo'.",
-            )
-        for name, allowed in (("timestep_sampling", TIMESTEP_SAMPLING), ("awm_weighting", WEIGHTINGS)):
-            self._check(
-                getattr(self, name) in allowed, f"`{name}` must be one of {', '.join(allowed)}", getattr(self, name),
-                f"The default is {allowed[0]!r}.",
-            )  # fmt: skip
+        self._check(
+            not self.flow_matching or self.guidance_scale == 1.0,
+            f"`guidance_scale` must be 1 with loss_type={self.loss_type!r}: its target is the velocity of the image "
+            "itself, which a guided prediction does not predict",
+            self.guidance_scale,
+            "Leave it out; `eval_guidance_scale` is free.",
+        )
+        self._check(
+            not self.flow_matching or (self.sde_window_size is None and self.sde_window_range is None),
+            f"`sde_window_size` and `sde_window_range` need loss_type='grpo': with {self.loss_type!r} no step is stochastic",
+            f"{self.sde_window_size} and {self.sde_window_range}",
+            "Leave them out; `timesteps_per_image` and `timestep_range` choose what is trained.",
+        )
+        self._check(
+            self.flow_matching or self.timesteps_per_image is None,
+            "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'",
+            self.timesteps_per_image,
+            "Use sde_window_size with 'grpo'.",
+        )
         self._check(
             len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1,
             "`timestep_range` must be two rising numbers in [0, 1]",
             self.timestep_range,
             "Use e.g. [0.1, 1.0].",
-        )
-        self._check(self.noise_level > 0, "`noise_level` must be positive", self.noise_level, "Use e.g. 0.7.")
-        self._check(
-            self.transition in (None, "flow_sde", "cps", "ddim"),
-            "`transition` must be 'flow_sde', 'cps', 'ddim' or None",
-            self.transition,
-            "None picks the model family's default.",
         )
         self._check(
             self.ema_decay is None or 0 < self.ema_decay < 1,
@@ -471,28 +379,10 @@ class DiffusionGRPOConfig(GRPOConfig):
             "Use e.g. 0.9, or None for no average.",
         )
         self._check(
-            self.reward_timeout is None or self.reward_timeout > 0,
-            "`reward_timeout` must be positive",
-            self.reward_timeout,
-            "None sets no limit.",
-        )
-        self._check(
             0 <= self.max_reward_failure_rate <= 1,
             "`max_reward_failure_rate` must lie between 0 and 1",
             self.max_reward_failure_rate,
             "Use e.g. 0.5; 1 never stops.",
-        )
-        self._check(
-            self.remove_unused_columns is False,
-            "`remove_unused_columns` must be False, since the dataset's columns are passed to the rewards",
-            self.remove_unused_columns,
-            "Remove it from the configuration.",
-        )
-        self._check(
-            not self.torch_compile,
-            "`torch_compile` must be False: it would compile the update alone, and the importance ratio start away from 1",
-            self.torch_compile,
-            "Use compile_denoiser=True, which compiles rollout and update alike.",
         )
         self._check(
             self.precompute_prompts or not self.unload_text_encoders,
@@ -500,19 +390,18 @@ class DiffusionGRPOConfig(GRPOConfig):
             self.unload_text_encoders,
             "Set precompute_prompts=True, or unload_text_encoders=False.",
         )
-        self._check(not self.sync_ref_model, "`sync_ref_model` must be False", self.sync_ref_model, "Remove it.")
-
-        self._check(
-            not self.save_on_each_node,
-            "`save_on_each_node` must be False: checkpoints are written once, to a disk that all nodes see",
-            self.save_on_each_node,
-            "Leave it out, and put `output_dir` on a shared disk.",
-        )
         self._check(
             not (self.load_best_model_at_end or self.save_strategy == "best") or self.eval_strategy != "no",
             "Picking the best model needs evaluations, set by `eval_strategy` and `eval_steps`",
             f"eval_strategy={self.eval_strategy.value!r}",
             "Use e.g. eval_strategy='steps' and eval_steps=10.",
+        )
+        accelerator: Any = self.accelerator_config
+        self._check(
+            not accelerator.split_batches and not accelerator.dispatch_batches,
+            "`accelerator_config` must leave `split_batches` and `dispatch_batches` off: every process samples its own prompts",
+            accelerator.to_dict(),
+            "Leave them out.",
         )
 
     @classmethod
@@ -532,27 +421,27 @@ class DiffusionGRPOConfig(GRPOConfig):
         Args:
             config (`trl.GRPOConfig`): or a subclass of it.
         """
-        values = {}
-        replaced = {}
-        own_defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        own = {f.name: f.default for f in dataclasses.fields(cls)}
+        values, replaced = {}, []
         for f in dataclasses.fields(config):
+            if not f.init or f.name not in own:
+                continue
             value = getattr(config, f.name)
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            if f.init and value != default:
+            if value != _default(f):
                 values[f.name] = value
-            elif f.init and own_defaults.get(f.name, value) != value and f.name in DiffusionGRPOConfig.__annotations__:
-                own = "3e-4, or 1e-5 without an adapter" if f.name == "learning_rate" else repr(own_defaults[f.name])
-                replaced[f.name] = f"{f.name} {value!r} -> {own}"
-        if "generation_batch_size" in values:  # both are filled in after construction; either one determines the other
+            elif value != own[f.name] and f.name in DiffusionGRPOConfig.__annotations__:
+                new = "3e-4, or 1e-5 without an adapter" if f.name == "learning_rate" else repr(own[f.name])
+                replaced.append(f"{f.name} {value!r} -> {new}")
+        values.pop("pad_to_multiple_of", None)  # TRL fills it in
+        if "generation_batch_size" in values:  # TRL fills in both; either one determines the other
             values.pop("steps_per_generation", None)
         if "updates_per_iteration" in values:
             values.pop("gradient_accumulation_steps", None)
-        known = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(config, DiffusionGRPOConfig):
-            # Filled in by TRL where the user says nothing, so not the user's wish.
-            values.pop("bf16", None) if config.bf16 and not config.fp16 and config.use_cpu else None
+            if config.bf16 and not config.fp16 and config.use_cpu:  # filled in, so not the user's wish
+                values.pop("bf16", None)
             if values.get("remove_unused_columns") is True:
-                values.pop("remove_unused_columns")
+                del values["remove_unused_columns"]
             if values.get("metric_for_best_model") == "loss":
                 del values["metric_for_best_model"]
                 values.pop("greater_is_better", None)
@@ -560,10 +449,10 @@ class DiffusionGRPOConfig(GRPOConfig):
                 logger.warning(
                     "Fields at GRPOConfig's default take %s's: %s. Pass a %s to set them.",
                     cls.__name__,
-                    ", ".join(replaced.values()),
+                    ", ".join(replaced),
                     cls.__name__,
                 )
-        return cls(**{name: value for name, value in values.items() if name in known})
+        return cls(**values)
 
 
 FLAT = (
@@ -580,17 +469,10 @@ OF_TRL = ("scale_rewards",)  # a field of trl.GRPOConfig, with its meaning and d
 NEW = ("gd2po_agreement",)  # never were fields
 # Fields of 0.1.0, hidden from `--help`: accepted with a warning for one release.
 OLD = tuple(name for name in AGGREGATION_OPTIONS if name not in (*FLAT, *OF_TRL, *NEW))
-
-
-def _flat(name: str) -> Any:
-    default, text = AGGREGATION_OPTIONS[name]
-    return field(default=default, metadata={"help": text})
-
-
 _TYPES = typing.get_type_hints(ApexOptions)
 _OldFields: Any = dataclasses.make_dataclass(
     "_OldFields",
-    [(n, _TYPES[n], field(default=AGGREGATION_OPTIONS[n][0], metadata={"help": argparse.SUPPRESS})) for n in OLD],
+    [(name, _TYPES[name], _field(AGGREGATION_OPTIONS[name][0], argparse.SUPPRESS)) for name in OLD],
     kw_only=True,
 )
 
@@ -602,27 +484,25 @@ class AggregationFields(_OldFields):
     A value in `aggregation_options` counts where the field of the same name is left at its default.
     """
 
-    need_coef: float = _flat("need_coef")
-    need_mode: str = _flat("need_mode")
-    reward_targets: list[float] | None = _flat("reward_targets")
-    need_scale: str = _flat("need_scale")
-    warmup_iterations: int = _flat("warmup_iterations")
-    ramp_iterations: int = _flat("ramp_iterations")
-    priority_floor: float = _flat("priority_floor")
-    normalize_objectives: bool = _flat("normalize_objectives")
-    aggregation_options: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "All other options of the aggregator: a dictionary of fields of ApexOptions, or an ApexOptions. On the "
-            "command line as JSON, e.g. '{\"scale_blend\": 0.5}'."
-        },
+    need_coef: float = _field(*AGGREGATION_OPTIONS["need_coef"])
+    need_mode: str = _field(*AGGREGATION_OPTIONS["need_mode"])
+    reward_targets: list[float] | None = _field(*AGGREGATION_OPTIONS["reward_targets"])
+    need_scale: str = _field(*AGGREGATION_OPTIONS["need_scale"])
+    warmup_iterations: int = _field(*AGGREGATION_OPTIONS["warmup_iterations"])
+    ramp_iterations: int = _field(*AGGREGATION_OPTIONS["ramp_iterations"])
+    priority_floor: float = _field(*AGGREGATION_OPTIONS["priority_floor"])
+    normalize_objectives: bool = _field(*AGGREGATION_OPTIONS["normalize_objectives"])
+    aggregation_options: dict[str, Any] | str | None = _field(
+        None,
+        "All other options of the aggregator: a dictionary of fields of ApexOptions, or an ApexOptions. On the command "
+        "line as JSON, e.g. '{\"scale_blend\": 0.5}'.",
     )
 
-    def _plain_aggregation_options(self) -> None:
-        """Make `aggregation_options` a plain dictionary, whatever it was given as.
+    def _read_aggregation_options(self) -> ApexOptions:
+        """Make `aggregation_options` a plain dictionary and return all options; warn about fields of 0.1.0.
 
         Raises:
-            ValueError: if it is text that is not JSON.
+            ValueError: for an unknown option, a value out of its range, or two values for one option.
         """
         given: Any = self.aggregation_options
         if isinstance(given, str):
@@ -633,21 +513,17 @@ class AggregationFields(_OldFields):
                     f"`aggregation_options` must be JSON. Found {given!r} ({error}). "
                     "Pass e.g. '{\"scale_blend\": 0.5}'."
                 ) from error
+        try:
+            ApexOptions.read(given)
+        except ValueError as error:
+            raise ValueError(f"`aggregation_options` cannot be read. {error}") from error
         self.aggregation_options = given.changed() if isinstance(given, ApexOptions) else given
-
-    def _checked_aggregation_options(self) -> ApexOptions:
-        """The options as one object; warns about fields of 0.1.0.
-
-        Raises:
-            ValueError: for an unknown option, a value out of its range, or two values for one option.
-        """
-        ApexOptions.read(typing.cast(dict, self.aggregation_options))
         options = self.apex_options()
         old = [name for name in OLD if getattr(self, name) != AGGREGATION_OPTIONS[name][0]]
         if old:
             values = ", ".join(f"{name!r}: {getattr(self, name)!r}" for name in old)
             warnings.warn(
-                f"Options of the aggregator that are set seldom stand in `aggregation_options`. Found the fields "
+                f"Options of the aggregator that are set seldom go in `aggregation_options`. Found the fields "
                 f"{', '.join(old)}, which the next release will refuse. Pass aggregation_options={{{values}}}.",
                 FutureWarning,
                 stacklevel=4,
@@ -656,7 +532,7 @@ class AggregationFields(_OldFields):
 
     def apex_options(self) -> ApexOptions:
         """The options of the aggregator, as one object."""
-        options = self._given()
+        options: dict[str, Any] = {**typing.cast(dict, self.aggregation_options or {})}
         for name in (*FLAT, *OF_TRL, *OLD):
             value, default = getattr(self, name), AGGREGATION_OPTIONS[name][0]
             if name not in options:
@@ -668,9 +544,6 @@ class AggregationFields(_OldFields):
                 )
         return ApexOptions(**options)
 
-    def _given(self) -> dict[str, Any]:
-        return dict(typing.cast(dict, self.aggregation_options) or {})
-
     def aggregator_options(self) -> dict[str, Any]:
         """The options of the aggregator, by name."""
         return dataclasses.asdict(self.apex_options())
@@ -681,7 +554,7 @@ class AggregationFields(_OldFields):
         rest = {name: value for name, value in self.apex_options().changed().items() if name in (*OLD, *NEW)}
         return {
             **{name: value for name, value in values.items() if name not in OLD},
-            "aggregation_options": {**self._given(), **rest} or None,
+            "aggregation_options": {**typing.cast(dict, self.aggregation_options or {}), **rest} or None,
         }
 
 
@@ -693,28 +566,20 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
     [`MultiObjectiveRewardAggregator`], so that baselines run in the same trainer.
     """
 
-    multi_objective_aggregation: str = field(
-        default="apex", metadata=_help(f"How rewards become one advantage: one of {', '.join(RULES)}.")
-    )
+    multi_objective_aggregation: str = _field("apex", f"How rewards become one advantage: one of {', '.join(RULES)}.")
 
-    gradient_probe: bool | None = field(
-        default=None,
-        metadata=_help(
-            "Measure the objectives' gradients during training. None: where the rule or `conflict_source` needs them."
-        ),
+    gradient_probe: bool | None = _field(
+        None,
+        "Measure the objectives' gradients during training. None: where the rule or `conflict_source` needs them.",
     )
-    probe_every: int = field(default=10, metadata=_help("Optimizer steps between two probes; 1 with 'population'."))
-    probe_layers: list[str] | None = field(
-        default=None,
-        metadata=_help(
-            "Regular expressions of the linear layers to probe. None: every trainable one (right for LoRA)."
-        ),
+    probe_every: int = _field(10, "Optimizer steps between two probes; 1 with 'population'.")
+    probe_layers: list[str] | None = _field(
+        None, "Regular expressions of the linear layers to probe. None: every trainable one (right for LoRA)."
     )
 
     def __post_init__(self) -> None:
-        self._plain_aggregation_options()
+        options = self._read_aggregation_options()
         DiffusionGRPOConfig.__post_init__(self)
-        options = self._checked_aggregation_options()
         needed = options.conflict_source != "advantage" or self.multi_objective_aggregation in GRADIENT_RULES
         self._check(
             not (needed and self.gradient_probe is False),
@@ -761,13 +626,10 @@ class APEXGRPOConfig(AggregationFields, GRPOConfig):
         ('apex', 5, 0.2)
     """
 
-    multi_objective_aggregation: str = field(
-        default="apex", metadata={"help": f"How rewards become one advantage: one of {', '.join(RULES)}."}
-    )
+    multi_objective_aggregation: str = _field("apex", f"How rewards become one advantage: one of {', '.join(RULES)}.")
 
     def __post_init__(self) -> None:
-        self._plain_aggregation_options()
-        self._check_aggregation(self._checked_aggregation_options())
+        self._check_aggregation(self._read_aggregation_options())
         GRPOConfig.__post_init__(self)
 
     def _check_aggregation(self, options: ApexOptions) -> None:
@@ -797,5 +659,46 @@ class APEXGRPOConfig(AggregationFields, GRPOConfig):
         upgraded.__dict__.update(config.__dict__)
         if config.multi_objective_aggregation == "sum_then_normalize":
             upgraded.multi_objective_aggregation = "apex"
-        upgraded._check_aggregation(upgraded._checked_aggregation_options())
+        upgraded._check_aggregation(upgraded._read_aggregation_options())
         return upgraded
+
+
+def check_types(config: Any, names: set[str], finite: set[str]) -> None:
+    """Raise where a field holds something of another type than its annotation says, or NaN.
+
+    Args:
+        config (dataclass instance): its integers may stand for floats, and its tuples for lists.
+        names (`set[str]`): the fields to look at.
+        finite (`set[str]`): those that must not be infinite either.
+
+    Raises:
+        ValueError: names the field, the type and what was found.
+
+    Example:
+        ```python
+        >>> @dataclasses.dataclass
+        ... class Options:
+        ...     steps: int | None = 3
+        >>> check_types(Options(steps="many"), {"steps"}, set())
+        Traceback (most recent call last):
+        ValueError: `steps` must be of type int | None. Found 'many' (str). Pass one of that type.
+
+        ```
+    """
+    hints = typing.get_type_hints(type(config))
+    for name in sorted(names):
+        value, hint = getattr(config, name), hints[name]
+        try:
+            type_validator(name, list(value) if isinstance(value, tuple) else value, WHOLE_TOO.get(hint, hint))
+        except TypeError:
+            raise ValueError(
+                f"`{name}` must be of type {inspect.formatannotation(hint)}. Found {reprlib.repr(value)} "
+                f"({type(value).__name__}). Pass one of that type."
+            ) from None
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)]
+        if name in finite and not all(map(math.isfinite, numbers)):
+            raise ValueError(f"`{name}` must be finite. Found {reprlib.repr(value)}. Pass a number.")
+
+
+def _default(entry: dataclasses.Field) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()

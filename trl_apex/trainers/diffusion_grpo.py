@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed
 
 from ..aggregation.normalize import group_rows
+from ..aggregation.options import checked_weights
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
 from ..diffusion.families import load_policy
 from ..diffusion.losses import (
@@ -68,9 +69,10 @@ from .detectors import LearningDetectors, disable_dropout
 from .inputs import (
     as_list,
     check_best_metric,
-    check_weights,
+    check_calls,
     check_whole,
     loading_arguments,
+    reward_columns,
     reward_names,
 )
 from .logs import LogsMixin
@@ -258,7 +260,7 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
         self.monitor_funcs = load_rewards(as_list(monitor_funcs))
         every_name = reward_names([*reward_funcs, *self.monitor_funcs], warn=True)
         names = every_name[: len(reward_funcs)]
-        weights = check_weights(args.reward_weights, names)
+        weights = checked_weights(names, args.reward_weights, args.multi_objective_aggregation)
         check_best_metric(args, every_name, eval_dataset, callbacks)
         if quantization_config is not None:
             raise ValueError(
@@ -268,9 +270,12 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
         if args.should_save:
             check_writable(args.output_dir)
         check_dataset(train_dataset, "train_dataset")
+        check_calls(reward_funcs, names, train_dataset, "train_dataset")
         for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
             if dataset is not None:
-                check_dataset(dataset, f"eval_dataset{name and '.' + name}")
+                where = f"eval_dataset{name and '.' + name}"
+                check_dataset(dataset, where)
+                check_calls([*reward_funcs, *self.monitor_funcs], every_name, dataset, where)
         train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
 
         with whole_models():
@@ -300,7 +305,7 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
             optimizers=optimizers,
         )
         set_inherited_attributes(self, args, reward_funcs, names)
-        self.reward_weights = torch.tensor(weights, dtype=torch.float64)
+        self.reward_weights = weights
         sharding = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if self._starts_from_adapter and args.beta > 0:
             self._reference = frozen_copy(self.model, share_frozen=not sharding)
@@ -726,7 +731,7 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
 
     def _submit(self, scorer: RewardScorer, rows: list[dict[str, Any]], images: Tensor):
         completions = to_pil(images)
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")}
+        columns = {name: [row[name] for row in rows] for name in reward_columns(rows[0])}
         return scorer.submit(
             prompts=[row["prompt"] for row in rows],
             completions=completions,

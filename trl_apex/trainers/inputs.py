@@ -1,14 +1,20 @@
 """Checks of what a user passes to a trainer, before any compute."""
 
-from collections.abc import Callable
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback
 
 from ..diffusion.families import dtype_argument
-from ..rewards.scoring import numbered_names, reward_name, warn_of_numbers
+from ..rewards.scoring import numbered_names, reward_name, takes_images, warn_of_numbers
+
+KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+"""What every reward call gets, beside dataset columns and, where it takes them, `images`."""
 
 
 def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:
@@ -39,25 +45,40 @@ def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:
     return numbered
 
 
-def check_weights(weights: list[float] | None, names: list[str]) -> list[float]:
-    """The user's weights, or ones.
+def check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, where: str) -> None:
+    """Raise where a reward function cannot be called with the keywords that it will get for rows of `dataset`.
+
+    Columns that no reward can see are warned about. `where` is the name of the dataset.
 
     Raises:
-        ValueError: for a wrong number of weights, negative ones, or none that is positive.
+        ValueError: names the parameter.
     """
-    if weights is None:
-        return [1.0] * len(names)
-    if len(weights) != len(names):
-        raise ValueError(
-            f"`reward_weights` must hold one weight per reward function, in order: {len(names)} for {names}. "
-            f"Found {len(weights)}: {weights}."
+    keywords = dict.fromkeys([*KEYWORDS, *reward_columns(dataset.column_names)])
+    for func, name in zip(funcs, names, strict=True):
+        if isinstance(func, type):
+            raise ValueError(
+                f"A reward must be a function or an instance. Found the class {func.__name__}. Pass `{func.__name__}(...)`."
+            )
+        own = keywords | ({"images": None} if takes_images(func) else {})
+        try:
+            inspect.signature(func).bind(**own)
+        except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
+            raise ValueError(
+                f"The reward `{name}` must take the keywords of a call: {', '.join(own)}. Found: {error}. Name a column of "
+                "the dataset like its parameter, and let it take `**kwargs`."
+            ) from error
+    hidden = set(dataset.column_names) - {"prompt", *reward_columns(dataset.column_names)}
+    if hidden:
+        warnings.warn(
+            f"Columns should not be named like what the trainer passes to rewards. Found {', '.join(sorted(hidden))} in "
+            f"`{where}`, which no reward will see. Rename them.",
+            stacklevel=4,
         )
-    if any(not weight >= 0 for weight in weights) or not sum(weights) > 0:
-        raise ValueError(
-            f"`reward_weights` must not be negative, and one must be positive. Found {weights}. To penalize something, "
-            "return its negative from the reward function; to only watch it, use weight 0."
-        )
-    return [float(weight) for weight in weights]
+
+
+def reward_columns(columns: Iterable[str]) -> list[str]:
+    """The dataset columns that reward functions get as keywords; the trainer's own keywords go first."""
+    return [name for name in columns if name not in (*KEYWORDS, "images", "prompt", "completion")]
 
 
 def check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks: Any = None) -> None:
