@@ -430,8 +430,7 @@ class DiffusionGRPOConfig(GRPOConfig):
             if value != _default(f):
                 values[f.name] = value
             elif value != own[f.name] and f.name in DiffusionGRPOConfig.__annotations__:
-                new = "3e-4, or 1e-5 without an adapter" if f.name == "learning_rate" else repr(own[f.name])
-                replaced.append(f"{f.name} {value!r} -> {new}")
+                replaced.append(f.name)
         values.pop("pad_to_multiple_of", None)  # TRL fills it in
         if "generation_batch_size" in values:  # TRL fills in both; either one determines the other
             values.pop("steps_per_generation", None)
@@ -445,14 +444,18 @@ class DiffusionGRPOConfig(GRPOConfig):
             if values.get("metric_for_best_model") == "loss":
                 del values["metric_for_best_model"]
                 values.pop("greater_is_better", None)
-            if replaced:
-                logger.warning(
-                    "Fields at GRPOConfig's default take %s's: %s. Pass a %s to set them.",
-                    cls.__name__,
-                    ", ".join(replaced),
-                    cls.__name__,
-                )
-        return cls(**values)
+        upgraded = cls(**values)
+        if replaced and not isinstance(config, DiffusionGRPOConfig):
+            new = {name: repr(getattr(upgraded, name)) for name in replaced}
+            new["learning_rate"] = "3e-4, or 1e-5 without an adapter"
+            changes = ", ".join(f"{name} {getattr(config, name)!r} -> {new[name]}" for name in replaced)
+            logger.warning(
+                "Fields at GRPOConfig's default take %s's: %s. Pass a %s to set them.",
+                cls.__name__,
+                changes,
+                cls.__name__,
+            )
+        return upgraded
 
 
 FLAT = (
