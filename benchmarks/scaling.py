@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from trl_apex import DiffusionGRPOConfig
 from trl_apex.plan import PerRow, PlanSettings, Shapes, count, load_shapes, measure_rows, memory
 
 GPUS = (1, 8, 64, 256, 1024)
@@ -41,17 +42,26 @@ def elements(name: str, lora: bool) -> Elements:
     return Elements(shapes(name).adapter_parameters(LORA_RANK), parameters) if lora else Elements(parameters, 0)
 
 
+def blocks(name: str) -> int:
+    return len(shapes(name).policy.denoiser.transformer_blocks)
+
+
 def largest_block(name: str) -> int:
     return max(map(count, shapes(name).policy.denoiser.transformer_blocks))
 
 
+@cache
+def settings(pixels: int, lora: bool, zero_stage: int, gpus: int = 1) -> PlanSettings:
+    config = DiffusionGRPOConfig(
+        output_dir="unused", use_cpu=True, bf16=True, height=pixels, width=pixels, num_generations=8,
+        generation_batch_size=8 * gpus, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    return PlanSettings(config, LORA_RANK if lora else 0, zero_stage=zero_stage, gpus=gpus)
+
+
 def held_bytes(name: str, lora: bool, engine: str, gpus: int) -> float:
     """Bytes of the denoiser on each GPU, all but activations, as the planner counts them."""
-    settings = PlanSettings(
-        512, 512, lora_rank=LORA_RANK if lora else 0, zero_stage=ENGINES[engine], gpus=gpus, samples=gpus,
-        rollout_batch=1,
-    )  # fmt: skip
-    always = memory(shapes(name), settings).always
+    always = memory(shapes(name), settings(512, lora, ENGINES[engine], gpus)).always
     others = ("VAE", "trajectories and images", "CUDA context", "DeepSpeed buckets")
     return 1e9 * sum(size for part, size in always.items() if part not in others)
 
@@ -65,9 +75,7 @@ def gathered_bytes(name: str, lora: bool) -> int:
 @cache
 def rows(name: str, pixels: int, lora: bool, zero_stage: int) -> PerRow:
     """What one image keeps, as the planner works it out."""
-    return measure_rows(
-        shapes(name), PlanSettings(pixels, pixels, lora_rank=LORA_RANK if lora else 0, zero_stage=zero_stage)
-    )
+    return measure_rows(shapes(name), settings(pixels, lora, zero_stage))
 
 
 @cache
@@ -201,7 +209,7 @@ def sums() -> list[str]:
         f"under ZeRO-1, against 16 x 3 x {flops:.2f} / {SPEED / 1e12:.0f} = {48 * flops * 1e12 / SPEED:.2f} s of compute",
         f"FSDP2 and ZeRO-3 over 1,024 GPUs send {gb(sent['ZeRO-3 / FSDP2'])} GB for it, "
         f"{sent['ZeRO-3 / FSDP2'] / NETWORK:.1f} s",
-        f"({shapes('SD3.5-M').blocks} blocks for M, {shapes('SD3.5-L').blocks} for L)",
+        f"({blocks('SD3.5-M')} blocks for M, {blocks('SD3.5-L')} for L)",
         f"{lora.trained * 4 / 1e6:.0f} MB of gradients under DDP",
     ]
 

@@ -32,7 +32,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -323,10 +323,10 @@ def medium_memory() -> Callable:
 
 def against_plan(config: Any, found: Record, rank: int) -> Record:
     """The memory that the plan foresees, and measured over planned."""
-    from trl_apex.plan import settings_from_config
+    from trl_apex.plan import PlanSettings
 
-    settings = settings_from_config(config, (config.height, config.width), lora_rank=rank, prompts=2)
-    memory = medium_memory()(replace(settings, unload_encoders=True))  # the tiny encoders are none worth the name
+    memory = medium_memory()(PlanSettings(config, rank))
+    memory.always.pop("text encoders", None)  # the tiny encoders are none worth the name
     planned = {phase: memory.total(phase) for phase in ("rollout", "update")}
     result: Record = {f"planned_{phase}_gb": round(value, 2) for phase, value in planned.items()}
     for phase, value in planned.items():

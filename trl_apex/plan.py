@@ -1,15 +1,17 @@
 """What a training run takes of each GPU, by arithmetic from parameter counts and shapes.
 
-Everything here is an estimate and none of it was measured on a GPU. A model is built on the meta device, by diffusers' own
-classes and without weights, to count its parameters; activations are tensors per token and layer times a constant.
+Everything here is an estimate, and none of it was measured on a GPU. Models are built on the meta device by diffusers' own
+classes, without weights, to count their parameters. Activations are tensors per token and layer times a constant.
 """
 
+import copy
 import inspect
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,160 +19,15 @@ from torch import nn
 from .diffusion.families import FAMILIES, base
 from .diffusion.families.base import DiffusionPolicy
 
-CONTEXT = 1e9
-"""Bytes for the CUDA context and its libraries."""
-FRAGMENTATION = 0.15
-"""Share added to what comes and goes in a phase."""
-BUCKET = 500_000_000
-"""Elements of each of DeepSpeed's two buckets under ZeRO-1 and 2, its default."""
-CLIP_TOKENS = 77
-KEPT = {"LoRA": 22, "half": 29, "autocast": 37}
-"""Tensors of [tokens, width], at 2 bytes an element, that a block keeps for its backward pass with fused attention. Inputs of
-two norms and their modulated outputs 4, q k v 3 and their normed q k 2, attention's output 1, the feed-forward network's
-hidden layer before and after GELU 8, gated outputs and residuals 4: 22. Training the weights keeps their inputs as well: 29;
-and float32 norms under autocast: 37."""
-KEPT_DUAL = {"LoRA": 9, "half": 14, "autocast": 19}
-"""The same for the second attention of SD3.5-medium's first blocks, over image tokens alone."""
-KEPT_SINGLE = {"LoRA": 16, "half": 25, "autocast": 29}
-"""The same in FLUX's single blocks, whose attention and feed-forward network share norm and output."""
-KEPT_UNET = {"LoRA": 32, "half": 29, "autocast": 36}
-KEPT_RESNET = {"LoRA": 14, "half": 10, "autocast": 14}
-"""The same in a UNet's transformer layers (gated hidden layer, cross-attention) and ResNet layers (norms, SiLU, convolutions)."""
-LIVE = 12
-"""Tensors of [tokens, width] at the peak of a forward pass without gradients: residual and norm, hidden layer before and after
-GELU; half as many again in FLUX's single blocks, where attention and hidden layer are there at once."""
-DECODING = 3
-"""Tensors of full resolution and `block_out_channels[1]` channels at the peak of the VAE."""
-REWARD_NETWORKS = {
-    "pickscore": ("CLIP-H", 986e6 * 4), "hpsv2": ("CLIP-H of HPSv2", 986e6 * 4), "clip_score": ("CLIP-L", 428e6 * 4),
-    "aesthetic": ("CLIP-L", 428e6 * 4), "image_reward": ("BLIP-L", 478e6 * 4), "deqa": ("a VLM of 8.2 B", 8.2e9 * 2),
-}  # fmt: skip
-"""Rewards by name, their network (one copy where two share it) and its bytes."""
-
-# Architectures as published in the `config.json` files of each model's components on the Hugging Face Hub; only what decides
-# shapes.
-CLIP_L = {
-    "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "projection_dim": 768, "max_position_embeddings": 77,
-}  # fmt: skip
-CLIP_G = {
-    "vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-    "num_attention_heads": 20, "projection_dim": 1280, "max_position_embeddings": 77,
-}  # fmt: skip
-T5_XXL = {
-    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-    "feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 32, "tie_word_embeddings": False,
-}  # fmt: skip
-VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
-    "sample_size": 512, "scaling_factor": 0.18215,
-}  # fmt: skip
-VAE_16 = {
-    **VAE, "latent_channels": 16, "sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609,
-    "use_quant_conv": False, "use_post_quant_conv": False,
-}  # fmt: skip
-SD35_MEDIUM = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": list(range(13)),
-    "qk_norm": "rms_norm",
-}  # fmt: skip
-SD35_LARGE = {
-    **SD35_MEDIUM, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192, "dual_attention_layers": [],
-}  # fmt: skip
-FLUX_DEV = {
-    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
-    "axes_dims_rope": [16, 56, 56],
-}  # fmt: skip
-UNET_15 = {
-    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}  # fmt: skip
-UNET_XL = {
-    "sample_size": 128, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2, "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
-    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-}  # fmt: skip
-FLOW = ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
-DDIM = (
-    "DDIMScheduler",
-    {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
-        "set_alpha_to_one": False, "steps_offset": 1,
-    },
-)  # fmt: skip
-
-SD3_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
-    "text_encoder": ("CLIPTextModelWithProjection", CLIP_L),
-    "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G),
-    "text_encoder_3": ("T5EncoderModel", T5_XXL),
+Component = tuple[str, dict[str, Any]]
+"""The class of a pipeline's component, and its configuration."""
+PUBLISHED = json.loads((Path(__file__).parent / "published_models.json").read_text(encoding="utf-8"))
+"""What decides shapes, and differs from the classes' defaults, in published configurations."""
+CONFIGS: dict[str, tuple[str, dict[str, Component]]] = {
+    name: (pipeline, {key: tuple(PUBLISHED["components"][value]) for key, value in components.items()})
+    for name, (pipeline, components) in PUBLISHED["models"].items()
 }
-# Pipeline class, and component name -> (class, configuration).
-CONFIGS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]]]] = {
-    "stabilityai/stable-diffusion-3.5-medium": (
-        "StableDiffusion3Pipeline",
-        {
-            "transformer": ("SD3Transformer2DModel", SD35_MEDIUM),
-            "vae": ("AutoencoderKL", VAE_16),
-            "scheduler": FLOW,
-            **SD3_TEXT,
-        },
-    ),
-    "stabilityai/stable-diffusion-3.5-large": (
-        "StableDiffusion3Pipeline",
-        {
-            "transformer": ("SD3Transformer2DModel", SD35_LARGE),
-            "vae": ("AutoencoderKL", VAE_16),
-            "scheduler": FLOW,
-            **SD3_TEXT,
-        },
-    ),
-    "black-forest-labs/FLUX.1-dev": (
-        "FluxPipeline",
-        {
-            "transformer": ("FluxTransformer2DModel", FLUX_DEV),
-            "vae": ("AutoencoderKL", {**VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
-            "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
-            "text_encoder": ("CLIPTextModel", CLIP_L),
-            "text_encoder_2": ("T5EncoderModel", T5_XXL),
-        },
-    ),
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": (
-        "StableDiffusionPipeline",
-        {
-            "unet": ("UNet2DConditionModel", UNET_15),
-            "vae": ("AutoencoderKL", VAE),
-            "scheduler": DDIM,
-            "text_encoder": ("CLIPTextModel", CLIP_L),
-        },
-    ),
-    "stabilityai/stable-diffusion-xl-base-1.0": (
-        "StableDiffusionXLPipeline",
-        {
-            "unet": ("UNet2DConditionModel", UNET_XL),
-            "vae": ("AutoencoderKL", {**VAE, "sample_size": 1024, "scaling_factor": 0.13025}),
-            "scheduler": DDIM,
-            "text_encoder": ("CLIPTextModel", CLIP_L),
-            "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G),
-        },
-    ),
-}
-SHORT_NAMES = {
-    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-    "flux.1-dev": "black-forest-labs/FLUX.1-dev",
-    "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
+"""Pipeline class and components of published models."""
 
 
 # Models
@@ -182,7 +39,7 @@ class Shapes:
 
     Args:
         name (`str`): hub id or folder.
-        policy ([`DiffusionPolicy`]): over a pipeline whose denoiser and VAE are on the meta device, without encoders.
+        policy ([`DiffusionPolicy`]): over a pipeline on the meta device.
         encoders (`dict[str, int]`): parameters of each text encoder.
     """
 
@@ -204,18 +61,8 @@ class Shapes:
     def vae(self) -> int:
         return count(self.policy.pipeline.vae)
 
-    @cached_property
-    def blocks(self) -> int:
-        """Parts of the denoiser that gradient checkpointing recomputes one at a time."""
-        names = ("transformer_blocks", "single_transformer_blocks", "down_blocks", "up_blocks")
-        return sum(len(getattr(self.policy.denoiser, name, ())) for name in names) or 1
-
     def adapter_parameters(self, rank: int, targets: list[str] | tuple[str, ...] | None = None) -> int:
-        """Of a LoRA adapter: `rank (inputs + outputs)` for every targeted layer.
-
-        Args:
-            rank (`int`): of the adapter.
-            targets (`list[str]`, *optional*): endings of module names; the family's own by default.
+        """Of a LoRA adapter: `rank (inputs + outputs)` for every layer whose name ends as a target, the family's by default.
 
         Raises:
             ValueError: if a target matches no layer.
@@ -223,16 +70,11 @@ class Shapes:
         wanted = tuple(targets or self.policy.lora_targets)
         found, total = set(), 0
         for name, module in self.policy.denoiser.named_modules():
-            hit = {target for target in wanted if name == target or name.endswith(f".{target}")}
-            if hit and isinstance(module, nn.Conv2d):
-                total += rank * (
-                    module.in_channels * module.kernel_size[0] * module.kernel_size[1] + module.out_channels
-                )
-            elif hit and isinstance(module, nn.Linear):
-                total += rank * (module.in_features + module.out_features)
-            else:
-                continue
-            found |= hit
+            hit = {target for target in wanted if f".{name}".endswith(f".{target}")}
+            if hit and isinstance(module, nn.Linear | nn.Conv2d):
+                outputs = module.weight.shape[0]
+                total += rank * (module.weight.numel() // outputs + outputs)
+                found |= hit
         if found != set(wanted):
             raise ValueError(
                 f"Every LoRA target must match a linear layer of {type(self.policy.denoiser).__name__}. Found none for "
@@ -243,17 +85,17 @@ class Shapes:
     def embeddings(self, rows: int, max_sequence_length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Prompt embeddings of `rows` prompts, on the meta device."""
         config, pipeline = self.policy.denoiser.config, type(self.policy.pipeline).__name__
-        tokens = {"StableDiffusion3Pipeline": CLIP_TOKENS + max_sequence_length, "FluxPipeline": max_sequence_length}
+        tokens = {"StableDiffusion3Pipeline": 77 + max_sequence_length, "FluxPipeline": max_sequence_length}
         width = getattr(config, "joint_attention_dim", None) or config.cross_attention_dim
         shapes: dict[str, tuple[int, ...]] = {
-            "encoder_hidden_states": (rows, tokens.get(pipeline, CLIP_TOKENS), width)
-        }
+            "encoder_hidden_states": (tokens.get(pipeline, 77), width)
+        }  # CLIP's 77 tokens
         if pipeline in tokens:
-            shapes["pooled_projections"] = (rows, config.pooled_projection_dim)
+            shapes["pooled_projections"] = (config.pooled_projection_dim,)
         elif pipeline == "StableDiffusionXLPipeline":
             size = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            shapes["text_embeds"] = (rows, size)
-        return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+            shapes["text_embeds"] = (size,)
+        return {name: torch.empty(rows, *shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
 
 
 def count(module: nn.Module) -> int:
@@ -271,48 +113,38 @@ def load_shapes(model: str, revision: str | None = None) -> Shapes:
     Raises:
         ValueError: if it is none of these, or of no supported family.
     """
-    name = model if Path(model).is_dir() else SHORT_NAMES.get(model.lower(), model)
-    if name in CONFIGS and not Path(model).is_dir():
-        pipeline_name, components = CONFIGS[name]
-    else:
-        pipeline_name, components = _read_components(name, revision)
+    import diffusers
+
+    name = model if Path(model).is_dir() else PUBLISHED["short names"].get(model.lower(), model)
+    pipeline_name, components = CONFIGS.get(name) or _read_components(name, revision)
     if pipeline_name not in FAMILIES:
         raise ValueError(
             f"`model` must be of a supported family: {', '.join(FAMILIES)}. Found {pipeline_name}. Use another model."
         )
-    family = FAMILIES[pipeline_name]
-    parts = {key: _build(*value) for key, value in components.items() if "tokenizer" not in key}
-    encoders = {key: count(parts[key]) for key in family.encoder_names if parts.get(key) is not None}
-    return Shapes(name, family(_pipeline(pipeline_name, parts)), encoders)
+    parts = {key: _build(*value) for key, value in components.items()}
+    cls, family = getattr(diffusers, pipeline_name), FAMILIES[pipeline_name]
+    parameters = inspect.signature(cls.__init__).parameters
+    required = [key for key, p in parameters.items() if key != "self" and p.default is inspect.Parameter.empty]
+    given = {key: parts.get(key) for key in {*required, *parts} if key in parameters}
+    if "requires_safety_checker" in parameters:
+        given["requires_safety_checker"] = False
+    encoders = {key: count(parts[key]) for key in family.encoder_names if key in parts}
+    return Shapes(name, family(cls(**given)), encoders)
 
 
 def _build(class_name: str, config: dict[str, Any]) -> Any:
     import diffusers
     import transformers
 
-    if hasattr(diffusers, class_name):
-        with torch.device("cpu" if class_name.endswith("Scheduler") else "meta"):
+    with torch.device("cpu" if class_name.endswith("Scheduler") else "meta"):
+        if hasattr(diffusers, class_name):
             return getattr(diffusers, class_name).from_config(config)
-    cls = getattr(transformers, class_name)
-    with torch.device("meta"):
+        cls = getattr(transformers, class_name)
         return cls(cls.config_class(**{key: value for key, value in config.items() if not key.startswith("_")}))
 
 
-def _pipeline(name: str, parts: dict[str, Any]) -> Any:
-    import diffusers
-
-    cls = getattr(diffusers, name)
-    parameters = inspect.signature(cls.__init__).parameters
-    given: dict[str, Any] = {
-        key: None for key, p in parameters.items() if key != "self" and p.default is inspect.Parameter.empty
-    }
-    given |= {key: parts[key] for key in parameters if key in parts and not key.startswith("text_encoder")}
-    if "requires_safety_checker" in parameters:
-        given["requires_safety_checker"] = False
-    return cls(**given)
-
-
-def _read_components(model: str, revision: str | None) -> tuple[str, dict[str, tuple[str, dict[str, Any]]]]:
+def _read_components(model: str, revision: str | None) -> tuple[str, dict[str, Component]]:
+    """Pipeline class and components, as in `CONFIGS`, of a folder or a model on the Hub."""
     import diffusers
     import transformers
 
@@ -325,9 +157,7 @@ def _read_components(model: str, revision: str | None) -> tuple[str, dict[str, t
         ) from error
     components = {}
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or value[1] is None:
-            continue
-        library, class_name = value
+        library, class_name = value if isinstance(value, list) else ("", "")
         where = {"subfolder": name, "revision": revision}
         if library == "diffusers" and hasattr(diffusers, class_name):
             components[name] = (class_name, dict(getattr(diffusers, class_name).load_config(model, **where)))
@@ -342,60 +172,34 @@ def _read_components(model: str, revision: str | None) -> tuple[str, dict[str, t
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What of a configuration decides memory; names as in [`DiffusionGRPOConfig`] where they say nothing else.
+    """A configuration of a trainer, and what decides memory beside it.
 
     Args:
-        height, width (`int`): pixels.
-        lora_rank (`int`), lora_targets (`tuple[str, ...]`, *optional*): rank 0 for full fine-tuning; the family's own targets.
-        half (`bool`): bf16 or fp16; False for float32 throughout.
-        zero_stage (`int`), gpus (`int`): of DeepSpeed, 0 for none; processes.
-        samples (`int`), group (`int`): `generation_batch_size` over all processes, and `num_generations`.
-        micro_batch (`int`), steps_per_row (`int`): `per_device_train_batch_size` and `timestep_batch_size`.
-        accumulation (`int`), passes (`int`): `gradient_accumulation_steps` and `num_iterations`.
-        rollout_batch (`int`), steps (`int`), window (`int`): images sampled at a time, denoising steps, trained steps.
-        guidance (`float`), kl (`bool`): 1 for none; `beta` > 0.
-        offload_reference, checkpointing, ema, gather (`bool`): as in the configuration.
-        unload_encoders (`bool`): text encoders are gone once prompts are encoded.
-        max_sequence_length (`int`), prompts (`int`): text tokens; distinct prompts, for the size of their embeddings.
+        config ([`DiffusionGRPOConfig`]): `generation_batch_size` counts the images of all GPUs.
+        lora_r (`int`): rank of the adapter; 0 for full fine-tuning.
+        lora_targets (`list[str]`, *optional*): its layers; the family's own by default.
+        gpus (`int`), zero_stage (`int`): processes, and stage of DeepSpeed (0 for none).
         rewards_gb (`float`): memory of reward networks on each GPU.
     """
 
-    height: int
-    width: int
-    lora_rank: int = 32
-    lora_targets: tuple[str, ...] | None = None
-    half: bool = True
-    zero_stage: int = 0
+    config: Any
+    lora_r: int = 32
+    lora_targets: list[str] | tuple[str, ...] | None = None
     gpus: int = 1
-    samples: int = 64
-    group: int = 8
-    micro_batch: int = 1
-    steps_per_row: int = 1
-    accumulation: int = 1
-    passes: int = 1
-    rollout_batch: int = 8
-    steps: int = 10
-    window: int = 9
-    guidance: float = 1.0
-    kl: bool = False
-    offload_reference: bool = False
-    checkpointing: bool = True
-    ema: bool = False
-    gather: bool = True
-    unload_encoders: bool = True
-    max_sequence_length: int = 256
-    prompts: int = 0
+    zero_stage: int = 0
     rewards_gb: float = 0.0
 
     def __post_init__(self) -> None:
+        images = self.config.generation_batch_size
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"`zero_stage` must be 0, 1, 2 or 3. Found {self.zero_stage}. Use 0 for none.")
-        if self.gpus < 1 or self.samples % self.gpus:
+        if self.gpus < 1 or images % self.gpus:
+            gpus = max(self.gpus, 1)
             raise ValueError(
                 "`generation_batch_size`, the images of one iteration over all GPUs, must be a multiple of their number. "
-                f"Found {self.samples} and {self.gpus}. Use e.g. {-(-self.samples // max(self.gpus, 1)) * max(self.gpus, 1)}."
+                f"Found {images} and {self.gpus}. Use e.g. {-(-images // gpus) * gpus}."
             )
-        rows, update = self.samples_here * self.window, self.rows_per_forward * self.accumulation
+        rows, update = self.images * self.window, self.rows * self.config.gradient_accumulation_steps
         if rows % update:
             raise ValueError(
                 "An iteration must split into whole updates: images per GPU x trained steps must be a multiple of "
@@ -403,88 +207,127 @@ class PlanSettings:
                 f"{update} an update. Change one of them."
             )
 
-    @property
-    def samples_here(self) -> int:
-        """Images of one iteration on one GPU."""
-        return self.samples // self.gpus
-
-    @property
-    def rows_per_forward(self) -> int:
-        return self.micro_batch * self.steps_per_row
-
     def but(self, **changes: Any) -> "PlanSettings":
-        return replace(self, **changes)
+        """With other values of these fields, or of the configuration's."""
+        own = {key: changes.pop(key) for key in list(changes) if key in {f.name for f in fields(self)}}
+        config = copy.copy(self.config)
+        for key, value in changes.items():
+            setattr(config, key, value)
+        return replace(self, **{"config": config, **own})
 
+    @property
+    def images(self) -> int:
+        """Of one iteration on one GPU."""
+        return self.config.generation_batch_size // self.gpus
 
-def settings_from_config(config: Any, size: tuple[int, int], *, gpus: int = 1, **others: Any) -> PlanSettings:
-    """The settings behind a [`DiffusionGRPOConfig`].
+    @property
+    def chunk(self) -> int:
+        """Images sampled at a time."""
+        return min(self.config.rollout_batch_size or self.images, self.images)
 
-    Args:
-        config ([`DiffusionGRPOConfig`]): `generation_batch_size` counts the images of all GPUs.
-        size (`tuple[int, int]`): height and width where the configuration says nothing.
-        gpus (`int`), others: `lora_rank`, `lora_targets`, `zero_stage`, `prompts` and `rewards_gb` of [`PlanSettings`].
-    """
-    here = max(config.generation_batch_size // gpus, 1)
-    return PlanSettings(
-        height=config.height or size[0], width=config.width or size[1], half=bool(config.bf16 or config.fp16), gpus=gpus,
-        samples=config.generation_batch_size, group=config.num_generations, micro_batch=config.per_device_train_batch_size,
-        steps_per_row=config.timestep_batch_size, accumulation=config.gradient_accumulation_steps,
-        passes=config.num_iterations, rollout_batch=min(config.rollout_batch_size or here, here),
-        steps=config.num_inference_steps, window=config.rows_per_image, guidance=config.guidance_scale, kl=config.beta > 0,
-        offload_reference=config.offload_reference, checkpointing=bool(config.activation_checkpointing),
-        ema=config.ema_decay is not None, gather=config.gather_for_rollout,
-        unload_encoders=config.unload_text_encoders is not False and config.precompute_prompts,
-        max_sequence_length=config.max_sequence_length, **others,
-    )  # fmt: skip
+    @property
+    def rows(self) -> int:
+        """Of one forward pass of an update."""
+        return self.config.per_device_train_batch_size * self.config.timestep_batch_size
+
+    @property
+    def window(self) -> int:
+        """Rows of one image that are trained: one a stochastic step."""
+        return self.config.rows_per_image
+
+    @property
+    def half(self) -> bool:
+        return bool(self.config.bf16 or self.config.fp16)
+
+    @property
+    def unloads_encoders(self) -> bool:
+        return self.config.precompute_prompts and self.config.unload_text_encoders is not False
+
+    @property
+    def own_reference(self) -> bool:
+        """Whether the KL divergence needs a second denoiser: an adapter can be switched off instead."""
+        return self.config.beta > 0 and self.lora_r == 0
+
+    def size(self, policy: DiffusionPolicy) -> tuple[int, int]:
+        """Height and width in pixels."""
+        height, width = policy.default_size()
+        return self.config.height or height, self.config.width or width
 
 
 # Memory
 
+CONTEXT = 1e9
+"""Bytes for the CUDA context and its libraries."""
+FRAGMENTATION = 0.15
+"""Share added to what comes and goes in a phase."""
+BUCKET = 500_000_000
+"""Elements of each of DeepSpeed's two buckets under ZeRO-1 and 2, its default."""
+KEPT = {"LoRA": 22, "half": 29, "autocast": 37}
+"""Tensors of [tokens, width], at 2 bytes an element, that a block keeps for its backward pass with fused attention. Inputs of
+two norms and their modulated outputs 4, q k v 3 and their normed q k 2, attention's output 1, the feed-forward network's
+hidden layer before and after GELU 8, gated outputs and residuals 4: 22. Training the weights keeps their inputs as well: 29;
+and float32 norms under autocast: 37."""
+KEPT_DUAL = {"LoRA": 9, "half": 14, "autocast": 19}
+"""The same for the second attention of SD3.5-medium's first blocks, over image tokens alone."""
+KEPT_SINGLE = {"LoRA": 16, "half": 25, "autocast": 29}
+"""The same in FLUX's single blocks, whose attention and feed-forward network share norm and output."""
+KEPT_UNET = {"LoRA": 32, "half": 29, "autocast": 36}
+KEPT_RESNET = {"LoRA": 14, "half": 10, "autocast": 14}
+"""The same in a UNet's transformer layers (gated hidden layer, cross-attention) and ResNet layers (norms, SiLU, convolutions)."""
+LIVE = 12
+"""Tensors of [tokens, width] at the peak of a forward pass without gradients: residual and norm, hidden layer before and after
+GELU; half as many again in FLUX's single blocks, where attention and hidden layer are there at once."""
+PROBED = 4
+"""Float32 tensors of [tokens, width] that the gradient probe keeps of a block: the inputs of the adapters of q, k, v and output,
+which autocast keeps in half precision. Elsewhere the probe shares what autograd keeps."""
+DECODING = 3
+"""Tensors of full resolution and `block_out_channels[1]` channels at the peak of the VAE."""
 
-@dataclass(frozen=True)
-class PerRow:
-    """Bytes of one image: kept for its backward pass without and with gradient checkpointing, by the largest recomputed block,
-    at the peak of a forward pass without gradients, of its decoding, and of its prompt's embeddings."""
 
-    saved: float
+class PerRow(NamedTuple):
+    """Bytes of one image."""
+
+    saved: float  # for its backward pass
     saved_checkpointed: float
-    block: float
-    inference: float
+    block: float  # the largest that checkpointing recomputes
+    inference: float  # at the peak of a forward pass without gradients
     decode: float
-    embedding: float
+    embedding: float  # of its prompt
+    probed: float  # what the gradient probe keeps
 
 
 def measure_rows(shapes: Shapes, settings: PlanSettings) -> PerRow:
     """The bytes of one image: `tensors x tokens x width x bytes`, block by block."""
-    width = 2 if settings.half else 4
-    autocast = settings.half and settings.zero_stage == 0
-    kind = "LoRA" if settings.lora_rank else "autocast" if autocast else "half"
-    hidden, kept, live = zip(*_blocks(shapes, settings, kind), strict=True)
-    vae, pixels = shapes.policy.pipeline.vae.config, settings.height * settings.width
-    channels = vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)]
-    embeddings = shapes.embeddings(1, settings.max_sequence_length, torch.bfloat16 if settings.half else torch.float32)
+    s, config = settings, settings.config
+    width, autocast = (2 if s.half else 4), s.half and s.zero_stage == 0
+    hidden, kept, live = zip(
+        *_blocks(shapes, s, "LoRA" if s.lora_r else "autocast" if autocast else "half"), strict=True
+    )
+    pixels = torch.Size(s.size(shapes.policy)).numel()
+    channels = shapes.policy.pipeline.vae.config.block_out_channels[:2][-1]
+    embeddings = shapes.embeddings(1, config.max_sequence_length, torch.bfloat16 if s.half else torch.float32)
+    probes = bool(getattr(config, "gradient_probe", False)) and s.lora_r > 0 and autocast
     return PerRow(
         saved=width * sum(kept),
         saved_checkpointed=width * sum(hidden),
         block=width * max(kept),
         inference=width * max(live),
         decode=width * DECODING * channels * pixels,
-        embedding=sum(value.numel() * value.element_size() for value in embeddings.values()),
+        embedding=sum(value.nbytes for value in embeddings.values()),
+        probed=probes * 4 * PROBED * (max(hidden) if config.activation_checkpointing else sum(hidden)),
     )
 
 
 def _blocks(shapes: Shapes, settings: PlanSettings, kind: str) -> list[tuple[int, int, int]]:
     """Of every block, elements of one hidden state `[tokens, width]`, kept for the backward pass, and live without one."""
-    policy, denoiser = shapes.policy, shapes.policy.denoiser
-    config = denoiser.config
-    _, height, width = policy.latent_shape(settings.height, settings.width)
+    policy, denoiser, config = shapes.policy, shapes.policy.denoiser, shapes.policy.denoiser.config
+    _, height, width = policy.latent_shape(*settings.size(policy))
     if hasattr(denoiser, "transformer_blocks"):
-        patch = policy.size_multiple() // policy.vae_scale_factor
-        image = height * width // patch**2
-        text = shapes.embeddings(1, settings.max_sequence_length, torch.float32)["encoder_hidden_states"].shape[1]
-        size = config.num_attention_heads * config.attention_head_dim
-        one, dual = (image + text) * size, image * size
-        has_dual = set(getattr(config, "dual_attention_layers", ()))
+        image = height * width // (policy.size_multiple() // policy.vae_scale_factor) ** 2
+        prompt = shapes.embeddings(1, settings.config.max_sequence_length, torch.float32)["encoder_hidden_states"]
+        channels = config.num_attention_heads * config.attention_head_dim
+        one, dual = (image + prompt.shape[1]) * channels, image * channels
+        has_dual = getattr(config, "dual_attention_layers", ())
         blocks = [
             (one, KEPT[kind] * one + (KEPT_DUAL[kind] * dual if i in has_dual else 0), LIVE * one)
             for i in range(len(denoiser.transformer_blocks))
@@ -514,11 +357,9 @@ def state_bytes(trained: int, frozen: int, half: bool, zero_stage: int, gpus: in
     ```
 
     Args:
-        trained (`int`): N, parameters that are trained.
-        frozen (`int`): parameters that are not, held on every GPU beside them.
+        trained (`int`), frozen (`int`): N, parameters that are trained, and those held on every GPU beside them.
         half (`bool`): bf16 or fp16.
-        zero_stage (`int`): of DeepSpeed.
-        gpus (`int`): that share.
+        zero_stage (`int`), gpus (`int`): of DeepSpeed, and how many share.
 
     Example:
         ```python
@@ -529,29 +370,20 @@ def state_bytes(trained: int, frozen: int, half: bool, zero_stage: int, gpus: in
     """
     width = 2 if half and zero_stage > 0 else 4
     weights = trained * width + frozen * (2 if half else 4)
-    parts = {
-        "weights": (weights, 3),
-        "gradients": (trained * width, 2),
-        "master + Adam": (trained * (12 if width == 2 else 8), 1),
-    }
+    adam = trained * (12 if width == 2 else 8)
+    parts = {"weights": (weights, 3), "gradients": (trained * width, 2), "master + Adam": (adam, 1)}
     return {name: size / (gpus if zero_stage >= stage else 1) for name, (size, stage) in parts.items()}
 
 
-ENCODING = "encoding prompts"
+ALWAYS, ENCODING, ROLLOUT, UPDATE = "always", "encoding prompts", "rollout", "update"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Gigabytes (1e9 bytes) on one GPU.
+    """Gigabytes (1e9 bytes) on one GPU, by part."""
 
-    Args:
-        always (`dict[str, float]`): what stays for the whole run.
-        phases (`dict[str, dict[str, float]]`): what rollout and update take beside it, and all that encoding prompts takes.
-        formulas (`dict[str, str]`): how each part came about.
-    """
-
-    always: dict[str, float]
-    phases: dict[str, dict[str, float]]
+    always: dict[str, float]  # stays for the whole run
+    phases: dict[str, dict[str, float]]  # rollout and update beside it; all that encoding prompts takes
     formulas: dict[str, str]
 
     def total(self, phase: str) -> float:
@@ -567,100 +399,103 @@ class Memory:
 
 
 def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
-    """What one GPU holds, from shapes alone."""
-    s, rows, lora = settings, measure_rows(shapes, settings), settings.lora_rank > 0
-    trained = shapes.adapter_parameters(s.lora_rank, s.lora_targets) if lora else shapes.parameters
+    """What one GPU holds: every part with its phase and its formula."""
+    s, c, policy, row = settings, settings.config, shapes.policy, measure_rows(shapes, settings)
+    lora, zero, gpus, half = s.lora_r > 0, s.zero_stage, s.gpus, (2 if s.half else 4)
+    trained = shapes.adapter_parameters(s.lora_r, s.lora_targets) if lora else shapes.parameters
     frozen = shapes.parameters if lora else 0
-    zero, shards = s.zero_stage, (s.gpus if s.zero_stage == 3 else 1)
-    width, trained_width = (2 if s.half else 4), (2 if s.half and s.zero_stage else 4)
-    branches = 2 if shapes.policy.batched_guidance and s.guidance != 1.0 else 1
-    rows_now, chunk, here = s.rows_per_forward * branches, min(s.rollout_batch, s.samples_here), s.samples_here
-    latent = torch.Size(shapes.policy.latent_shape(s.height, s.width)).numel() * 4
-    pixels = s.height * s.width
-    decoded = min(chunk, max(1, base.DECODE_PIXELS // pixels))
+    own = half if zero else 4  # bytes of a trained parameter; `half` is that of all others
+    shards = gpus if zero == 3 else 1
+    parts: dict[str, dict[str, float]] = {ALWAYS: {}, ENCODING: {}, ROLLOUT: {}, UPDATE: {}}
     formulas: dict[str, str] = {}
 
-    def part(name: str, size: float, formula: str) -> dict[str, float]:
-        formulas[name] = formula
-        return {name: size / 1e9} if size else {}
+    def add(phase: str, name: str, size: float, formula: str) -> None:
+        if size:
+            parts[phase][name], formulas[name] = size / 1e9, formula
 
-    million = f"{trained / 1e6:,.1f} M trained"
-    share = f" / {s.gpus} GPUs" if zero and s.gpus > 1 else ""
-    state = state_bytes(trained, frozen, s.half, zero, s.gpus)
-    weights = f"{million} x {trained_width} bytes" + (f" + {frozen / 1e6:,.1f} M frozen x {width}" if lora else "")
-    always = part("denoiser weights", state["weights"], weights + (share if zero == 3 else ""))
-    always |= part(
-        "denoiser gradients", state["gradients"], f"{million} x {trained_width}" + (share if zero >= 2 else "")
-    )
-    moments = 12 if trained_width == 2 else 8
-    always |= part("denoiser master + Adam", state["master + Adam"], f"{million} x {moments}" + share)
-    buffer = width if lora or zero else 4
-    always |= part("denoiser buffers", shapes.buffer * buffer, f"{shapes.buffer / 1e6:,.1f} M positions x {buffer}")
+    n, model = f"{trained / 1e6:,.1f} M trained", f"{shapes.parameters / 1e6:,.1f} M x {half}"
+    by = [f" / {gpus} GPUs" if zero >= stage and gpus > 1 else "" for stage in range(4)]
+    state = state_bytes(trained, frozen, s.half, zero, gpus)
+    weights = f"{n} x {own} bytes" + (f" + {frozen / 1e6:,.1f} M frozen x {half}" if lora else "")
+    add(ALWAYS, "denoiser weights", state["weights"], weights + by[3])
+    add(ALWAYS, "denoiser gradients", state["gradients"], f"{n} x {own}" + by[2])
+    add(ALWAYS, "denoiser master + Adam", state["master + Adam"], f"{n} x {12 if own == 2 else 8}" + by[1])
+    table = half if lora or zero else 4
+    add(ALWAYS, "denoiser buffers", shapes.buffer * table, f"{shapes.buffer / 1e6:,.1f} M positions x {table}")
     if s.half and not lora and zero == 0:
-        always |= part("half-precision copies (autocast)", trained * 2, f"{million} x 2")
-    if s.gpus > 1 and zero == 0:
-        always |= part("gradient buckets (data parallel)", state["gradients"], f"{million} x 4")
-    if zero in (1, 2) and s.gpus > 1:
-        size = 2 * min(BUCKET, trained) * trained_width
-        always |= part("DeepSpeed buckets", size, f"2 x min({BUCKET / 1e6:.0f} M, trained) x {trained_width}")
-    if s.ema:
-        always |= part("moving average", trained * trained_width / shards, f"{million} x {trained_width}")
-    reference = shapes.parameters * width / shards
-    if s.kl and not lora and not s.offload_reference:
-        always |= part("reference", reference, f"{shapes.parameters / 1e6:,.1f} M x {width}")
-    always |= part("VAE", shapes.vae * width, f"{shapes.vae / 1e6:,.1f} M x {width}")
-    encoders = sum(shapes.encoders.values()) * width
-    texts = f"({' + '.join(f'{size / 1e6:,.0f}' for size in shapes.encoders.values())}) M x {width}"
-    if not s.unload_encoders:
-        always |= part("text encoders", encoders, texts)
-    kept = latent * (s.window + 1 + (s.window if s.kl and not lora else 0)) + 12 * pixels
-    always |= part("trajectories and images", here * kept, f"{here} images x {kept / 1e6:.1f} MB")
-    always |= part("reward networks", s.rewards_gb * 1e9, "by the rewards' names, or as given")
-    always |= part("CUDA context", CONTEXT, "an allowance")
+        add(ALWAYS, "half-precision copies (autocast)", trained * 2, f"{n} x 2")
+    if gpus > 1 and zero == 0:
+        add(ALWAYS, "gradient buckets (data parallel)", trained * 4, f"{n} x 4")
+    if gpus > 1 and zero in (1, 2):
+        buckets = 2 * min(BUCKET, trained) * own
+        add(ALWAYS, "DeepSpeed buckets", buckets, f"2 x min({BUCKET / 1e6:.0f} M, trained) x {own}")
+    if c.ema_decay is not None:
+        add(ALWAYS, "moving average", trained * own / shards, f"{n} x {own}")
+    if s.own_reference:
+        where, name = (ROLLOUT, "reference, once an iteration") if c.offload_reference else (ALWAYS, "reference")
+        add(where, name, shapes.parameters * half / shards, model)
+    for phase in (ALWAYS, ENCODING):
+        add(phase, "VAE", shapes.vae * half, f"{shapes.vae / 1e6:,.1f} M x {half}")
+        add(phase, "CUDA context", CONTEXT, "an allowance")
+    for phase in (ENCODING,) if s.unloads_encoders else (ALWAYS, ENCODING):
+        texts = " + ".join(f"{size / 1e6:,.0f}" for size in shapes.encoders.values())
+        add(phase, "text encoders", sum(shapes.encoders.values()) * half, f"({texts}) M x {half}")
+    height, width = s.size(policy)
+    latent, pixels = 4 * torch.Size(policy.latent_shape(height, width)).numel(), height * width
+    kept = latent * (s.window + 1 + s.own_reference * s.window) + 12 * pixels
+    add(ALWAYS, "trajectories and images", s.images * kept, f"{s.images} images x {kept / 1e6:.1f} MB")
+    add(ALWAYS, "reward networks", s.rewards_gb * 1e9, "by the rewards' names, or as given")
 
-    denoising = chunk * branches * rows.inference
-    rollout = part(
-        "noise and embeddings", chunk * (latent * (s.window + 3) + rows.embedding * branches), f"{chunk} images"
-    )
-    rollout |= part("denoising", denoising, f"{chunk * branches} predictions x {rows.inference / 1e9:.3f} GB")
-    decoding = max(decoded * rows.decode - denoising, 0)
-    rollout |= part(
-        "decoding, beyond denoising", decoding, f"{decoded} images x {rows.decode / 1e9:.2f} GB - denoising"
-    )
-    if zero == 3 and s.gather and s.gpus > 1:
-        whole = (trained + frozen) * width
-        rollout |= part("gathered weights", whole - whole / s.gpus, f"{(trained + frozen) / 1e6:,.1f} M x {width}")
-    if s.kl and not lora and s.offload_reference:
-        rollout |= part("reference, once an iteration", reference, f"{shapes.parameters / 1e6:,.1f} M x {width}")
-    update = part("embeddings", rows_now * rows.embedding, f"{rows_now} rows x {rows.embedding / 1e6:.1f} MB")
-    if s.checkpointing:
-        update |= part(
-            "activations (checkpointed)",
-            rows_now * rows.saved_checkpointed,
-            f"{rows_now} rows x {rows.saved_checkpointed / 1e9:.2f} GB",
-        )
-        update |= part("one live block", rows_now * rows.block, f"{rows_now} rows x {rows.block / 1e9:.2f} GB")
-    else:
-        update |= part("activations", rows_now * rows.saved, f"{rows_now} rows x {rows.saved / 1e9:.2f} GB")
-    for phase, parts in (("rollout", rollout), ("update", update)):
-        parts |= part(
-            f"fragmentation of the {phase}", FRAGMENTATION * sum(parts.values()) * 1e9, f"{FRAGMENTATION:.0%} of these"
-        )
-    encoding = part("text encoders", encoders, texts)
-    encoding |= {name: always[name] for name in ("VAE", "CUDA context")}
-    return Memory(always, {ENCODING: encoding, "rollout": rollout, "update": update}, formulas)
+    branches = 2 if policy.batched_guidance and c.guidance_scale != 1.0 else 1
+    sampled, decoded = s.chunk * branches, min(s.chunk, max(1, base.DECODE_PIXELS // pixels))
+    noise, denoising = s.chunk * latent * (s.window + 3), sampled * row.inference
+    add(ROLLOUT, "noise and embeddings", noise + sampled * row.embedding, f"{s.chunk} images")
+    add(ROLLOUT, "denoising", denoising, f"{sampled} predictions x {row.inference / 1e9:.3f} GB")
+    size = max(decoded * row.decode - denoising, 0)
+    add(ROLLOUT, "decoding, beyond denoising", size, f"{decoded} images x {row.decode / 1e9:.2f} GB - denoising")
+    if zero == 3 and c.gather_for_rollout:
+        size = (trained + frozen) * half * (1 - 1 / gpus)
+        add(ROLLOUT, "gathered weights", size, f"{(trained + frozen) / 1e6:,.1f} M x {half}")
+
+    rows = s.rows * branches
+    add(UPDATE, "embeddings", rows * row.embedding, f"{rows} rows x {row.embedding / 1e6:.1f} MB")
+    activations = {"activations": row.saved}
+    if c.activation_checkpointing:
+        activations = {"activations (checkpointed)": row.saved_checkpointed, "one live block": row.block}
+    for name, one in {**activations, "gradient probe's inputs": row.probed}.items():
+        add(UPDATE, name, rows * one, f"{rows} rows x {one / 1e9:.2f} GB")
+    for phase in (ROLLOUT, UPDATE):
+        size = FRAGMENTATION * sum(parts[phase].values()) * 1e9
+        add(phase, f"fragmentation of the {phase}", size, f"{FRAGMENTATION:.0%} of these")
+    return Memory(parts.pop(ALWAYS), parts, formulas)
+
+
+REWARD_NETWORKS = {
+    "pickscore": ("CLIP-H", 986e6 * 4), "hpsv2": ("CLIP-H of HPSv2", 986e6 * 4), "clip_score": ("CLIP-L", 428e6 * 4),
+    "aesthetic": ("CLIP-L", 428e6 * 4), "image_reward": ("BLIP-L", 478e6 * 4), "deqa": ("a VLM of 8.2 B", 8.2e9 * 2),
+}  # fmt: skip
+"""Rewards by name, their network (one copy where two share it) and its bytes."""
+
+
+def reward_gb(rewards: list[str] | tuple[str, ...]) -> float:
+    """Gigabytes of the networks of rewards by name, one copy where two share it.
+
+    Example:
+        ```python
+        >>> round(reward_gb(["ocr", "pickscore", "aesthetic", "clip_score"]), 2)
+        5.66
+
+        ```
+    """
+    names = [reward.split("(")[0].strip() for reward in rewards]
+    return sum(dict(REWARD_NETWORKS[name] for name in names if name in REWARD_NETWORKS).values()) / 1e9
 
 
 # Whether it fits
 
 
 def check_fit(settings: PlanSettings, gpu_memory_gb: float, estimate: Callable[[PlanSettings], Memory]) -> None:
-    """Raise where the plan takes more than a GPU has.
-
-    Args:
-        settings ([`PlanSettings`]): the plan.
-        gpu_memory_gb (`float`): of one GPU, 1e9 bytes each.
-        estimate (`Callable`): settings to [`Memory`].
+    """Raise where the plan takes more than `gpu_memory_gb` (1e9 bytes each).
 
     Raises:
         ValueError: with the largest parts, and the fewest changes found that make it fit.
@@ -679,60 +514,50 @@ def check_fit(settings: PlanSettings, gpu_memory_gb: float, estimate: Callable[[
 
 def remedy(settings: PlanSettings, gpu_memory_gb: float, estimate: Callable[[PlanSettings], Memory]) -> str:
     """A sentence with the changes that make the plan fit: the first single one that is enough, else as many as it takes."""
-    for text, changed in _changes(settings):
-        if (peak := estimate(changed).peak) <= gpu_memory_gb:
-            return f"Set {text}: then it takes {peak:.1f} GB."
-    texts: list[str] = []
-    current, lowest = settings, estimate(settings).peak
+    lowest = estimate(settings).peak
+    chosen: dict[str, Any] = {}
+    for change in _changes(settings):
+        if (peak := estimate(settings.but(**change)).peak) <= gpu_memory_gb:
+            return f"Set {_written(change)}: then it takes {peak:.1f} GB."
     while lowest > gpu_memory_gb:
-        options = [(estimate(changed).peak, text, changed) for text, changed in _changes(current)]
-        if not options or min(options, key=lambda o: o[0])[0] >= lowest - 1e-6:
-            done = f" Even with {' and '.join(texts)} it takes {lowest:.1f} GB." if texts else ""
+        options = [chosen | change for change in _changes(settings.but(**chosen))]
+        peaks = [estimate(settings.but(**option)).peak for option in options]
+        if min(peaks, default=lowest) > lowest - 1e-6:
+            done = f" Even with {_written(chosen)} it takes {lowest:.1f} GB." if chosen else ""
             return f"No setting makes it fit.{done} Use larger or more GPUs, smaller images, or a smaller model."
-        lowest, text, current = min(options, key=lambda option: option[0])
-        texts = [t for t in texts if t.split("=")[0] != text.split("=")[0]] + [text]
-    return f"Set {' and '.join(texts)}: then it takes {lowest:.1f} GB."
+        lowest = min(peaks)
+        chosen = options[peaks.index(lowest)]
+    return f"Set {_written(chosen)}: then it takes {lowest:.1f} GB."
 
 
-def _changes(settings: PlanSettings) -> Iterator[tuple[str, PlanSettings]]:
+def _changes(settings: PlanSettings) -> Iterator[dict[str, Any]]:
     """Single changes, those that cost least time first."""
-    if not settings.unload_encoders:
-        yield "unload_text_encoders=true", settings.but(unload_encoders=True)
-    if settings.gpus > 1 and settings.zero_stage < 2 and settings.lora_rank == 0:
-        yield "zero_stage=2", settings.but(zero_stage=2)
-    if settings.lora_rank == 0:
-        yield "lora_r=32", settings.but(lora_rank=32)
-    if settings.rollout_batch > 1:
-        for batch in (2**i for i in reversed(range((settings.rollout_batch - 1).bit_length()))):
-            yield f"rollout_batch_size={batch}", settings.but(rollout_batch=batch)
-    if not settings.checkpointing:
-        yield "gradient_checkpointing=true", settings.but(checkpointing=True)
-    micro = settings.micro_batch
+    s, c = settings, settings.config
+    if not s.unloads_encoders:
+        yield {"precompute_prompts": True, "unload_text_encoders": True}
+    if s.gpus > 1 and s.zero_stage < 2 and s.lora_r == 0:
+        yield {"zero_stage": 2}
+    if s.lora_r == 0:
+        yield {"lora_r": 32}
+    for power in reversed(range((s.chunk - 1).bit_length())):
+        yield {"rollout_batch_size": 2**power}
+    if not c.activation_checkpointing:
+        yield {"activation_checkpointing": True}
+    rows, micro = c.per_device_train_batch_size * c.gradient_accumulation_steps, c.per_device_train_batch_size
     while micro % 2 == 0:
         micro //= 2
-        accumulation = settings.accumulation * settings.micro_batch // micro
-        changed = settings.but(micro_batch=micro, accumulation=accumulation)
-        yield f"per_device_train_batch_size={micro} with gradient_accumulation_steps={accumulation}", changed
-    if settings.kl and settings.lora_rank == 0 and not settings.offload_reference:
-        yield "offload_reference=true", settings.but(offload_reference=True)
-    if settings.gpus > 1 and settings.zero_stage < 3:
-        yield "zero_stage=3", settings.but(zero_stage=3)
-    if settings.zero_stage == 3 and settings.gather:
-        yield "gather_for_rollout=false", settings.but(gather=False)
+        yield {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
+    if s.own_reference and not c.offload_reference:
+        yield {"offload_reference": True}
+    if s.gpus > 1 and s.zero_stage < 3:
+        yield {"zero_stage": 3}
+    if s.zero_stage == 3 and c.gather_for_rollout:
+        yield {"gather_for_rollout": False}
 
 
-def reward_gb(rewards: list[str] | tuple[str, ...]) -> float:
-    """Gigabytes of the networks of rewards by name, one copy where two share it.
-
-    Example:
-        ```python
-        >>> round(reward_gb(["ocr", "pickscore", "aesthetic", "clip_score"]), 2)
-        5.66
-
-        ```
-    """
-    names = [reward.split("(")[0].strip() for reward in rewards]
-    return sum(dict(REWARD_NETWORKS[name] for name in names if name in REWARD_NETWORKS).values()) / 1e9
+def _written(changes: dict[str, Any]) -> str:
+    names = {"activation_checkpointing": "gradient_checkpointing"}
+    return " and ".join(f"{names.get(key, key)}={str(value).lower()}" for key, value in changes.items())
 
 
 # The plan as text
@@ -755,13 +580,8 @@ def plan_text(
     """What a training run will take: parameters, memory by part and phase on each GPU, passes of one iteration.
 
     Args:
-        model (`str`): hub id, short name ("sd3.5-medium") or folder in diffusers' format.
-        config ([`DiffusionGRPOConfig`]): of the run; `generation_batch_size` counts the images of all GPUs.
-        revision (`str`, *optional*): of a hub id.
-        lora_rank (`int`): of the adapter; 0 for full fine-tuning.
-        lora_targets (`list[str]`, *optional*): its layers; the family's own by default.
-        gpus (`int`): processes.
-        zero_stage (`int`): of DeepSpeed; 0 for none.
+        model (`str`), revision (`str`, *optional*): hub id, short name ("sd3.5-medium") or folder in diffusers' format.
+        config, lora_rank, lora_targets, gpus, zero_stage: as in [`PlanSettings`].
         gpu_memory_gb (`float`, *optional*): of one GPU, in 1e9 bytes; None accepts every plan.
         prompts (`int`): distinct prompts, for the size of their embeddings.
         rewards_gb (`float`, *optional*): memory of reward networks on each GPU. None: by the names in `rewards`.
@@ -774,91 +594,47 @@ def plan_text(
         ValueError: if the run needs more than `gpu_memory_gb`, with what to change.
     """
     shapes = load_shapes(model, revision)
-    s = settings_from_config(
-        config, shapes.policy.default_size(), lora_rank=lora_rank, gpus=gpus, zero_stage=zero_stage, prompts=prompts,
-        lora_targets=tuple(lora_targets) if lora_targets else None,
-        rewards_gb=reward_gb(rewards) if rewards_gb is None else rewards_gb,
-    )  # fmt: skip
+    taken = reward_gb(rewards) if rewards_gb is None else rewards_gb
+    s = PlanSettings(config, lora_rank, lora_targets, gpus, zero_stage, taken)
     if gpu_memory_gb is not None:
         check_fit(s, gpu_memory_gb, partial(memory, shapes))
-    found, rows = memory(shapes, s), measure_rows(shapes, s)
+    found, embedding = memory(shapes, s), measure_rows(shapes, s).embedding
     sizes = {"denoiser": shapes.parameters, "position buffer": shapes.buffer, "VAE": shapes.vae, **shapes.encoders}
-    if s.lora_rank:
-        sizes[f"LoRA adapter r{s.lora_rank}"] = shapes.adapter_parameters(s.lora_rank, s.lora_targets)
-    kind = f"LoRA r{s.lora_rank}" if s.lora_rank else "full fine-tuning"
-    zero = f"ZeRO-{s.zero_stage}" if s.zero_stage else "no ZeRO"
-    lines = [f"An estimate by arithmetic, not measured on a GPU: {shapes.name} at {s.width} x {s.height} pixels", ""]
+    if lora_rank:
+        sizes[f"LoRA adapter r{lora_rank}"] = shapes.adapter_parameters(lora_rank, lora_targets)
+    height, width = s.size(shapes.policy)
+    kind = f"LoRA r{lora_rank}" if lora_rank else "full fine-tuning"
+    zero, precision = (f"ZeRO-{zero_stage}" if zero_stage else "no ZeRO"), ("half precision" if s.half else "float32")
+    lines = [f"An estimate by arithmetic, not measured on a GPU: {shapes.name} at {width} x {height} pixels", ""]
     lines += ["Parameters", *(f"  {name:<24}{size / 1e6:>10,.1f} M" for name, size in sizes.items() if size), ""]
-    precision = "half precision" if s.half else "float32"
-    lines += [f"This run: {kind}, {zero}, {precision}, {s.gpus} GPU(s); GB on each", "  through rollout and update"]
-    lines += [_line(name, size, found) for name, size in found.always.items()]
-    for phase, parts in found.phases.items():
-        lines += [f"  {phase}", *(_line(name, size, found) for name, size in parts.items())]
-        lines.append(f"    = {phase}".ljust(40) + f"{found.total(phase):8.2f}")
-    note = (
-        "" if s.rewards_gb else " Networks of rewards that are not named come on top: pass their memory as rewards_gb."
-    )
+    lines += [f"This run: {kind}, {zero}, {precision}, {gpus} GPU(s); GB on each"]
+    for phase, parts in {"through rollout and update": found.always, **found.phases}.items():
+        lines += [f"  {phase}"]
+        lines += [f"    {name:<36}{size:8.2f}  {found.formulas[name]}" for name, size in parts.items()]
+        if phase in found.phases:
+            lines += [f"    = {phase}".ljust(40) + f"{found.total(phase):8.2f}"]
+    note = "" if taken else " Networks of rewards that are not named come on top: pass their memory as rewards_gb."
+    total = f", {embedding * prompts / 1e9:.1f} GB for {prompts:,}" if prompts else ""
     lines += [f"Peak {found.peak:.1f} GB, during {found.peak_phase}.{note}", ""]
-    total = f", {rows.embedding * s.prompts / 1e9:.1f} GB for {s.prompts:,}" if s.prompts else ""
-    lines += [f"Prompt embeddings (CPU or disk): {rows.embedding / 1e6:.2f} MB a prompt{total}", ""]
+    lines += [f"Prompt embeddings (CPU or disk): {embedding / 1e6:.2f} MB a prompt{total}", ""]
     passes = count_passes(s, shapes.policy.batched_guidance)
-    lines.append(f"One iteration on each GPU: {s.samples_here} images, {passes.updates} optimizer step(s)")
-    lines += [
-        f"  {name:<26}{calls:>8,} calls {rows:>10,} predictions" for name, (calls, rows) in passes.table().items()
-    ]
+    updates = passes["backwards"][0] // config.gradient_accumulation_steps
+    lines += [f"One iteration on each GPU: {s.images} images, {updates} optimizer step(s)"]
+    lines += [f"  {name:<26}{calls:>8,} calls {n:>10,} predictions" for name, (calls, n) in passes.items()]
     return "\n".join(lines)
 
 
-def _line(name: str, size: float, found: Memory) -> str:
-    return f"    {name:<36}{size:8.2f}  {found.formulas[name]}"
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Calls of the denoiser in one iteration on one GPU, and predictions: a second branch of guidance doubles them."""
-
-    rollout_calls: int
-    rollout_rows: int
-    update_calls: int
-    update_rows: int
-    reference_calls: int
-    reference_rows: int
-    updates: int
-
-    def table(self) -> dict[str, tuple[int, int]]:
-        rows = {
-            "rollout forwards": (self.rollout_calls, self.rollout_rows),
-            "update forwards": (self.update_calls, self.update_rows),
-            "reference forwards (KL)": (self.reference_calls, self.reference_rows),
-            "backwards": (self.update_calls, self.update_rows),
-        }
-        return {name: row for name, row in rows.items() if row[0]}
-
-
-def count_passes(settings: PlanSettings, batched_guidance: bool) -> Compute:
-    """Count what one iteration of [`DiffusionGRPOTrainer`] calls, without what shared initial noise spares.
-
-    Args:
-        settings ([`PlanSettings`]): the run.
-        batched_guidance (`bool`): whether guidance takes a second branch in this family.
-
-    Example:
-        ```python
-        >>> passes = count_passes(PlanSettings(512, 512, samples=8, steps=10, window=3, micro_batch=4), True)
-        >>> passes.rollout_calls, passes.rollout_rows, passes.update_calls, passes.update_rows, passes.updates
-        (10, 80, 6, 24, 6)
-
-        ```
-    """
-    s, here = settings, settings.samples_here
-    branches = 2 if batched_guidance and s.guidance != 1.0 else 1
-    chunks = -(-here // s.rollout_batch)
-    rows = here * s.window * s.passes
-    calls = rows // s.rows_per_forward
-    reference_calls, reference_rows = (calls, rows) if s.lora_rank else (chunks * s.window, here * s.window)
-    if not s.kl:
-        reference_calls = reference_rows = 0
-    return Compute(
-        chunks * s.steps, here * s.steps * branches, calls, rows * branches, reference_calls, reference_rows * branches,
-        calls // s.accumulation,
-    )  # fmt: skip
+def count_passes(settings: PlanSettings, batched_guidance: bool) -> dict[str, tuple[int, int]]:
+    """Calls of the denoiser in one iteration on one GPU, and predictions, which `batched_guidance` doubles by a second branch.
+    What shared initial noise spares is not counted."""
+    s, c = settings, settings.config
+    branches = 2 if batched_guidance and c.guidance_scale != 1.0 else 1
+    chunks, rows = -(-s.images // s.chunk), s.images * s.window * c.num_iterations
+    update = (rows // s.rows, rows * branches)
+    passes = {
+        "rollout forwards": (chunks * c.num_inference_steps, s.images * c.num_inference_steps * branches),
+        "update forwards": update,
+        "reference forwards (KL)": (chunks * s.window, s.images * s.window * branches) if s.own_reference else update,
+        "backwards": update,
+    }
+    return passes if c.beta > 0 else {name: value for name, value in passes.items() if "KL" not in name}

@@ -19,10 +19,8 @@ from trl_apex.plan import (
     load_shapes,
     measure_rows,
     memory,
-    plan_text,
     remedy,
     reward_gb,
-    settings_from_config,
     state_bytes,
 )
 
@@ -45,6 +43,17 @@ def estimate(medium):
 @pytest.fixture(scope="module")
 def large():
     return load_shapes("stabilityai/stable-diffusion-3.5-large")
+
+
+def settings(lora_r=32, gpus=1, zero_stage=0, rewards_gb=0.0, **changes):
+    """A run of 64 images a GPU at 512 pixels in half precision: 9 trained steps, one update."""
+    values = {
+        "output_dir": "unused", "use_cpu": True, "bf16": True, "height": 512, "width": 512, "num_generations": 8,
+        "generation_batch_size": 64 * gpus, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 72,
+        "num_inference_steps": 10, "rollout_batch_size": 8, "guidance_scale": 4.5,
+    }  # fmt: skip
+    config = DiffusionGRPOConfig(**values | changes)  # the CPU here, its bf16 as on a GPU
+    return PlanSettings(config, lora_r, gpus=gpus, zero_stage=zero_stage, rewards_gb=rewards_gb)
 
 
 # Parameters
@@ -83,7 +92,7 @@ def test_a_folder_is_read_without_its_weights(name, tmp_path):
     assert shapes.vae == sum(p.numel() for p in pipeline.vae.parameters())
     for key, size in shapes.encoders.items():
         assert size == sum(p.numel() for p in getattr(pipeline, key).parameters())
-    rows = measure_rows(shapes, PlanSettings(16, 16, lora_rank=2, max_sequence_length=12))
+    rows = measure_rows(shapes, settings(lora_r=2, height=16, width=16, max_sequence_length=12))
     assert rows.saved > rows.saved_checkpointed > 0 and rows.decode > 0 and rows.inference > 0
     adapted = get_peft_model(denoiser, LoraConfig(r=2, target_modules=list(shapes.policy.lora_targets)))
     assert shapes.adapter_parameters(2) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -118,17 +127,17 @@ def test_activations_of_an_image_by_hand(medium, large):
     assert lora.saved_checkpointed == 24 * small == pytest.approx(0.100e9, rel=0.01)
     assert lora.decode == 3 * 256 * 512 * 512 * 2 == pytest.approx(0.403e9, rel=0.01)
     assert lora.embedding == (333 * 4096 + 2048) * 2
-    full = measure_rows(large, PlanSettings(1024, 1024, lora_rank=0, zero_stage=2))
+    full = measure_rows(large, settings(lora_r=0, zero_stage=2, height=1024, width=1024))
     assert full.saved == 38 * 29 * big == pytest.approx(23.7e9, rel=0.01)
-    plain = measure_rows(large, PlanSettings(1024, 1024, half=False, lora_rank=0))
+    plain = measure_rows(large, settings(lora_r=0, bf16=False, height=1024, width=1024))
     assert plain.saved == 2 * full.saved
 
 
 def test_other_families_are_of_the_size_of_their_layers():
-    flux = measure_rows(load_shapes("flux.1-dev"), PlanSettings(512, 512))
+    flux = measure_rows(load_shapes("flux.1-dev"), settings())
     assert flux.saved_checkpointed == (19 + 38) * (1024 + 256) * 3072 * 2
     xl = load_shapes("sdxl")
-    small, large = measure_rows(xl, PlanSettings(512, 512)), measure_rows(xl, PlanSettings(1024, 1024))
+    small, large = measure_rows(xl, settings()), measure_rows(xl, settings(height=1024, width=1024))
     assert large.saved == 4 * small.saved and 1.5e9 < small.saved < 2.5e9
     assert small.saved > small.saved_checkpointed > 0
 
@@ -137,8 +146,8 @@ def test_a_default_run_of_sd35_medium_with_lora_fits_24_gb(medium, tmp_path):
     config = APEXConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True)  # the CPU here, its bf16 as on a GPU
     rewards = ["ocr", "pickscore", "aesthetic", "clip_score"]
     assert reward_gb(rewards) == pytest.approx((986 + 428) * 4e-3)
-    run = settings_from_config(config, medium.policy.default_size(), rewards_gb=reward_gb(rewards))
-    assert (run.height, run.rollout_batch, run.checkpointing) == (512, 8, True)
+    run = PlanSettings(config, rewards_gb=reward_gb(rewards))
+    assert (run.size(medium.policy), run.chunk, config.activation_checkpointing) == ((512, 512), 8, True)
     found = memory(medium, run)
     weights = (
         2.2432 * 2 + 0.2265 * 2 + 0.0188 * 16 + 0.0838 * 2 + 5.656 + 1
@@ -150,7 +159,7 @@ def test_a_default_run_of_sd35_medium_with_lora_fits_24_gb(medium, tmp_path):
     assert found.peak < 24
     check_fit(run, 24, partial(memory, medium))
     with pytest.raises(ValueError, match="gradient_checkpointing=true"):
-        check_fit(run.but(checkpointing=False), 24, partial(memory, medium))
+        check_fit(run.but(activation_checkpointing=False), 24, partial(memory, medium))
 
 
 # Compute
@@ -181,7 +190,6 @@ PLAIN = {"num_inference_steps": 4, "guidance_scale": 1.0}
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("sd3", PLAIN),
         ("sd3", {**PLAIN, "guidance_scale": 3.0, "beta": 0.1, "num_iterations": 2}),
         ("sd3", {**PLAIN, "sde_window_size": 2, "rollout_batch_size": 3, "guidance_scale": 2.0}),
         ("sd3", {**PLAIN, "beta": 0.1, "rollout_batch_size": 3, "num_iterations": 2, "lora": 0}),
@@ -205,94 +213,88 @@ def test_passes_equal_those_of_a_training_iteration(name, overrides, tmp_path):
     peft_config = LoraConfig(r=rank) if rank else None
     trainer = DiffusionGRPOTrainer(build(name), redness, config, data, peft_config=peft_config)
     config.max_steps = trainer.updates_per_iteration
-    settings = settings_from_config(config, trainer.policy.default_size(), lora_rank=rank)
-    expected = count_passes(settings, trainer.policy.batched_guidance)
+    expected = count_passes(PlanSettings(config, rank), trainer.policy.batched_guidance)
     counted = Counting([trainer.policy.denoiser, *([trainer._reference] if trainer._reference is not None else [])])
     trainer.train()
     without, with_gradient = ([rows for rows, grad in counted.forwards if grad is wanted] for wanted in (False, True))
     without = [rows for rows in without if rows > 1]  # the detectors look at one image beside
-    assert len(with_gradient) == expected.update_calls == len(counted.backwards)
-    assert sum(with_gradient) == expected.update_rows == sum(counted.backwards)
-    assert len(without) == expected.rollout_calls + expected.reference_calls
-    assert sum(without) == expected.rollout_rows + expected.reference_rows
-    assert trainer.state.global_step == expected.updates
+    assert (len(with_gradient), sum(with_gradient)) == expected["update forwards"]
+    assert (len(counted.backwards), sum(counted.backwards)) == expected["backwards"]
+    apart = [expected["rollout forwards"], expected.get("reference forwards (KL)", (0, 0))]
+    assert (len(without), sum(without)) == tuple(map(sum, zip(*apart, strict=True)))
+    assert trainer.state.global_step * config.gradient_accumulation_steps == expected["backwards"][0]
 
 
 # Refusals
-
-
-def settings(**changes):
-    values = {"samples": 64, "micro_batch": 8, "accumulation": 9, "rollout_batch": 8, "guidance": 4.5}
-    return PlanSettings(512, 512, **{**values, **changes})
 
 
 def test_a_plan_that_cannot_fit_names_what_to_change(estimate):
     with pytest.raises(
         ValueError, match=r"(?s)must fit into 24 GB a GPU. Found an estimate of .* during update .* Set "
     ):
-        check_fit(settings(checkpointing=False), 24, estimate)
+        check_fit(settings(gradient_checkpointing=False), 24, estimate)
     check_fit(settings(), 24, estimate)
-    assert remedy(settings(checkpointing=False), 24, estimate).startswith("Set gradient_checkpointing=true: then it ")
-    assert remedy(settings(micro_batch=64, accumulation=1), 24, estimate).startswith(
+    assert remedy(settings(gradient_checkpointing=False), 24, estimate).startswith(
+        "Set gradient_checkpointing=true: then it "
+    )
+    assert remedy(settings(per_device_train_batch_size=64, gradient_accumulation_steps=9), 24, estimate).startswith(
         "Set per_device_train_batch_size="
     )
-    eight = {"lora_rank": 0, "gpus": 8, "samples": 512}
+    eight = {"lora_r": 0, "gpus": 8}
     assert remedy(settings(**eight), 40, estimate).startswith(
         "Set zero_stage=2: "
     )  # before an adapter or slower passes
-    assert remedy(settings(lora_rank=0, checkpointing=False, micro_batch=1, accumulation=72), 40, estimate).startswith(
-        "Set lora_r=32: "
+    small = settings(
+        lora_r=0, gradient_checkpointing=False, per_device_train_batch_size=1, gradient_accumulation_steps=576
     )
-    both = remedy(settings(lora_rank=0, checkpointing=False), 24, estimate)
+    assert remedy(small, 40, estimate).startswith("Set lora_r=32: ")
+    both = remedy(settings(lora_r=0, gradient_checkpointing=False), 24, estimate)
     assert "lora_r=32" in both and "gradient_checkpointing=true" in both and " and " in both
-    assert "No setting makes it fit. Even with" in remedy(settings(checkpointing=False), 6, estimate)
+    assert "No setting makes it fit. Even with" in remedy(settings(gradient_checkpointing=False), 6, estimate)
 
 
 def test_parts_of_a_plan(estimate):
-    base = settings(lora_rank=0, gpus=8, samples=512, zero_stage=2)
-    plain, kl = estimate(base), estimate(base.but(kl=True))
+    base = settings(lora_r=0, gpus=8, zero_stage=2)
+    plain, kl = estimate(base), estimate(base.but(beta=0.1))
     assert kl.always["reference"] == pytest.approx(2.2432 * 2, abs=0.01)  # in half precision
-    assert "reference" not in estimate(base.but(kl=True, offload_reference=True)).always
-    assert estimate(base.but(lora_rank=0, zero_stage=0, kl=True)).always["reference"] == kl.always["reference"]
+    assert "reference" not in estimate(base.but(beta=0.1, offload_reference=True)).always
+    assert estimate(base.but(lora_r=0, zero_stage=0, beta=0.1)).always["reference"] == kl.always["reference"]
     gathered = estimate(base.but(zero_stage=3)).phases["rollout"]["gathered weights"]
     assert gathered == pytest.approx(2.2432 * 2 * 7 / 8, abs=0.01)
     assert plain.always["DeepSpeed buckets"] == pytest.approx(2 * 0.5 * 2)
-    assert estimate(base.but(ema=True)).always["moving average"] == pytest.approx(2.2432 * 2, abs=0.01)
-    kept = estimate(base.but(unload_encoders=False)).always["text encoders"]
+    assert estimate(base.but(ema_decay=0.9)).always["moving average"] == pytest.approx(2.2432 * 2, abs=0.01)
+    kept = estimate(base.but(unload_text_encoders=False)).always["text encoders"]
     assert kept == pytest.approx(2 * (4.7623 + 0.6947 + 0.1237), abs=0.01)
     assert plain.phases[ENCODING]["text encoders"] == kept
     assert all(size > 0 for parts in plain.phases.values() for size in parts.values())
-    larger = estimate(base.but(samples=1024, micro_batch=16)).phases["update"]["activations (checkpointed)"]
-    assert larger == pytest.approx(2 * plain.phases["update"]["activations (checkpointed)"])
+    double = estimate(base.but(generation_batch_size=1024, per_device_train_batch_size=16)).phases["update"]
+    name = "activations (checkpointed)"
+    assert double[name] == pytest.approx(2 * plain.phases["update"][name])
     assert estimate(base.but(rewards_gb=3)).total("update") == pytest.approx(plain.total("update") + 3)
-    wide = base.but(rollout_batch=64)
+    wide = base.but(rollout_batch_size=64)
     assert estimate(wide).phases["rollout"]["denoising"] == pytest.approx(8 * plain.phases["rollout"]["denoising"])
     assert "decoding, beyond denoising" not in estimate(wide).phases["rollout"]  # four images at a time, however many
 
 
+def test_the_inputs_that_the_gradient_probe_keeps_have_a_line(estimate):
+    def kept(probe, **changes):
+        run = settings(**changes)
+        run.config.gradient_probe = probe  # a field of APEXConfig
+        return estimate(run).phases["update"].get("gradient probe's inputs", 0.0)
+
+    one = (1024 + 333) * 1536 * 4 * 4 / 1e9  # tokens, width, float32, inputs of q k v and output
+    assert kept(True) == pytest.approx(8 * 2 * one)  # checkpointing: one block at a time
+    assert kept(True, gradient_checkpointing=False) == pytest.approx(24 * 8 * 2 * one)
+    assert kept(False) == kept(True, lora_r=0) == kept(True, zero_stage=2) == 0
+
+
 def test_settings_that_cannot_run():
     with pytest.raises(ValueError, match="must be a multiple of their number. Found 64 and 6. Use e.g. 66"):
-        settings(gpus=6)
+        settings(gpus=6, generation_batch_size=64)
     with pytest.raises(ValueError, match="split into whole updates"):
-        settings(accumulation=7)
+        settings(gradient_accumulation_steps=7)
     with pytest.raises(ValueError, match="must be 0, 1, 2 or 3"):
         settings(zero_stage=4)
-
-
-def test_the_text_of_a_plan(tmp_path):
-    pipeline = build("sd3.5-medium")
-    pipeline.save_pretrained(tmp_path / "pipeline")
-    config = APEXConfig(
-        output_dir=str(tmp_path), use_cpu=True, num_generations=8, generation_batch_size=64, num_inference_steps=10,
-        sde_window_size=2, per_device_train_batch_size=8, gradient_accumulation_steps=8, height=16, width=16,
-        max_sequence_length=12,
-    )  # fmt: skip
-    text = plan_text(str(tmp_path / "pipeline"), config, lora_rank=4, prompts=1000, gpu_memory_gb=2)
-    assert "estimate" in text.splitlines()[0]
-    for part in ("position buffer", "Peak", "rollout forwards", "2 optimizer step(s)", "M trained x 4", "for 1,000"):
-        assert part in text
-    with pytest.raises(ValueError, match="must fit into 0.5 GB"):
-        plan_text(str(tmp_path / "pipeline"), config, lora_rank=4, gpu_memory_gb=0.5)
 
 
 def test_the_command(tmp_path, capsys):
@@ -301,9 +303,13 @@ def test_the_command(tmp_path, capsys):
         "plan", "--model", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path / "run"), "--height", "16", "--width",
         "16", "--num_generations", "4", "--generation_batch_size", "16", "--per_device_train_batch_size", "2",
         "--gradient_accumulation_steps", "2", "--num_inference_steps", "5", "--lora_r", "4", "--gpus", "4", "--zero_stage", "2",
+        "--num_prompts", "1000",
     ]  # fmt: skip
     assert main([*run, "--gpu_memory_gb", "24"]) == 0
     printed = capsys.readouterr().out
+    assert "An estimate by arithmetic" in printed
+    for part in ("Peak", "rollout forwards", "M trained x 2 bytes", "for 1,000", "LoRA adapter r4"):
+        assert part in printed
     assert "This run: LoRA r4, ZeRO-2, half precision, 4 GPU(s)" in printed
     assert "One iteration on each GPU: 4 images, 4 optimizer step(s)" in printed
     assert main([*run, "--gpu_memory_gb", "0.5"]) == 2
