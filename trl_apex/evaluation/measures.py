@@ -1,4 +1,4 @@
-"""Measures of a multi-objective run."""
+"""Measures of a multi-objective run: gains with paired errors, prompts that got better all round, signs of reward hacking."""
 
 import math
 from collections.abc import Sequence
@@ -7,140 +7,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-
-def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[str, float]:
-    """How much one reward rose, on the same prompts and noise.
-
-    ```
-    gain = mean(tuned - base) / std(base)     gain_se = se / std(base)     se = std(tuned - base) / sqrt(n)
-    ```
-
-    Args:
-        base, tuned (`torch.Tensor` of shape `[B]`): the reward of each image; a pair with a missing value is left out.
-
-    Returns:
-        `dict`: `base` and `tuned` (means), `se` (standard error of the mean paired difference, in reward units), `gain`
-        and `gain_se` (in standard deviations of the base's rewards) and `n`.
-
-    Raises:
-        ValueError: if fewer than two whole pairs are left.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> result = paired_gain(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))
-        >>> result["tuned"], result["gain"], result["se"]
-        (3.0, 1.0, 0.0)
-
-        ```
-    """
-    whole = base.isfinite() & tuned.isfinite()
-    base, tuned = base[whole].double(), tuned[whole].double()
-    if len(base) < 2:
-        raise ValueError(
-            f"A paired difference needs at least 2 images scored both times. Found {len(base)}. Use more."
-        )
-    difference = tuned - base
-    se = difference.std().item() / len(base) ** 0.5
-    spread = base.std().item()
-    scale = 1 / spread if spread > 0 else float("nan")
-    return {
-        "base": base.mean().item(),
-        "tuned": tuned.mean().item(),
-        "se": se,
-        "gain": difference.mean().item() * scale,
-        "gain_se": se * scale,
-        "n": len(base),
-    }
-
-
-def domination_rates(base: Float[Tensor, "B K"], tuned: Float[Tensor, "B K"]) -> tuple[float, float]:
-    """Share of prompts that got better all round, and share that got worse all round.
-
-    The first (JDR) counts prompts where no objective fell and one rose; the second (JCR) the reverse.
-
-    Args:
-        base, tuned (`torch.Tensor` of shape `[B, K]`): rewards; missing values count as equal.
-
-    Returns:
-        `tuple[float, float]`
-
-    Example:
-        ```python
-        >>> import torch
-        >>> base = torch.zeros(4, 2)
-        >>> tuned = torch.tensor([[1.0, 0.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 0.0]])
-        >>> domination_rates(base, tuned)
-        (0.25, 0.25)
-
-        ```
-    """
-    difference = (tuned - base).nan_to_num(nan=0.0)
-    rose, fell = (difference > 0).any(1), (difference < 0).any(1)
-    return (rose & ~fell).double().mean().item(), (fell & ~rose).double().mean().item()
-
-
-def hypervolume(points: Float[Tensor, "M K"], reference: Float[Tensor, " K"]) -> float:
-    """Volume that a set of points dominates above a reference point; larger is better.
-
-    Args:
-        points (`torch.Tensor` of shape `[M, K]`): e.g. gains of checkpoints, one axis an objective.
-        reference (`torch.Tensor` of shape `[K]`): e.g. the base model (zeros). Points below it on any axis count nothing.
-
-    Returns:
-        `float`
-
-    Example:
-        ```python
-        >>> import torch
-        >>> hypervolume(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.zeros(2))
-        3.0
-
-        ```
-
-    Reference: slicing of objectives, exact; meant for tens of points and a handful of objectives.
-    """
-    above = (points.double() - reference.double()).clamp_min(0)
-    return _dominated(above[(above > 0).all(1)])
-
-
-def _dominated(points: Tensor) -> float:
-    if len(points) == 0:
-        return 0.0
-    if points.shape[1] == 1:
-        return points.max().item()
-    volume, below = 0.0, 0.0
-    for height in points[:, -1].unique().tolist():
-        volume += (height - below) * _dominated(points[points[:, -1] >= height][:, :-1])
-        below = height
-    return volume
-
-
-def seesaw_rate(means: Float[Tensor, "E K"], errors: Float[Tensor, "E K"]) -> float:
-    """Share of evaluation intervals in which one objective rises and another falls, each by more than 2 standard errors.
-
-    Args:
-        means (`torch.Tensor` of shape `[E, K]`): mean reward of each evaluation.
-        errors (`torch.Tensor` of shape `[E, K]`): their standard errors.
-
-    Returns:
-        `float`: 0 where there are fewer than two evaluations.
-
-    Example:
-        ```python
-        >>> import torch
-        >>> means = torch.tensor([[0.0, 0.0], [1.0, -1.0], [2.0, 0.0]])
-        >>> seesaw_rate(means, torch.full((3, 2), 0.1))
-        0.5
-
-        ```
-    """
-    if len(means) < 2:
-        return 0.0
-    step = means[1:] - means[:-1]
-    noise = 2 * (errors[1:] ** 2 + errors[:-1] ** 2).sqrt()
-    return ((step > noise).any(1) & (step < -noise).any(1)).double().mean().item()
 
 
 def compare(
@@ -178,11 +44,87 @@ def compare(
     }
 
 
+def _gain(base: Tensor, tuned: Tensor) -> dict[str, Any]:
+    whole = int((base.isfinite() & tuned.isfinite()).sum())
+    if whole < 2:
+        return dict.fromkeys(("base", "tuned", "se", "gain", "gain_se"), None) | {"n": whole}
+    return {key: value if math.isfinite(value) else None for key, value in paired_gain(base, tuned).items()}
+
+
+def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[str, float]:
+    """How much one reward rose, on the same prompts and noise.
+
+    ```
+    gain = mean(tuned - base) / std(base)     gain_se = se / std(base)     se = std(tuned - base) / sqrt(n)
+    ```
+
+    Args:
+        base, tuned (`torch.Tensor` of shape `[B]`): the reward of each image; a pair with a missing value is left out.
+
+    Returns:
+        `dict`: `base` and `tuned` (means), `se` (in reward units), `gain`, `gain_se` and `n`.
+
+    Raises:
+        ValueError: if fewer than two whole pairs are left.
+
+    Example:
+        ```python
+        >>> result = paired_gain(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))
+        >>> result["tuned"], result["gain"], result["se"]
+        (3.0, 1.0, 0.0)
+
+        ```
+    """
+    whole = base.isfinite() & tuned.isfinite()
+    base, tuned = base[whole].double(), tuned[whole].double()
+    if len(base) < 2:
+        raise ValueError(
+            f"A paired difference needs at least 2 images scored both times. Found {len(base)}. Use more."
+        )
+    mean, se = mean_and_error(tuned - base)
+    spread = base.std().item() or float("nan")
+    return {
+        "base": base.mean().item(),
+        "tuned": tuned.mean().item(),
+        "se": se,
+        "gain": mean / spread,
+        "gain_se": se / spread,
+        "n": len(base),
+    }
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean and its standard error, without missing values; nothing can be said of fewer than two."""
+    values = values[values.isfinite()]
+    if len(values) < 2:
+        return 0.0, float("inf")
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+
+def domination_rates(base: Float[Tensor, "B K"], tuned: Float[Tensor, "B K"]) -> tuple[float, float]:
+    """Share of prompts where no objective fell and one rose (JDR), and where none rose and one fell (JCR).
+
+    Args:
+        base, tuned (`torch.Tensor` of shape `[B, K]`): rewards; missing values count as equal.
+
+    Example:
+        ```python
+        >>> tuned = torch.tensor([[1.0, 0.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 0.0]])
+        >>> domination_rates(torch.zeros(4, 2), tuned)
+        (0.25, 0.25)
+
+        ```
+    """
+    difference = (tuned - base).nan_to_num(nan=0.0)
+    rose, fell = (difference > 0).any(1), (difference < 0).any(1)
+    return (rose & ~fell).double().mean().item(), (fell & ~rose).double().mean().item()
+
+
 def joint_hypervolume(gains: list[dict[str, float | None]]) -> float | None:
     """Hypervolume that some models together dominate above the base, each axis in standard deviations of the base.
 
     Args:
-        gains (`list[dict]`): gain by objective, one dictionary a model.
+        gains (`list[dict]`): gain by objective, one dictionary a model. None anywhere makes the result None.
     """
     if not gains or any(value is None for gain in gains for value in gain.values()):
         return None
@@ -190,11 +132,55 @@ def joint_hypervolume(gains: list[dict[str, float | None]]) -> float | None:
     return hypervolume(points, torch.zeros(points.shape[1]))
 
 
-def _gain(base: Tensor, tuned: Tensor) -> dict[str, Any]:
-    whole = int((base.isfinite() & tuned.isfinite()).sum())
-    if whole < 2:
-        return dict.fromkeys(("base", "tuned", "se", "gain", "gain_se"), None) | {"n": whole}
-    return {key: value if math.isfinite(value) else None for key, value in paired_gain(base, tuned).items()}
+def hypervolume(points: Float[Tensor, "M K"], reference: Float[Tensor, " K"]) -> float:
+    """Volume that a set of points dominates above a reference point; larger is better. Exact, for tens of points.
+
+    Args:
+        points (`torch.Tensor` of shape `[M, K]`): e.g. gains of checkpoints, one axis an objective.
+        reference (`torch.Tensor` of shape `[K]`): e.g. the base model (zeros). Points below it on any axis count nothing.
+
+    Example:
+        ```python
+        >>> hypervolume(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.zeros(2))
+        3.0
+
+        ```
+    """
+    above = (points.double() - reference.double()).clamp_min(0)
+    return _dominated(above[(above > 0).all(1)])
+
+
+def _dominated(points: Tensor) -> float:
+    if len(points) == 0:
+        return 0.0
+    if points.shape[1] == 1:
+        return points.max().item()
+    volume, below = 0.0, 0.0
+    for height in points[:, -1].unique().tolist():
+        volume += (height - below) * _dominated(points[points[:, -1] >= height][:, :-1])
+        below = height
+    return volume
+
+
+def seesaw_rate(means: Float[Tensor, "E K"], errors: Float[Tensor, "E K"]) -> float:
+    """Share of evaluation intervals in which one objective rises and another falls, each by more than 2 standard errors.
+
+    Args:
+        means, errors (`torch.Tensor` of shape `[E, K]`): mean reward of each evaluation, and its standard error.
+
+    Example:
+        ```python
+        >>> means = torch.tensor([[0.0, 0.0], [1.0, -1.0], [2.0, 0.0]])
+        >>> seesaw_rate(means, torch.full((3, 2), 0.1))
+        0.5
+
+        ```
+    """
+    if len(means) < 2:
+        return 0.0
+    step = means[1:] - means[:-1]
+    noise = 2 * (errors[1:] ** 2 + errors[:-1] ** 2).sqrt()
+    return ((step > noise).any(1) & (step < -noise).any(1)).double().mean().item()
 
 
 def hacking_signs(
@@ -214,13 +200,9 @@ def hacking_signs(
 
     Args:
         names (sequence of `str`): K rewards, the trained ones first.
-        first, latest (`torch.Tensor` of shape `[P, K]`): rewards of the first and of the latest evaluation, row by row of the
-            same dataset; NaN where missing.
+        first, latest (`torch.Tensor` of shape `[P, K]`): rewards of two evaluations on the same dataset; NaN where missing.
         trained (`int`): how many of the K are trained on.
         threshold (`float`): in standard errors.
-
-    Returns:
-        `list[str]`: one for each watched reward that fell, with the figures.
 
     Example:
         ```python
@@ -234,28 +216,16 @@ def hacking_signs(
         ```
     """
     difference = latest.double() - first.double()
-    spread = torch.stack([_std(column) for column in first[:, :trained].double().T])
-    rise = (difference[:, :trained] / spread)[:, spread > 0].nanmean(1)
-    if not _mean_and_error(rise)[0] > threshold * _mean_and_error(rise)[1]:
+    columns = [column[column.isfinite()] for column in first[:, :trained].double().T]
+    spread = torch.stack([c.std() if len(c) > 1 else c.new_zeros(()) for c in columns])
+    rise, error = mean_and_error((difference[:, :trained] / spread)[:, spread > 0].nanmean(1))
+    if not rise > threshold * error:
         return []
     signs = []
     for k in range(trained, len(names)):
-        mean, error = _mean_and_error(difference[:, k])
+        mean, error = mean_and_error(difference[:, k])
         if mean < -threshold * error:
             both = difference[:, k].isfinite()
             before, after = first[both, k].mean().item(), latest[both, k].mean().item()
             signs.append(f"{names[k]} fell from {before:.4g} to {after:.4g} ({mean:.3g} ± {error:.3g})")
     return signs
-
-
-def _std(values: Tensor) -> Tensor:
-    values = values[values.isfinite()]
-    return values.std() if len(values) > 1 else values.new_zeros(())
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error; nothing can be said of fewer than two values."""
-    values = values[values.isfinite()]
-    if len(values) < 2:
-        return 0.0, float("inf")
-    return values.mean().item(), values.std().item() / len(values) ** 0.5

@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import numpy_to_pil
 from torch import Tensor
 
 from ..diffusion.families import dtype_argument, load_policy
-from ..diffusion.families.base import DiffusionPolicy
 from ..diffusion.rollout import evaluation_noise, sample
 from ..diffusion.schedule import Sampler
 from ..prompts import PromptEmbeddings, load_prompts
 from ..prompts.embeddings import unload_encoders
 from ..report.figures import image_grid, save_samples
-from ..rewards.base import default_device
+from ..rewards.base import default_device, to_pil
 from ..rewards.scoring import RewardScorer, reward_name
 from ..trainers.weights import adapted, check_adapter
-from . import compare, joint_hypervolume
+from .measures import compare, joint_hypervolume, mean_and_error
 
 BASE = "base"
 Record = dict[str, Any]
@@ -109,7 +107,7 @@ def run_evaluation(
 
     device = torch.device(device or default_device())
     if isinstance(model, str):
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or (torch.bfloat16 if device.type != "cpu" else torch.float32)
         policy = load_policy(model, **dtype_argument(dtype))
     else:
         policy = load_policy(model)
@@ -117,77 +115,54 @@ def run_evaluation(
         check_adapter(policy, source, ema)
     policy.move_frozen(device)
     policy.denoiser.to(device)
-    draw = _Drawing(
-        policy, dataset, images_per_prompt, num_inference_steps, guidance_scale, negative_prompt, height, width,
-        max_sequence_length, seed, batch_size, device,
-    )  # fmt: skip
+    default_height, default_width = policy.default_size()
+    height, width = height or default_height, width or default_width
+    shape = policy.latent_shape(height, width)
+    sampler = Sampler(policy.schedule(num_inference_steps, height, width), policy.transitions[0], 0.7)
+    embeddings = PromptEmbeddings(
+        lambda texts: policy.encode(texts, max_sequence_length),
+        encode_negative=lambda: policy.encode_negative(negative_prompt, max_sequence_length),
+        device=device,
+    )
+    embeddings.precompute(dataset["prompt"][:])
+    negative = embeddings.negative(guidance_scale) if policy.batched_guidance else None
     unload_encoders(policy, own_pipeline=False)
-    draw.pictures = grid_prompts * images_per_prompt
-    records = {BASE: draw([*rewards, *monitors], names)}
-    report(_line(BASE, records[BASE], names))
+    rows = [row for row in dataset for _ in range(images_per_prompt)]
+    pictures = grid_prompts * images_per_prompt
+
+    def evaluate(name: str) -> list[Record]:
+        """Draw and score every row with the policy as it is now."""
+        found: list[Record] = []
+        with closing(RewardScorer([*rewards, *monitors], names)) as scorer:
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                texts = [row["prompt"] for row in batch]
+                noise = evaluation_noise(seed, range(start, start + len(batch)), shape)
+                prompt = embeddings(texts)
+                images = sample(policy, policy.denoiser, sampler, prompt, negative, guidance_scale, noise).images
+                drawn = to_pil(images)
+                columns = {key: [row[key] for row in batch] for key in batch[0] if key != "prompt"}
+                scored = scorer.submit(prompts=texts, completions=drawn, images=images, columns=columns).result()
+                for text, image, values in zip(texts, drawn, scored.rewards.tolist(), strict=True):
+                    shown = image if len(found) < pictures else None  # the files show no more
+                    found.append({"prompt": text, "image": shown, "rewards": dict(zip(names, values, strict=True))})
+        report(_line(name, found, names))
+        return found
+
+    records = {BASE: evaluate(BASE)}
     for name, source in named.items():
         with adapted(policy, source, ema):
-            records[name] = draw([*rewards, *monitors], names)
-        report(_line(name, records[name], names))
+            records[name] = evaluate(name)
 
     settings = {
         "model": model if isinstance(model, str) else type(model).__name__,
         "adapters": {name: str(source) for name, source in named.items()},
         "prompts": len(dataset), "images_per_prompt": images_per_prompt, "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale, "height": draw.height, "width": draw.width, "seed": seed, "ema": ema,
+        "guidance_scale": guidance_scale, "height": height, "width": width, "seed": seed, "ema": ema,
     }  # fmt: skip
     results = {"settings": settings, **summarize_models(records, names, len(rewards))}
-    _write(output, results, records, grid_prompts * images_per_prompt)
+    _write(output, results, records, pictures)
     return results
-
-
-class _Drawing:
-    """Draws and scores every row of the dataset with the policy as it is now."""
-
-    def __init__(
-        self, policy: DiffusionPolicy, dataset: Any, images_per_prompt: int, steps: int, guidance_scale: float,
-        negative_prompt: str, height: int | None, width: int | None, max_sequence_length: int, seed: int,
-        batch_size: int, device: torch.device,
-    ) -> None:  # fmt: skip
-        default_height, default_width = policy.default_size()
-        self.height, self.width = height or default_height, width or default_width
-        self.policy, self.seed, self.batch_size = policy, seed, batch_size
-        self.shape = policy.latent_shape(self.height, self.width)
-        self.sampler = Sampler(policy.schedule(steps, self.height, self.width), policy.transitions[0], 0.7)
-        self.guidance_scale, self.pictures = guidance_scale, 0
-        self.rows = [row for row in dataset for _ in range(images_per_prompt)]
-        self.embeddings = PromptEmbeddings(
-            lambda texts: policy.encode(texts, max_sequence_length),
-            encode_negative=lambda: policy.encode_negative(negative_prompt, max_sequence_length),
-            device=device,
-        )
-        self.embeddings.precompute(dataset["prompt"][:])
-        self.negative = self.embeddings.negative(guidance_scale) if policy.batched_guidance else None
-
-    def __call__(self, funcs: list[Callable], names: list[str]) -> list[Record]:
-        records: list[Record] = []
-        with closing(RewardScorer(funcs, names)) as scorer:
-            for start in range(0, len(self.rows), self.batch_size):
-                rows = self.rows[start : start + self.batch_size]
-                images = self._images(start, [row["prompt"] for row in rows])
-                pictures = numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy())
-                scored = scorer.submit(
-                    prompts=[row["prompt"] for row in rows],
-                    completions=pictures,
-                    images=images,
-                    columns={key: [row[key] for row in rows] for key in rows[0] if key != "prompt"},
-                ).result()
-                for row, picture, values in zip(rows, pictures, scored.rewards.tolist(), strict=True):
-                    rewards = dict(zip(names, values, strict=True))
-                    image = picture if len(records) < self.pictures else None  # the files show no more
-                    records.append({"prompt": row["prompt"], "image": image, "rewards": rewards})
-        return records
-
-    def _images(self, start: int, prompts: list[str]) -> Tensor:
-        initial = evaluation_noise(self.seed, range(start, start + len(prompts)), self.shape)
-        embeddings = self.embeddings(prompts)
-        policy, guidance = self.policy, self.guidance_scale
-        return sample(policy, policy.denoiser, self.sampler, embeddings, self.negative, guidance, initial).images
 
 
 def summarize_models(records: dict[str, list[Record]], names: list[str], objectives: int) -> dict[str, Any]:
@@ -222,8 +197,7 @@ def _means(table: Tensor, names: list[str]) -> dict[str, dict[str, Any]]:
     for name, column in zip(names, table.T, strict=True):
         values = column[column.isfinite()]
         mean = values.mean().item() if len(values) else None
-        se = values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
-        result[name] = {"mean": mean, "se": se, "n": len(values)}
+        result[name] = {"mean": mean, "se": mean_and_error(values)[1] if len(values) > 1 else None, "n": len(values)}
     return result
 
 
