@@ -26,33 +26,34 @@ COMMANDS = {
     "env": "print versions and devices, for bug reports",
 }
 OWN_OPTIONS = ("train", "plan")  # these two also take every field of APEXConfig, in YAML as well
+HELP = {  # of options that several commands have
+    "model": "hub id or folder of a diffusers pipeline, or 'tiny'",
+    "dataset": "prompts: .json, .jsonl, .csv, .parquet or .txt file, folder, hub id, or 'tiny'",
+    "prompt_column": "column that holds the prompts",
+    "max_prompts": "use only the first MAX_PROMPTS prompts",
+    "rewards": "a name (ocr, pickscore, ...), a call such as 'deqa(model=\"path\")', or module:attribute",
+    "monitors": "rewards to report and not to train on",
+    "run_dir": "the output_dir of a training run",
+    "size": "pixels; default: 512 for SD3 and FLUX, else the model's own",
+}
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 
 logger = logging.getLogger(__name__)
 
 
 class CommandError(Exception):
-    """A failure whose message says everything; no traceback is needed.
-
-    Args:
-        message (`str`): what happened and what to do.
-        exit_code (`int`): of the command.
-    """
+    """A failure whose message says everything; no traceback is needed."""
 
     def __init__(self, message: str, exit_code: int = FAILURE) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        arguments (`Sequence[str]`, *optional*): the command line without the program's name.
+    """Run the command line (without the program's name); by default that of this process.
 
     Returns:
         `int`: exit code: 0, 2 for a mistake of the user, 1 for another failure, 130 if interrupted.
@@ -67,12 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("trl-apex", f"no command {command!r}. {_hint_at_command(command)}", USER_MISTAKE)
     try:
         if command == "train":  # its command line is recorded as it was typed
-            options, rest = parser.parse_known_args(given)
+            parsed, rest = parser.parse_known_args(given)
         else:
-            options, rest = parser.parse_known_args([_with_hyphens(argument) for argument in given])
-        if rest and command not in OWN_OPTIONS:
+            parsed, rest = parser.parse_known_args([_with_hyphens(argument) for argument in given])
+        options = vars(parsed)
+        if command in OWN_OPTIONS:
+            options["rest"] = rest
+        elif rest:
             raise CommandError(f"unrecognized arguments: {' '.join(rest)}", USER_MISTAKE)
-        options.run(options, rest)
+        options.pop("run")(**options)
         return 0
     except Exception as error:
         if traceback:
@@ -169,97 +173,104 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-V", "--version", action="version", version=f"trl_apex {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Callable[..., None], description: str, **keywords: Any) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=COMMANDS[name], description=description, **keywords)
+    def command(name: str, run: Callable[..., None], description: str = "", **keywords: Any) -> Callable[..., None]:
+        """Add a command; returns a function that adds an option to it: `add_argument`, with the type and the end of the help
+        from the default, and the help of `HELP`."""
+        added = commands.add_parser(name, help=COMMANDS[name], description=description or COMMANDS[name], **keywords)
         added.set_defaults(run=run)
-        return added
 
-    demo = command("demo", _demo, "Trains a tiny Stable Diffusion 3 pipeline on four rewards, on a CPU, in minutes.")
-    demo.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="default: %(default)s")
-    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+        def option(*names: str, **keywords: Any) -> None:
+            default = keywords.get("default")
+            text = keywords.pop("help", HELP.get(names[-1].lstrip("-").replace("-", "_"), ""))
+            if isinstance(default, int | float | Path):
+                keywords["type"] = type(default)
+            if default not in (None, "", []):
+                text = f"{text}; default: {default}".lstrip("; ")
+            added.add_argument(*names, help=text, **keywords)
+
+        return option
+
+    option = command("demo", _demo)
+    option("--output-dir", default=Path("runs/demo"))
+    option("--seed", default=0)
 
     for name, run in (("train", _train), ("plan", _plan)):
-        own = command(name, run, "", add_help=False, allow_abbrev=False)
-        own.add_argument("-h", "--help", action="store_true")
-        own.add_argument("--help-all", "--help_all", action="store_true")
-        if name == "plan":
-            own.add_argument("--gpus", type=int, default=1)
-            own.add_argument("--zero-stage", type=int, default=0)
-            own.add_argument("--gpu-memory-gb", type=float)
-            own.add_argument("--num-prompts", type=int, default=0)
-            own.add_argument("--rewards-gb", type=float)
+        option = command(name, run, add_help=False, allow_abbrev=False)
+        option("-h", "--help", action="store_true")
+        option("--help-all", "--help_all", action="store_true")
+    option("--gpus", default=1)
+    option("--zero-stage", default=0)
+    option("--gpu-memory-gb", type=float)
+    option("--num-prompts", default=0, dest="prompts")
+    option("--rewards-gb", type=float)
 
-    evaluate = command("evaluate", _evaluate, "Compares tuned models with their base on the same prompts and noise.")
-    option = evaluate.add_argument
+    option = command("evaluate", _evaluate)
     option("adapters", nargs="+", metavar="RUN_DIR", help="run directory, or hub id of an adapter")
-    option("--model", required=True, help="the base pipeline: hub id, folder, or 'tiny'")
-    option("--dataset", required=True, help="prompts: file, folder, hub id, or 'tiny'")
-    option("--split", default="test", help="default: %(default)s")
-    option("--prompt-column", default="prompt", help="default: %(default)s")
-    option("--max-prompts", type=int, help="use only the first MAX_PROMPTS prompts")
-    option("--rewards", nargs="+", required=True, metavar="REWARD", help="as in `trl-apex train`")
-    option("--monitors", nargs="+", default=[], metavar="REWARD", help="rewards that were not trained on")
-    option("--steps", type=int, default=40, help="denoising steps; default: %(default)s")
-    option("--guidance-scale", type=float, default=4.5, help="1 for none; default: %(default)s")
-    option("--negative-prompt", default="", help="default: empty")
-    option("--height", type=int, help="pixels; default: 512 for SD3 and FLUX, else the model's own")
-    option("--width", type=int, help="pixels; default: 512 for SD3 and FLUX, else the model's own")
+    option("--model", required=True)
+    option("--dataset", required=True, dest="prompts")
+    option("--split", default="test")
+    option("--prompt-column", default="prompt")
+    option("--max-prompts", type=int)
+    option("--rewards", nargs="+", required=True, metavar="REWARD")
+    option("--monitors", nargs="+", default=[], metavar="REWARD")
+    option("--steps", default=40, dest="num_inference_steps", help="denoising steps")
+    option("--guidance-scale", default=4.5, help="1 for none")
+    option("--negative-prompt", default="")
+    option("--height", type=int, help=HELP["size"])
+    option("--width", type=int, help=HELP["size"])
     option("--max-sequence-length", type=int, help="text tokens, as in training; default: 256")
-    option("--images-per-prompt", type=int, default=1, help="default: %(default)s")
-    option("--batch-size", type=int, default=8, help="images sampled at a time; default: %(default)s")
-    option("--seed", type=int, default=0, help="default: %(default)s")
-    option("--ema", action="store_true", help="the averaged weights, for a run of version 0.1.0; later ones save them")
+    option("--images-per-prompt", default=1)
+    option("--batch-size", default=8, help="images sampled at a time")
+    option("--seed", default=0)
+    option("--ema", action="store_true", help="the averaged weights of a run of version 0.1.0; later ones save them")
     option("--output-dir", help="default: RUN_DIR, or evaluation/ for several")
 
-    report = command("report", _report, "Writes one self-contained HTML page about a run, or several side by side.")
-    option = report.add_argument
-    option("run_dirs", nargs="+", metavar="RUN_DIR", help="the output_dir of a training run")
+    option = command("report", _report)
+    option("run_dirs", nargs="+", metavar="RUN_DIR", help=HELP["run_dir"])
     option("-o", "--output", help="default: report.html in the run directory, or beside the first of several")
     option("--figures", action="store_true", help="write PNG figures into RUN_DIR/figures as well")
 
-    push = command(
+    option = command(
         "push",
         _push,
         "Uploads adapter, aggregator state, model card, samples and report of a run in one commit. The token is that of "
         "`hf auth login`, or HF_TOKEN.",
     )
-    option = push.add_argument
-    option("run_dir", metavar="RUN_DIR", help="the output_dir of a training run")
+    option("run_dir", metavar="RUN_DIR")
     option("--repo-id", required=True, metavar="USER/NAME", help="repository; created if it is missing")
     option("--private", action=argparse.BooleanOptionalAction, help="visibility of a new repository")
     option("--revision", help="branch to commit to")
-    option("--no-create", action="store_true", help="fail if the repository does not exist")
-    option("--message", default="Upload run", help="commit message; default: %(default)s")
+    option("--no-create", action="store_false", dest="create", help="fail if the repository does not exist")
+    option("--message", default="Upload run", dest="commit_message", help="commit message")
 
-    serve = command(
+    option = command(
         "serve-rewards",
         _serve_rewards,
         "Serves reward functions over HTTP. The token is read from a file or from TRL_APEX_REWARD_TOKEN, never from the "
         "command line, where other users could see it.",
     )
-    option = serve.add_argument
-    text = "a name (ocr, pickscore, ...), a call such as 'deqa(model=\"path\")', or module:attribute; may be repeated"
-    option("-r", "--reward", action="append", required=True, metavar="REWARD", help=text)
-    option("--host", default="127.0.0.1", help="other than loopback needs a token; default: %(default)s")
-    option("--port", type=int, default=8000, help="default: %(default)s")
+    option(
+        "-r", "--reward", action="append", required=True, metavar="REWARD", help=HELP["rewards"] + "; may be repeated"
+    )
+    option("--host", default="127.0.0.1", help="other than loopback needs a token")
+    option("--port", default=8000)
     option("--token-file", help="a file that holds the bearer token")
     option("--ssl-certfile", help="a certificate, to serve https instead of http")
     option("--ssl-keyfile", help="the certificate's key")
 
-    command("env", _env, "Prints versions and devices, for bug reports.")
+    command("env", _env)
     return parser
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # train
 
-TRAIN_HELP = """usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]
+TRAIN_HELP = f"""usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]
 
 Trains a text-to-image model on several rewards. A YAML file holds options by name; options on the command line win.
 
 what to train
-  --model NAME                  hub id or folder of a diffusers pipeline, or 'tiny'
-  --dataset NAME                prompts: .json, .jsonl, .csv, .parquet or .txt file, folder, hub id, or 'tiny'
+  --model NAME                  {HELP["model"]}
+  --dataset NAME                {HELP["dataset"]}
   --rewards NAME [NAME ...]     ocr pickscore deqa aesthetic clip_score image_reward hpsv2 vlm_judge remote
                                 jpeg_compressibility jpeg_incompressibility, 'name(key=value)' or module:attribute
   --reward_weights W [W ...]    your weight for each reward; equal if left out
@@ -287,7 +298,7 @@ updates
 evaluation and saving
   --eval_dataset NAME           prompts to evaluate on, as --dataset
   --eval_strategy steps, --eval_steps N
-  --monitors NAME [NAME ...]    rewards to report and not to train on
+  --monitors NAME [NAME ...]    {HELP["monitors"]}
   --save_steps N                optimizer steps between two checkpoints
   --resume_from_checkpoint true|DIR
                                 continue an interrupted run
@@ -302,50 +313,40 @@ On several devices: accelerate launch -m trl_apex train --config FILE.yaml"""
 
 def _field(default: Any, text: str) -> Any:
     keywords: dict[str, Any] = {"default_factory": list} if isinstance(default, list) else {"default": default}
-    return field(metadata={"help": text}, **keywords)
+    return field(metadata={"help": f"{text[0].upper()}{text[1:]}."}, **keywords)
 
 
 @dataclass
 class TrainArguments:
     """Model, prompts, rewards and adapter: what `trl-apex train` takes beside the fields of [`APEXConfig`]."""
 
-    model: str | None = _field(None, "Hub id or folder of a diffusers pipeline, or 'tiny' for the one in the package.")
-    revision: str | None = _field(None, "Branch, tag or commit of a hub id.")
+    model: str | None = _field(None, HELP["model"])
+    revision: str | None = _field(None, "branch, tag or commit of a hub id")
 
-    dataset: str | None = _field(
-        None, "Prompts: .json, .jsonl, .csv, .parquet or .txt (one a line), a folder, a hub id, or 'tiny'."
-    )
-    dataset_config: str | None = _field(None, "Configuration of a hub dataset.")
-    dataset_split: str = _field("train", "Split to train on.")
-    prompt_column: str = _field("prompt", "Column that holds the prompts.")
-    max_prompts: int | None = _field(None, "Train on the first `max_prompts` prompts only.")
-    eval_dataset: str | None = _field(None, "Prompts to evaluate on, as `dataset`.")
-    eval_split: str = _field("test", "Split to evaluate on.")
+    dataset: str | None = _field(None, HELP["dataset"])
+    dataset_config: str | None = _field(None, "configuration of a hub dataset")
+    dataset_split: str = _field("train", "split to train on")
+    prompt_column: str = _field("prompt", HELP["prompt_column"])
+    max_prompts: int | None = _field(None, HELP["max_prompts"])
+    eval_dataset: str | None = _field(None, "prompts to evaluate on, as `dataset`")
+    eval_split: str = _field("test", "split to evaluate on")
 
-    rewards: list[str] = _field(
-        [], "Names (ocr pickscore deqa aesthetic ...), calls ('deqa(model=\"path\")') or module:attribute."
-    )
-    monitors: list[str] = _field([], "Rewards that evaluation reports and training never sees.")
+    rewards: list[str] = _field([], f"each {HELP['rewards']}")
+    monitors: list[str] = _field([], HELP["monitors"])
 
-    lora_r: int = _field(32, "Rank of the LoRA adapter; 0 trains all weights instead.")
-    lora_alpha: int | None = _field(None, "Scale of the adapter; None for twice the rank.")
+    lora_r: int = _field(32, "rank of the LoRA adapter; 0 trains all weights instead")
+    lora_alpha: int | None = _field(None, "scale of the adapter; None for twice the rank")
     lora_target_modules: list[str] | None = _field(
-        None, "Layers to adapt; None for the attention layers of the model family."
+        None, "layers to adapt; None for the attention layers of the model family"
     )
-    use_rslora: bool = _field(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+    use_rslora: bool = _field(False, "scale by alpha / sqrt(r) instead of alpha / r")
     adapter: str | None = _field(
-        None, "Run folder or hub id of an adapter to go on from, with its own rank, scale and layers."
+        None, "run folder or hub id of an adapter to go on from, with its own rank, scale and layers"
     )
 
 
 def train_options(arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Read the options of `trl-apex train` from flags and a YAML file.
-
-    Args:
-        arguments (`Sequence[str]`): flags, with `--config FILE` for the YAML file.
-
-    Returns:
-        `tuple`: [`TrainArguments`] and [`APEXConfig`].
+    """[`TrainArguments`] and [`APEXConfig`] from the flags of `trl-apex train` and the YAML file of `--config`.
 
     Raises:
         ValueError: for an unknown flag or key, or a value that does not fit.
@@ -431,10 +432,10 @@ def _names(config: Any) -> set[str]:
     return {f.name for f in dataclasses.fields(config)}
 
 
-def _train(options: argparse.Namespace, rest: list[str]) -> None:
+def _train(help: bool, help_all: bool, rest: list[str]) -> None:
     """Train, save the adapter, and write the report."""
-    if options.help or options.help_all:
-        print(TRAIN_HELP if options.help else all_options())
+    if help or help_all:
+        print(TRAIN_HELP if help else all_options())
         return
     given, config = train_options(rest)
     for name in ("model", "dataset", "rewards"):
@@ -450,9 +451,11 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     prompts = load_prompts(
         given.dataset, given.dataset_split, column, config=given.dataset_config, limit=given.max_prompts
     )
+    if given.revision and given.model != "tiny":
+        config.model_init_kwargs = {**(config.model_init_kwargs or {}), "revision": given.revision}
     interrupt = InterruptCallback()
     trainer = APEXTrainer(
-        _pipeline(given, config),
+        _pipeline(given.model),
         _load_rewards(given.rewards),
         config,
         prompts,
@@ -487,14 +490,13 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
         trainer.push_to_hub()
 
 
-def _pipeline(given: TrainArguments, config: Any) -> Any:
-    if given.model == "tiny":
-        from .tiny.world import load_tiny_pipeline
+def _pipeline(model: str) -> Any:
+    """The tiny pipeline, or the name as it is."""
+    if model != "tiny":
+        return model
+    from .tiny.world import load_tiny_pipeline
 
-        return load_tiny_pipeline()
-    if given.revision:
-        config.model_init_kwargs = {**(config.model_init_kwargs or {}), "revision": given.revision}
-    return given.model
+    return load_tiny_pipeline()
 
 
 def _lora_config(given: TrainArguments) -> Any:
@@ -540,7 +542,6 @@ def _try_report(output_dir: Path) -> str:
         return f"To write the report: trl-apex report {output_dir}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The other commands
 
 PLAN_HELP = """usage: trl-apex plan --config FILE.yaml [--OPTION VALUE ...]
@@ -557,14 +558,14 @@ no weights. Takes the options of `trl-apex train`, and
 --model may be sd3.5-medium, sd3.5-large, flux.1-dev, sd1.5 or sdxl where the Hub cannot be reached."""
 
 
-def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+def _plan(help: bool, help_all: bool, rest: list[str], **beside: Any) -> None:
     """Print the plan of a configuration; a plan that does not fit is an error."""
-    if options.help or options.help_all:
-        print(PLAN_HELP if options.help else all_options())
+    if help or help_all:
+        print(PLAN_HELP if help else all_options())
         return
     import torch
 
-    if not torch.cuda.is_available():  # a plan for a GPU is made where there may be none
+    if not torch.accelerator.is_available():  # a plan for a GPU is made where there may be none
         file = rest[rest.index("--config") + 1] if "--config" in rest[:-1] else None
         named = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in rest}
         named |= set(_yaml_keys(file)) if file else set()
@@ -581,121 +582,79 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
 
     from .plan import plan_text
 
-    print(
-        plan_text(
-            name,
-            config,
-            revision=given.revision,
-            lora_rank=given.lora_r,
-            lora_targets=given.lora_target_modules,
-            gpus=options.gpus,
-            zero_stage=options.zero_stage,
-            gpu_memory_gb=options.gpu_memory_gb,
-            prompts=options.num_prompts,
-            rewards_gb=options.rewards_gb,
-            rewards=[*(given.rewards or ()), *(given.monitors or ())],
-        )
-    )
+    rewards = [*(given.rewards or ()), *(given.monitors or ())]
+    adapter = {"lora_rank": given.lora_r, "lora_targets": given.lora_target_modules}
+    print(plan_text(name, config, revision=given.revision, rewards=rewards, **adapter, **beside))
 
 
-def _demo(options: argparse.Namespace, rest: list[str]) -> None:
+def _demo(**options: Any) -> None:
     from .demo import run_demo
 
-    run_demo(output_dir=options.output_dir, seed=options.seed)
+    run_demo(**options)
 
 
-def _evaluate(options: argparse.Namespace, rest: list[str]) -> None:
+def _evaluate(
+    adapters: list[str], model: str, rewards: list[str], monitors: list[str], output_dir: str | None, **options: Any
+) -> None:
     """Compare adapters with their base, and write tables, pictures and report."""
     from .evaluation.run import markdown_table, run_evaluation
-    from .prompts import load_prompts
     from .report import write_report
     from .trainers.publishing import FACTS_FILE, refresh_model_card
 
-    first = Path(options.adapters[0])
-    alone = len(options.adapters) == 1
-    output_dir = Path(options.output_dir or (first if alone and first.is_dir() else "evaluation"))
-    model: Any = options.model
-    if model == "tiny":
-        from .tiny.world import load_tiny_pipeline
-
-        model = load_tiny_pipeline()
-    results = run_evaluation(
-        model,
-        options.adapters,
-        load_prompts(options.dataset, options.split, options.prompt_column, limit=options.max_prompts),
-        _load_rewards(options.rewards),
-        output_dir,
-        monitors=_load_rewards(options.monitors),
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        negative_prompt=options.negative_prompt,
-        height=options.height,
-        width=options.width,
-        max_sequence_length=options.max_sequence_length or (12 if options.model == "tiny" else 256),
-        images_per_prompt=options.images_per_prompt,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        ema=options.ema,
-    )
-    print(f"\n{markdown_table(results)}\nTables and pictures: {output_dir}")
+    alone = len(adapters) == 1
+    folder = Path(output_dir or (adapters[0] if alone and Path(adapters[0]).is_dir() else "evaluation"))
+    if options["max_sequence_length"] is None:
+        options["max_sequence_length"] = 12 if model == "tiny" else 256
+    options |= {"rewards": _load_rewards(rewards), "monitors": _load_rewards(monitors)}
+    results = run_evaluation(_pipeline(model), adapters, output_dir=folder, **options)
+    print(f"\n{markdown_table(results)}\nTables and pictures: {folder}")
     if alone:
-        if (output_dir / FACTS_FILE).is_file():  # a training run: its card gets the results
-            refresh_model_card(output_dir)
-        print(f"Report: {write_report([output_dir])}")
+        if (folder / FACTS_FILE).is_file():  # a training run: its card gets the results
+            refresh_model_card(folder)
+        print(f"Report: {write_report([folder])}")
 
 
-def _report(options: argparse.Namespace, rest: list[str]) -> None:
+def _report(run_dirs: list[str], output: str | None, figures: bool) -> None:
     from .report import write_figures, write_report
 
-    print(write_report(options.run_dirs, options.output))
-    for run_dir in options.run_dirs if options.figures else ():
+    print(write_report(run_dirs, output))
+    for run_dir in run_dirs if figures else ():
         print(*write_figures(run_dir), sep="\n")
 
 
-def _push(options: argparse.Namespace, rest: list[str]) -> None:
+def _push(run_dir: str, repo_id: str, **options: Any) -> None:
     """Upload a run directory, with report, figures and model card written anew."""
     from .report import write_figures, write_report
     from .trainers.publishing import check_uploadable, push_run, refresh_model_card
 
-    check_uploadable(options.run_dir)  # says what is missing before anything is written
+    check_uploadable(run_dir)  # says what is missing before anything is written
     try:
-        write_report([options.run_dir])
-        write_figures(options.run_dir)
+        write_report([run_dir])
+        write_figures(run_dir)
     except (ImportError, FileNotFoundError) as error:
         print(f"Without pictures of the run: {error}")
-    refresh_model_card(options.run_dir, options.repo_id)
-    url = push_run(
-        options.run_dir,
-        options.repo_id,
-        private=options.private,
-        revision=options.revision,
-        create=not options.no_create,
-        commit_message=options.message,
-    )
-    print(url)
+    refresh_model_card(run_dir, repo_id)
+    print(push_run(run_dir, repo_id, **options))
 
 
-def _serve_rewards(options: argparse.Namespace, rest: list[str]) -> None:
+def _serve_rewards(reward: list[str], **options: Any) -> None:
     from .serving.server import serve
 
-    serve(
-        _load_rewards(options.reward),
-        host=options.host,
-        port=options.port,
-        token_file=options.token_file,
-        ssl_certfile=options.ssl_certfile,
-        ssl_keyfile=options.ssl_keyfile,
-    )
+    serve(_load_rewards(reward), **options)
 
 
-VARIABLES = (
-    *("CUDA_VISIBLE_DEVICES", "HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS"),
+VARIABLES = [
+    "CUDA_VISIBLE_DEVICES",
+    "HF_ENDPOINT",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
     "PYTORCH_CUDA_ALLOC_CONF",
-)
+]
 SECRETS = ("HF_TOKEN", "TRL_APEX_REWARD_TOKEN", "WANDB_API_KEY")  # only whether they are set
 
 
-def _env(options: argparse.Namespace, rest: list[str]) -> None:
+def _env() -> None:
     """Print versions, devices and the environment variables that change behaviour."""
     import platform
 
@@ -718,8 +677,14 @@ def _devices() -> dict[str, str]:
         import torch
     except ImportError:
         return found
-    found["cuda"] = torch.version.cuda or "no"
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found[f"gpu {index}"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+    found["torch built for"] = f"CUDA {torch.version.cuda or 'no'}, ROCm {torch.version.hip or 'no'}"
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return {**found, "accelerators": "none"}
+    describe = getattr(torch.get_device_module(device), "get_device_properties", None)  # Apple's has none
+    for index in range(torch.accelerator.device_count()):
+        found[f"{device.type} {index}"] = "present"
+        if describe:
+            properties = describe(index)
+            found[f"{device.type} {index}"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
     return found

@@ -52,7 +52,7 @@ def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEX
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "seed": seed,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": False,
         "per_device_train_batch_size": 64,
         "generation_batch_size": 64,
