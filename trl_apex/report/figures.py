@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from .page import Run, read_run
 from .svg import trend
@@ -104,26 +104,14 @@ def _samples(run: Run, folder: Path, most: int = 8, side: int = 160) -> Path | N
     images = []
     for path in [*(s.base for s in samples), *(s.tuned for s in samples)]:
         with Image.open(path) as image:
-            images.append(_scaled(image.convert("RGB"), side))
+            images.append(ImageOps.contain(image.convert("RGB"), (side, side)))
     path = folder / "samples.png"
     image_grid(images, columns=len(samples), gap=4).save(path)
     return path
 
 
-def _scaled(image: Image.Image, side: int) -> Image.Image:
-    """The image with a longer side of `side` pixels."""
-    scale = side / max(image.size)
-    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Lay images out row by row, on white.
-
-    Args:
-        images (`Sequence[PIL.Image.Image]`): of any sizes; a cell is as large as the largest.
-        columns (`int`): images in a row.
-        gap (`int`): pixels between cells.
+    """Lay images out row by row, on white; a cell is as large as the largest image, with `gap` pixels between cells.
 
     Raises:
         ValueError: if there is no image or no column.
@@ -162,7 +150,7 @@ def reward_grid(samples: Sequence[Mapping[str, Any]], columns: int, side: int = 
     """
     cells = []
     for sample in samples:
-        image = _scaled(sample["image"].convert("RGB"), side)
+        image = ImageOps.contain(sample["image"].convert("RGB"), (side, side))
         lines = [sample["prompt"]]
         for name, value in sample["rewards"].items():
             lines.append(f"{name} -" if value is None or not math.isfinite(value) else f"{name} {value:.3g}")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from .. import __version__
 from ..redact import redacted
-from .svg import Line, Track, decimals_for, element, fixed, gain_bar, join, line_chart, plane_chart, soft, strip, trend
+from .svg import Line, Track, decimals_for, fixed, gain_bar, line_chart, plane_chart, soft, strips, trend
 
 LARGEST_SIDE = 512  # pixels of an image in the page
 # Key of the log, title, note: one chart each, with a curve for each objective.
@@ -81,23 +81,21 @@ def _render(runs: list["Run"]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["soft"] = soft
     template = environment.from_string((here / "page.html.jinja").read_text(encoding="utf-8"))
-    sections = []
-    for run in runs:
-        rows = outcomes(run.summary)
-        sections.append(
-            {
-                "name": run.name,
-                "folder": str(run.path),
-                "facts": _facts(run),
-                "verdict": _verdict(run, rows),
-                "outcomes": rows,
-                "cards": _cards(run.samples),
-                "priorities": _priority_charts(run),
-                "conflicts": _conflict_charts(run),
-                "findings": _findings(run),
-                "missing": run.missing,
-            }
-        )
+    sections = [
+        {
+            "name": run.name,
+            "folder": str(run.path),
+            "facts": _facts(run),
+            "verdict": _verdict(run),
+            "outcomes": outcomes(run.summary),
+            "cards": _cards(run.samples),
+            "priorities": _priority_charts(run),
+            "conflicts": _conflict_charts(run),
+            "findings": _findings(run),
+            "missing": run.missing,
+        }
+        for run in runs
+    ]
     return template.render(
         runs=sections,
         title=" · ".join(run.name for run in runs),
@@ -124,7 +122,6 @@ def _distinct(runs: list["Run"]) -> list["Run"]:
     return renamed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Reading a run directory: what is missing is named, and is no error
 
 
@@ -141,31 +138,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory.
-
-    Args:
-        path (`Path`): the directory.
-        name (`str`): its name in the report.
-        history (`list[dict]`): Trainer's `log_history`.
-        state (`dict`): the rest of Trainer's state.
-        summary (`dict`): results on held-out prompts, under "objectives", "held_out", "domination" and "seconds".
-        samples (`list[Sample]`): images before and after.
-        config (`dict`): arguments, without secrets.
-        environment (`dict`): versions, date, and the names of the arguments that differ from their defaults.
-        warnings (`list[str]`): warnings of the run.
-        missing (`list[str]`): a sentence for each part that was not found.
-    """
+    """A run directory."""
 
     path: Path
-    name: str
-    history: list[dict[str, Any]]
-    state: dict[str, Any]
-    summary: dict[str, Any]
+    name: str  # in the report
+    history: list[dict[str, Any]]  # Trainer's log
+    state: dict[str, Any]  # the rest of Trainer's state
+    summary: dict[str, Any]  # results on held-out prompts: "objectives", "held_out", "domination" and "seconds"
     samples: list[Sample]
-    config: dict[str, Any]
-    environment: dict[str, Any]
+    config: dict[str, Any]  # arguments, without secrets
+    environment: dict[str, Any]  # versions, date, and the names of the arguments that were set
     warnings: list[str]
-    missing: list[str]
+    missing: list[str]  # a sentence for each part that was not found
 
     @property
     def objectives(self) -> list[str]:
@@ -177,16 +161,12 @@ class Run:
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """Optimizer steps and values of one logged number, leaving out what is not finite."""
-        points = [(entry["step"], entry[key]) for entry in self.history if key in entry and "step" in entry]
-        points = [(step, value) for step, value in points if isinstance(value, int | float) and math.isfinite(value)]
-        return [float(step) for step, _ in points], [float(value) for _, value in points]
+        entries = [entry for entry in self.history if "step" in entry and _finite(entry.get(key)) is not None]
+        return [float(entry["step"]) for entry in entries], [float(entry[key]) for entry in entries]
 
 
 def read_run(path: Path) -> Run:
-    """Read a run directory.
-
-    Args:
-        path (`Path`): the `output_dir` of the run.
+    """Read the `output_dir` of a run.
 
     Raises:
         FileNotFoundError: if it does not exist, or holds nothing that a report could show.
@@ -219,7 +199,6 @@ def read_run(path: Path) -> Run:
 
 
 def _read_json(path: Path, missing: list[str], name: str, what: str) -> dict[str, Any]:
-    problem = ""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
@@ -261,32 +240,21 @@ def _read_warnings(path: Path) -> list[str]:
         return []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Results
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One row of the results.
+    """One row of the results."""
 
-    Args:
-        name (`str`): objective or held-out metric.
-        base, tuned (`float`): means before and after.
-        se (`float`): standard error of the paired difference.
-        gain (`float`, *optional*): the difference in units of the base model's standard deviation.
-        gain_se (`float`): its standard error.
-        trained (`bool`): whether it was a reward of the training.
-        bar (`Markup`): the gain as a picture, on an axis that all rows share.
-    """
-
-    name: str
+    name: str  # objective or held-out metric
     base: float
     tuned: float
-    se: float
-    gain: float | None
+    se: float  # of the paired difference
+    gain: float | None  # the difference in standard deviations of the base
     gain_se: float
     trained: bool
-    bar: Markup = Markup("")
+    bar: Markup = Markup("")  # the gain as a picture, on an axis that all rows share
 
     @property
     def verdict(self) -> str:
@@ -316,10 +284,8 @@ def outcomes(summary: dict[str, Any]) -> list[Outcome]:
     rows = []
     for part in ("objectives", "held_out"):
         for name, entry in (summary.get(part) or {}).items():
-            numbers = [entry.get(key) for key in ("base", "tuned", "se", "gain", "gain_se")]
-            base, tuned, se, gain, gain_se = (
-                float(v) if isinstance(v, int | float) and math.isfinite(v) else None for v in numbers
-            )
+            keys = ("base", "tuned", "se", "gain", "gain_se")
+            base, tuned, se, gain, gain_se = (_finite(entry.get(key)) for key in keys)
             if base is None or tuned is None:
                 continue
             if gain_se is None and gain and tuned != base:
@@ -335,15 +301,19 @@ def outcomes(summary: dict[str, Any]) -> list[Outcome]:
     ]
 
 
-def _verdict(run: Run, rows: list[Outcome]) -> str:
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _verdict(run: Run) -> str:
     """Whether it worked, in two sentences."""
-    counts = Counter(row.verdict for row in rows if row.trained)
+    counts = Counter(row.verdict for row in outcomes(run.summary) if row.trained)
     if not counts:
         return ""
     words = {"rose": "rose", "fell": "fell", "within noise": "stayed within noise"}
     text = "Objectives: " + ", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts[key])
-    share = (run.summary.get("domination") or {}).get("all_at_least_as_good")
-    if isinstance(share, int | float) and math.isfinite(share):
+    share = _finite((run.summary.get("domination") or {}).get("all_at_least_as_good"))
+    if share is not None:
         text += (
             f". On {share:.0%} of the test prompts every objective is at least as good as before, and one is better"
         )
@@ -383,11 +353,9 @@ def _duration(seconds: float) -> str:
         ('0.4 s', '1 min 15 s', '2 h 2 min')
     """
     if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _findings(run: Run) -> list[str]:
@@ -413,13 +381,17 @@ def _findings(run: Run) -> list[str]:
 
 
 def _config_rows(runs: list[Run]) -> dict[str, list[tuple[str, list[str]]]]:
-    """The arguments by "differ" (between runs), "set" (by the user) and "default": name, and value in each run."""
-    rows: dict[str, list[tuple[str, list[str]]]] = {"differ": [], "set": [], "default": []}
+    """By title, the arguments that differ between runs, and the others that the user set (all, where a run does not say which):
+    name, and value in each run."""
+    known = [run.environment["changed"] for run in runs if isinstance(run.environment.get("changed"), list)]
+    others = "arguments that were set" if len(known) == len(runs) else "arguments"
+    rows: dict[str, list[tuple[str, list[str]]]] = {"arguments differ": [], others: []}
     for key in sorted({key for run in runs for key in run.config}):
         values = [str(run.config[key]) if key in run.config else "" for run in runs]
-        known = [run.environment["changed"] for run in runs if isinstance(run.environment.get("changed"), list)]
-        was_set = len(known) < len(runs) or any(key in changed for changed in known)
-        rows["differ" if len(set(values)) > 1 else "set" if was_set else "default"].append((key, values))
+        if len(set(values)) > 1:
+            rows["arguments differ"].append((key, values))
+        elif others == "arguments" or any(key in changed for changed in known):
+            rows[others].append((key, values))
     return rows
 
 
@@ -461,7 +433,6 @@ def _image_data(path: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Charts
 
 
@@ -491,7 +462,7 @@ def _reward_charts(runs: list[Run]) -> list[Markup]:
 
 def _curves(run: Run, key: str, smooth: bool = False) -> list[Line]:
     lines = [Line(name, i, *run.series(f"{key}/{name}")) for i, name in enumerate(run.objectives)]
-    return [replace(line, y=trend(line.y)[0]) for line in lines] if smooth else lines
+    return [line._replace(y=trend(line.y)[0]) for line in lines] if smooth else lines
 
 
 def _priority_charts(run: Run) -> list[Markup]:
@@ -510,25 +481,11 @@ def _conflict_charts(run: Run) -> list[Markup]:
         ("conflict", "Conflict between objectives", "moving average of the correlation of advantages"),
         ("gradient_conflict", "Conflict between gradients", "cosine, from the gradient probe"),
     ):
-        pairs = {}
-        for a, b in combinations(run.objectives, 2):
-            values = run.series(f"{key}/{a}/{b}")[1] or run.series(f"{key}/{b}/{a}")[1]
-            if values:
-                pairs[f"{a} · {b}"] = values
-        if not pairs:
-            continue
-        largest = max(max(map(abs, values)) for values in pairs.values()) or 1.0
-        rows = []
-        for name, values in pairs.items():
-            spoken = f"{name}: {fixed(values[0], 2)} at first, {fixed(values[-1], 2)} at the end"
-            cells = element("th", soft(name), scope="row") + element("td", strip(values, largest, spoken))
-            rows.append(element("tr", cells + element("td", fixed(values[-1], 2))))
-        shade = Markup(
-            '{}; <b class="key against"></b> opposed, <b class="key along"></b> aligned, full colour at ±{}'
-        )
-        caption = element("strong", title) + element("span", shade.format(note, fixed(largest, 2)))
-        body = element("figcaption", caption) + element("table", join(rows), class_="strips")
-        charts.append(element("figure", body + Markup('<p class="axes">start → end of training</p>'), class_="chart"))
+        pairs = {
+            f"{a} · {b}": run.series(f"{key}/{a}/{b}")[1] or run.series(f"{key}/{b}/{a}")[1]
+            for a, b in combinations(run.objectives, 2)
+        }
+        charts.append(strips(title, {name: values for name, values in pairs.items() if values}, note))
     note = "share of its variance that each objective owns; trend"
     charts.append(line_chart("Whose advantage it is", _curves(run, "hijack_share", smooth=True), note, [0.0]))
     steps, values = run.series("hijack_index")

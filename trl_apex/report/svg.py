@@ -6,8 +6,8 @@ where they wrap on a phone; the pictures themselves hold ticks alone.
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -16,7 +16,6 @@ WIDTH, HEIGHT = 400, 216  # the units of a chart; it is scaled to its column
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EM DASH}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Numbers
 
 
@@ -59,20 +58,13 @@ def decimals_for(spread: float, digits: int = 2) -> int:
     return min(max(digits - 1 - math.floor(math.log10(spread)), 0), 6)
 
 
-def trend(values: list[float], width: float | None = None) -> tuple[list[float], list[float]]:
+def trend(values: Sequence[float], width: float | None = None) -> tuple[list[float], list[float]]:
     r"""Gaussian-weighted moving mean and its standard error.
 
     $$m_t = \sum_s k_{ts} y_s, \qquad \mathrm{se}_t = \hat\sigma \sqrt{\textstyle\sum_s k_{ts}^2}$$
 
-    with \(k_t\) a Gaussian in index distance that sums to one, and \(\hat\sigma\) from the differences of neighbours.
-
-    Args:
-        values (`list[float]`): \(y\), in the order of time.
-        width (`float`, *optional*): standard deviation of the Gaussian in points; a thirtieth of the length by default,
-            at least 1.5.
-
-    Returns:
-        `tuple` of two lists as long as `values`.
+    with \(k_t\) a Gaussian in index distance that sums to one, of standard deviation `width` (a thirtieth of the length by
+    default, at least 1.5), and \(\hat\sigma\) from the differences of neighbours.
     """
     y = np.asarray(values, dtype=float)
     if len(y) < 3:
@@ -86,24 +78,14 @@ def trend(values: list[float], width: float | None = None) -> tuple[list[float],
 
 
 def thin(values: Sequence[float], most: int = 240) -> list[float]:
-    """At most `most` values: means over equal runs of neighbours.
-
-    Example:
-        >>> thin([0.0, 2.0, 4.0, 6.0], most=2)
-        [1.0, 5.0]
-    """
+    """At most `most` values: means over equal runs of neighbours."""
     if len(values) <= most:
         return list(values)
     return [float(part.mean()) for part in np.array_split(np.asarray(values, dtype=float), most)]
 
 
 def padded_range(values: Sequence[float], padding: float = 0.06) -> tuple[float, float]:
-    """Smallest and largest finite value, with a margin; never an empty range.
-
-    Example:
-        >>> padded_range([0.0, 1.0], 0.1), padded_range([])
-        ((-0.1, 1.1), (0.0, 1.0))
-    """
+    """Smallest and largest finite value, with a margin; never an empty range."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return 0.0, 1.0
@@ -139,7 +121,6 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     return [fixed(value, decimals) for value in values]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Elements
 
 
@@ -162,7 +143,7 @@ def _short(value: object) -> object:
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
-def join(parts: Sequence[Markup]) -> Markup:
+def join(parts: Iterable[Markup]) -> Markup:
     """Elements, one after the other."""
     return Markup("").join(parts)
 
@@ -183,12 +164,7 @@ def _svg(parts: Sequence[Markup], label: str, width: float = WIDTH, height: floa
 
 
 def soft(name: str) -> Markup:
-    """A name that may be broken after its underscores, where a column is narrow.
-
-    Example:
-        >>> str(soft("jpeg_quality<"))
-        'jpeg_<wbr>quality&lt;'
-    """
+    """A name that may be broken after its underscores, where a column is narrow."""
     return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
@@ -228,20 +204,18 @@ def _axes(x: tuple[float, float], y: tuple[float, float], bottom: float, x_grid:
     return across, up, left, parts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Charts
 
 
-@dataclass(frozen=True)
-class Line:
-    """One curve: `x` are optimizer steps, `error` is half the height of a band, `points` are drawn faintly behind."""
+class Line(NamedTuple):
+    """One curve over optimizer steps."""
 
     name: str
     colour: int
-    x: list[float]
-    y: list[float]
-    error: list[float] = field(default_factory=list)
-    points: list[float] = field(default_factory=list)
+    x: Sequence[float]
+    y: Sequence[float]
+    error: Sequence[float] = ()  # half the height of a band
+    points: Sequence[float] = ()  # drawn faintly behind
 
 
 def line_chart(
@@ -251,25 +225,20 @@ def line_chart(
     include: Sequence[float] = (),
     reference: tuple[float, str] | None = None,
 ) -> Markup:
-    """Curves over optimizer steps, with a legend that holds the last values.
+    """Curves over optimizer steps, with a legend that holds the last values; empty if no curve has a point.
 
     Args:
-        title (`str`): what is shown.
+        title (`str`), note (`str`): what is shown, and a line below it.
         lines (`Sequence[Line]`): curves; those without points are left out.
-        note (`str`): a line below the title.
         include (`Sequence[float]`): values that the vertical axis must reach.
         reference (`tuple[float, str]`, *optional*): height and name of a dashed horizontal line.
-
-    Returns:
-        `Markup`: a `<figure>`; empty if no curve has a point.
     """
     lines = [Line(c.name, c.colour, thin(c.x), thin(c.y), thin(c.error), thin(c.points)) for c in lines if c.x]
     if not lines:
         return Markup("")
     reach = [*include, *([reference[0]] if reference else [])]
     for c in lines:
-        error = c.error or [0.0] * len(c.y)
-        reach += [v + s * e for v, e in zip(c.y, error, strict=True) for s in (-1, 1)] + c.points
+        reach += [*c.y, *c.points, *(v + s * e for v, e in zip(c.y, c.error, strict=False) for s in (-1, 1))]
     low, high = padded_range(reach)
     if include and min(include) <= min(reach):
         low = min(include)
@@ -307,29 +276,19 @@ def line_chart(
     return _figure(title, note, body + tip, tabindex="0", data_chart=json.dumps(data))
 
 
-@dataclass(frozen=True)
-class Track:
-    """A run in the plane of two rewards: `start` and `end`, two standard errors of `end`, and the way between."""
+class Track(NamedTuple):
+    """A run in the plane of two rewards."""
 
     name: str
     colour: int
     start: tuple[float, float]
     end: tuple[float, float]
-    error: tuple[float, float] = (0.0, 0.0)
-    way: Sequence[tuple[float, float]] = ()
+    error: tuple[float, float] = (0.0, 0.0)  # two standard errors of `end`
+    way: Sequence[tuple[float, float]] = ()  # between them
 
 
 def plane_chart(x_name: str, y_name: str, tracks: Sequence[Track], note: str) -> Markup:
-    """Two rewards against each other: each run from its start (hollow) to its end (full); better is up and right.
-
-    Args:
-        x_name, y_name (`str`): the rewards.
-        tracks (`Sequence[Track]`): the runs.
-        note (`str`): a line below the title.
-
-    Returns:
-        `Markup`: a `<figure>`; empty without tracks.
-    """
+    """Two rewards against each other: each run from its start (hollow) to its end (full); better is up and right."""
     if not tracks:
         return Markup("")
     ranges = []
@@ -366,16 +325,27 @@ def plane_chart(x_name: str, y_name: str, tracks: Sequence[Track], note: str) ->
     return _figure(title, note, names + key + _svg(parts, ". ".join([title, *spoken]), height=height))
 
 
-def strip(values: Sequence[float], largest: float, label: str, columns: int = 40) -> Markup:
-    """A measure over time as a strip of colour: negative in one colour, positive in the other, full at `largest`."""
-    cells = [float(part.mean()) for part in np.array_split(np.asarray(values), min(columns, len(values)))]
-    width = 100 / len(cells)
-    parts = [
-        element("rect", x=i * width, y=0, width=width + 0.1, height=10, class_="against" if v < 0 else "along",
-                fill_opacity=round(min(abs(v) / largest, 1.0), 2))
-        for i, v in enumerate(cells)
-    ]  # fmt: skip
-    return _svg(parts, label, 100, 10, class_="strip", preserveAspectRatio="none")
+def strips(title: str, pairs: Mapping[str, Sequence[float]], note: str, columns: int = 40) -> Markup:
+    """Measures over time, each as a strip of colour: negative in one colour, positive in another; empty without `pairs`."""
+    if not pairs:
+        return Markup("")
+    largest = max(max(map(abs, values)) for values in pairs.values()) or 1.0
+    rows = []
+    for name, values in pairs.items():
+        cells = [float(part.mean()) for part in np.array_split(np.asarray(values), min(columns, len(values)))]
+        width = 100 / len(cells)
+        parts = [
+            element("rect", x=i * width, y=0, width=width + 0.1, height=10, class_="against" if v < 0 else "along",
+                    fill_opacity=round(min(abs(v) / largest, 1.0), 2))
+            for i, v in enumerate(cells)
+        ]  # fmt: skip
+        spoken = f"{name}: {fixed(values[0], 2)} at first, {fixed(values[-1], 2)} at the end"
+        picture = _svg(parts, spoken, 100, 10, class_="strip", preserveAspectRatio="none")
+        row = [element("th", soft(name), scope="row"), element("td", picture), element("td", fixed(values[-1], 2))]
+        rows.append(element("tr", join(row)))
+    key = Markup('{}; <b class="key against"></b> opposed, <b class="key along"></b> aligned, full colour at ±{}')
+    body = element("table", join(rows), class_="strips") + Markup('<p class="axes">start → end of training</p>')
+    return _figure(title, key.format(note, fixed(largest, 2)), body)
 
 
 def gain_bar(gain: float, error: float, reach: tuple[float, float], colour: int | None) -> Markup:
