@@ -24,11 +24,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)  ## train the tiny pipeline on four rewards, and show what came of it
 	$(BIN)/trl-apex demo
 
-test: $(STAMP)  ## the tests that CI runs
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the tests that CI runs, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(STAMP)  ## with the slow ones
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
 
 test-distributed: $(STAMP)  ## every engine with two processes
 	$(BIN)/python -m pytest -m 'distributed or not distributed' tests/distributed

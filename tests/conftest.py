@@ -9,13 +9,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process: the tests run side by side
 
+import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # A busy machine is no failure.
 settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("no clock")
+torch.set_num_threads(1)
 
 # The options of the aggregation check themselves.
 AGGREGATION = ("aggregator", "conflict", "metrics", "normalize", "priority", "rules", "state")

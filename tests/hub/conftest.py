@@ -1,8 +1,10 @@
 """A hub on loopback, and a run to put there."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from safetensors.torch import save_file
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator:
     """The server, reachable from this process although the tests are offline otherwise."""
     from huggingface_hub import constants
+    from huggingface_hub.utils import _http
     from loopback_hub import Hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # The library itself tries a broken request again for half a minute: here without the pauses.
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     server = Hub()
     yield server
     server.shutdown()

@@ -21,11 +21,6 @@ def figure():
     return note
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def pytest_terminal_summary(terminalreporter) -> None:
     if not _FIGURES:
         return

@@ -17,7 +17,6 @@ KEPT = Path(__file__).parent / "checkpoint-0.1.0"
 def test_a_checkpoint_of_0_1_0_resumes_to_the_weights_of_0_1_0(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(KEPT / "checkpoint-2", run / "checkpoint-2")
-    torch.set_num_threads(1)
     with pytest.warns(FutureWarning, match="scale_blend"):
         trainer = tiny_trainer(
             run,

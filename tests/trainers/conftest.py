@@ -10,7 +10,6 @@ from trl_apex.tiny.pipeline import build_pipeline
 
 @pytest.fixture
 def pipeline():
-    torch.set_num_threads(1)
     pipe = build_pipeline(0)
     # A fresh adaLN-zero-like head would predict nothing and hide errors.
     with torch.no_grad():

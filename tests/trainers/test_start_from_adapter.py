@@ -60,7 +60,6 @@ def distance(first, second):
 
 def tuned(name, run):
     """A run folder, and a pipeline with its adapter."""
-    torch.set_num_threads(1)
     trainer = make(build(name), run, LoraConfig(**LORA))
     with torch.no_grad():
         for key, parameter in trainer.model.named_parameters():
