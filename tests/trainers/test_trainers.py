@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from toy_rewards import PROMPTS, contrast, redness
+from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
@@ -319,3 +320,24 @@ def test_evaluation_has_a_guidance_of_its_own_and_the_negative_prompt(pipeline, 
         ).images  # the adapter is new, so the base's images
         rewards = [record["rewards"]["redness"] for record in trainer.eval_records]
         assert (rewards == pytest.approx(expected[:, 0].mean((1, 2)).tolist(), abs=1e-5)) is equal
+
+def test_the_default_settings_train_an_iteration_and_evaluate(pipeline, tmp_path):
+    shown = []
+
+    def seen(images, **kwargs):
+        shown.append(len(images))
+        return images[:, 0].mean((1, 2)).tolist()
+
+    class OneIteration(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == trainer.updates_per_iteration
+
+    args = APEXConfig(output_dir=str(tmp_path), use_cpu=True)
+    rows = Dataset.from_dict({"prompt": PROMPTS[:1]})
+    trainer = APEXTrainer(pipeline, [seen, contrast], args, rows, rows, callbacks=[OneIteration()])
+    before = weights(trainer)
+    trainer.train()
+    assert sum(shown) == args.generation_batch_size == args.num_generations == 8
+    assert trainer.state.global_step == trainer.updates_per_iteration == args.num_inference_steps - 1
+    assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
+    assert trainer.evaluate()["eval_rewards/seen/mean"] > 0
