@@ -321,6 +321,7 @@ def test_evaluation_has_a_guidance_of_its_own_and_the_negative_prompt(pipeline, 
         rewards = [record["rewards"]["redness"] for record in trainer.eval_records]
         assert (rewards == pytest.approx(expected[:, 0].mean((1, 2)).tolist(), abs=1e-5)) is equal
 
+
 def test_the_default_settings_train_an_iteration_and_evaluate(pipeline, tmp_path):
     shown = []
 
