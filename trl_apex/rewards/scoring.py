@@ -62,8 +62,7 @@ class RewardScorer:
 
     Each blocking function has a thread of its own and gets one batch at a time, in order, since networks are not
     thread-safe. Async functions share one event loop. Each function gets its own copy of the lists, PIL images and
-    tensors, so that one that edits in place does not change what the others see. A function that fails, whatever it
-    raises, loses its own rewards of that batch; the others go on.
+    tensors. A function that fails, whatever it raises, loses its own rewards of that batch; the others go on.
 
     Args:
         reward_funcs (`Sequence[Callable]`): The reward functions, blocking or async.
@@ -153,9 +152,6 @@ class RewardScorer:
         Returns:
             `concurrent.futures.Future` of a [`ScoredBatch`]. Its `result()` raises ValueError for a function that
             returns no proper list of numbers, and RewardLoadError or ImportError for one that cannot work at all.
-
-        Raises:
-            RuntimeError: If the scorer is closed.
         """
         if self._closed:
             raise RuntimeError("The scorer must be open to take a batch. Found it closed. Make a new RewardScorer.")
@@ -295,10 +291,6 @@ class Lane:
             keywords (`Callable[[], dict[str, Any]]`): Makes its keywords, in the function's own thread.
             timeout (`float`, *optional*): Seconds it may take, and seconds to wait for an earlier call that overran.
             seconds (`list[float]`, *optional*): Gets the time that the call took.
-
-        Raises:
-            RewardTimeoutError: If the function takes longer.
-            RuntimeError: For StopIteration, SystemExit and their like, which must not reach an event loop.
         """
         if self.is_async and func is None:
             return await self._timed(_contained(self.func, keywords), timeout, seconds)

@@ -5,6 +5,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -22,6 +23,7 @@ SCORE = re.compile(r"\bscore\b[\s*_`]*(?:is|of|:|=)[\s*_`]*(-?\d+(?:\.\d+)?)", r
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
+@dataclass(eq=False, repr=False)
 class VLMJudgeReward:
     """The score that a vision-language model gives in words, asked over an OpenAI-compatible endpoint.
 
@@ -58,35 +60,32 @@ class VLMJudgeReward:
     range = "`low` to `high`, larger is better"
     weights_licence = "that of the model behind the endpoint"
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        instruction: str = INSTRUCTION,
-        low: float | int = 1.0,
-        high: float | int = 5.0,
-        api_key_env: str = "OPENAI_API_KEY",
-        max_concurrency: int = 16,
-        max_retries: int = 2,
-        backoff: float | int = 0.5,
-        timeout: float | int = 60.0,
-        max_tokens: int = 512,
-        name: str | None = None,
-    ) -> None:
-        if low >= high:
-            raise ValueError(f"`low` must be below `high`. Found {low} and {high}. Pass the worst and the best score.")
+    url: str
+    model: str
+    instruction: str = INSTRUCTION
+    low: float | int = 1.0
+    high: float | int = 5.0
+    api_key_env: str = "OPENAI_API_KEY"
+    max_concurrency: int = 16
+    max_retries: int = 2
+    backoff: float | int = 0.5
+    timeout: float | int = 60.0
+    max_tokens: int = 512
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(
+                f"`low` must be below `high`. Found {self.low} and {self.high}. Pass the worst and the best score."
+            )
         try:
-            instruction.format(prompt="", low=low, high=high)
+            self.instruction.format(prompt="", low=self.low, high=self.high)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(
                 "`instruction` must have no fields but {prompt}, {low} and {high}. Found one that gives "
                 f"{describe(error)}. Double the braces that are meant as such: {{{{ and }}}}."
             ) from error
-        self.__name__ = name or self.default_name
-        self.url, self.model, self.instruction = url.rstrip("/"), model, instruction
-        self.low, self.high, self.api_key_env = low, high, api_key_env
-        self.max_concurrency, self.max_retries, self.backoff = max_concurrency, max_retries, backoff
-        self.timeout, self.max_tokens = timeout, max_tokens
+        self.__name__, self.url = self.name or self.default_name, self.url.rstrip("/")
 
     async def __call__(
         self, prompts: Sequence[str], completions: Images | None = None, images: Images | None = None, **columns: Any

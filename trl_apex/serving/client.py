@@ -45,7 +45,6 @@ class RemoteReward:
         ValueError: If `url` is no HTTP address, or a number is below 1.
 
     Example:
-        >>> from trl_apex.rewards import RemoteReward
         >>> RemoteReward("http://127.0.0.1:8000", "deqa").__name__
         'deqa'
     """

@@ -135,11 +135,9 @@ def make_server(
         rewards: See [`build_app`].
         host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on; other than loopback needs a token.
         port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for any free one.
-        token (`str`, *optional*): Bearer token; see [`read_token`] for the other places it is looked for.
-        token_file (`str` or `Path`, *optional*): File with the token.
+        token, token_file (`str`, *optional*): Bearer token, or the file that holds it; see [`read_token`].
         limits ([`Limits`], *optional*): Bounds on what clients may send.
-        ssl_certfile (`str` or `Path`, *optional*): Certificate, to serve https instead of http.
-        ssl_keyfile (`str` or `Path`, *optional*): Its key, where the certificate's file does not hold it.
+        ssl_certfile, ssl_keyfile (`str`, *optional*): Certificate, to serve https, and its key where it is another file.
         options: Further options of [`build_app`].
 
     Raises:
@@ -340,11 +338,7 @@ def refuse(status: int, detail: str, **headers: str) -> HTTPException:
 
 
 async def answer_request(reward: ServedReward, request: Request, limits: Limits) -> RewardAnswer:
-    """Wait for a turn, read the body, and have it scored.
-
-    Raises:
-        HTTPException: With the cause.
-    """
+    """Wait for a turn, read the body, and have it scored, or refuse with the cause."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != MEDIA_TYPE:
         hint = " trl_apex 0.1 sends that; use one release on both sides." if kind == "multipart/form-data" else ""
@@ -368,11 +362,7 @@ async def answer_request(reward: ServedReward, request: Request, limits: Limits)
 
 
 def check_state(reward: ServedReward) -> None:
-    """Refuse a request for a reward that cannot score.
-
-    Raises:
-        HTTPException: 503 while it loads, 500 if it failed.
-    """
+    """Refuse a request for a reward that cannot score: 503 while it loads, 500 if it failed."""
     if reward.state == "loading":
         raise refuse(503, "the reward is not ready: loading", **{"Retry-After": "1"})
     if reward.state != "ready":
@@ -380,11 +370,7 @@ def check_state(reward: ServedReward) -> None:
 
 
 async def read_body(request: Request, length: int, limits: Limits) -> bytearray:
-    """The body of a request, of as many bytes as announced.
-
-    Raises:
-        HTTPException: If it is too slow, or the client leaves.
-    """
+    """The body of a request, of as many bytes as announced, unless it is too slow or the client leaves."""
     body, filled = bytearray(length), 0  # once and for all: growing would leave holes in the memory
     try:
         async with asyncio.timeout(limits.body_timeout):
@@ -429,9 +415,6 @@ class Header(BaseModel):
 def parse_body(body: bytearray, limits: Limits) -> Job:
     """A request's images and columns, with every bound checked.
 
-    Raises:
-        HTTPException: 400 for a header line that is no JSON, 413 for too much, 422 for another form.
-
     Example:
         >>> parse_body(bytearray(b'{"prompts": ["a cat"], "sizes": [[1, 1]]}\\nRGB'), Limits()).arrays[0].tolist()
         [[[82, 71, 66]]]
@@ -464,11 +447,7 @@ def parse_body(body: bytearray, limits: Limits) -> Job:
 
 
 def named_rewards(rewards: Mapping[str, Callable] | Sequence[Callable | str]) -> dict[str, Callable]:
-    """Reward functions by objective name.
-
-    Raises:
-        ValueError: If two share a name, or there are none.
-    """
+    """Reward functions by objective name."""
     if isinstance(rewards, Mapping):
         functions = dict(rewards)
     else:
