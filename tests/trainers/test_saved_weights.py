@@ -194,3 +194,11 @@ def test_all_weights_of_a_pipeline_in_bf16_are_trained_in_float32_at_a_rate_of_t
     monkeypatch.setattr(adapters, "MANY_WEIGHTS", 1000)
     with pytest.warns(UserWarning, match="All 0.0 billion weights of SD3Transformer2DModel.*peft_config=LoraConfig"):
         trainer(build("sd3"))
+
+
+def test_training_anew_after_a_resume_starts_a_new_average(tmp_path):
+    trainer = make(tmp_path, LoraConfig(r=2), ema_decay=0.5, save_strategy="steps", save_steps=1)
+    trainer.train()
+    for checkpoint in (str(tmp_path / "checkpoint-1"), None):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer._ema._ema.optimization_step == 2
