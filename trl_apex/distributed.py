@@ -1,4 +1,4 @@
-"""The one file that calls collectives."""
+"""The one file that calls collectives: gather, reduce, fail together, and weights that an engine has sharded."""
 
 import hashlib
 import json
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class OtherRankError(RuntimeError):
-    """Another process of the run failed; this one stops with it, instead of waiting for it forever."""
+    """Another process of the run failed, so this one stops too instead of waiting for it."""
 
 
 def num_ranks() -> int:
-    """Processes of this run, 1 where nothing is distributed."""
+    """Processes of this run, 1 if it is not distributed."""
     return torch.distributed.get_world_size() if _distributed() else 1
 
 
@@ -29,7 +29,7 @@ def this_rank() -> int:
 
 
 def wait_for_all() -> None:
-    """Return once every rank has come here."""
+    """Return once every rank has called this."""
     if _distributed():
         torch.distributed.barrier()
 
@@ -50,24 +50,24 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 
 def local_slice(size: int, rank: int) -> slice:
-    """Where this rank's `size` rows stand in a gathered tensor."""
+    """The place of this rank's `size` rows in a gathered tensor."""
     return slice(rank * size, (rank + 1) * size)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank where it is true on one."""
+    """True on every rank if `flag` is true on one."""
     return bool(gather(torch.tensor([flag], device=device)).any())
 
 
 @contextmanager
 def failing_together(what: str) -> Iterator[None]:
-    """A part of the work, free of collectives, that all ranks finish or none does.
+    """Make all ranks fail if one of them fails in this block, which must not call collectives.
 
-    An exception on one rank alone would leave the others waiting in the next collective. Here it is exchanged first:
-    the rank that failed raises its own error, every other one an [`OtherRankError`] that quotes it.
+    An exception on one rank alone would leave the others waiting in the next collective. The rank that failed raises its
+    own error, every other rank an [`OtherRankError`] that quotes it.
 
     Args:
-        what (`str`): the work, for the message: "rollout and rewards".
+        what (`str`): the work, for the message, such as "the rollout".
 
     Example:
         ```python
@@ -103,7 +103,7 @@ def failing_together(what: str) -> Iterator[None]:
 
 
 def lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another process is gone (it died, or closed its connections).
+    """Whether an error means that another process died or closed its connections.
 
     Example:
         ```python
@@ -122,21 +122,7 @@ def lost_rank(error: BaseException) -> bool:
 
 
 def check_equal(name: str, state: Any) -> None:
-    """Raise on every rank if `state` (anything JSON can hold) differs between ranks.
-
-    Args:
-        name (`str`): of the state, for the message.
-        state: must be the same everywhere.
-
-    Raises:
-        RuntimeError: names the ranks that differ from most others.
-
-    Example:
-        ```python
-        >>> check_equal("priorities", {"ocr": 0.5})
-
-        ```
-    """
+    """Raise a RuntimeError on every rank if `state`, anything JSON can hold, differs between ranks; `name` is for the message."""
     text = json.dumps(state, sort_keys=True, default=repr)
     digests = gather_list([hashlib.sha256(text.encode()).hexdigest()]) if _distributed() else []
     if len(set(digests)) > 1:
@@ -153,12 +139,12 @@ def check_equal(name: str, state: Any) -> None:
 
 
 def is_sharded(parameter: Any) -> bool:
-    """Whether this rank holds a part of the parameter only (ZeRO-3, FSDP2)."""
+    """Whether this rank holds only a part of the parameter (ZeRO-3, FSDP2)."""
     return hasattr(parameter, "ds_tensor") or hasattr(parameter, "full_tensor")
 
 
 def local_shard(parameter: Any) -> Tensor:
-    """The storage that this rank owns of a parameter: a view, the parameter itself where nothing is sharded."""
+    """A view of the part of a parameter that this rank owns: all of it if nothing is sharded."""
     if hasattr(parameter, "ds_tensor"):
         if parameter.ds_status.name == "AVAILABLE":  # small parameters stay gathered, and would hide the shard
             parameter.partition(has_been_updated=False)
@@ -169,12 +155,7 @@ def local_shard(parameter: Any) -> Tensor:
 
 
 def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[str, Tensor]:
-    """Whole trainable parameters by name, on the CPU; all ranks must call it.
-
-    Args:
-        model (`nn.Module`): wrapped by an engine or not.
-        main_only (`bool`): the other ranks keep nothing, which saves their memory.
-    """
+    """Unsharded trainable parameters by name, on the CPU; all ranks must call it, with `main_only` the others get none."""
     weights = {}
     parameter: Any  # an engine adds to it what nn.Parameter does not have
     for name, parameter in model.named_parameters():
@@ -188,7 +169,7 @@ def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[st
 
 
 def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put whole weights, by name, into a model that an engine may have sharded; all ranks must call it."""
+    """Load unsharded weights, by name, into a model that an engine may have sharded; all ranks must call it."""
     parameter: Any  # an engine adds to it what nn.Parameter does not have
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -207,10 +188,9 @@ def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 @contextmanager
 def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
-    """Hold the whole weights on every rank for many forwards, instead of gathering each layer in each of them.
+    """Keep unsharded weights on every rank during a rollout, instead of gathering each layer in each forward.
 
-    Args:
-        model (`nn.Module`): as the engine wrapped it. Nothing happens where the engine shards no weights.
+    `model` is as the engine wrapped it. Nothing happens if the engine shards no weights.
     """
     parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
     sharded: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
@@ -253,16 +233,9 @@ def _without_zero3_hooks(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def whole_models() -> Iterator[None]:
-    """Load transformers models whole while ZeRO-3 is on, which would partition each one at once.
+    """Load transformers models unsharded while ZeRO-3 is on, which would partition them at once.
 
-    Text encoders and reward models are never trained; partitioned outside an engine, they break in their first forward.
-
-    Example:
-        ```python
-        >>> with whole_models():
-        ...     model = torch.nn.Linear(2, 2)
-
-        ```
+    Text encoders and reward models are never trained. Partitioned outside an engine, they fail in their first forward.
     """
     from transformers.integrations import deepspeed as integration
 

@@ -1,4 +1,4 @@
-"""Keeps secrets out of what is shown."""
+"""Hides secrets in what is printed, stored or published."""
 
 import os
 import re
@@ -24,13 +24,10 @@ _IN_USE: set[str] = set()
 def secret_from(variable: str) -> str | None:
     """The key or token in an environment variable, without the white space around it; None if there is none.
 
-    What was read here is hidden by [`redacted`] from then on.
-
-    Args:
-        variable (`str`): name of the variable.
+    [`redacted`] hides it from then on.
 
     Raises:
-        ValueError: if it holds white space or something else that no HTTP header can carry.
+        ValueError: if it holds characters that no HTTP header can carry.
 
     Example:
         >>> os.environ["MY_KEY"] = "a-key-from-a-file\\n"
@@ -44,11 +41,7 @@ def secret_from(variable: str) -> str | None:
 
 
 def checked_secret(secret: str | None, where: str) -> str:
-    """A key or token without the white space around it, fit for an HTTP header; `where` it stands is said in the error.
-
-    Raises:
-        ValueError: without the value.
-    """
+    """A key or token without the white space around it; the ValueError for others says `where` it is, not the value."""
     secret = (secret or "").strip()
     if not secret.isascii() or not secret.isprintable() or " " in secret:
         raise ValueError(
@@ -62,9 +55,6 @@ def checked_secret(secret: str | None, where: str) -> str:
 
 def redacted(value: Any) -> Any:
     """A copy of a JSON value without secrets: entries named like one, and strings that look like one.
-
-    Args:
-        value (`Any`): dictionaries, lists, strings and numbers.
 
     Example:
         >>> redacted({"hub_token": "abc", "note": "logged in with hf_abcdefghijkl", "max_steps": 5})

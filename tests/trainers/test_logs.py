@@ -41,12 +41,21 @@ def test_a_missing_reward_does_not_count_as_zero(pipeline, dataset, lora, make_a
 
 
 def test_an_objective_that_scores_nothing_is_named_once(pipeline, dataset, lora, make_args, caplog):
-    with caplog.at_level(logging.WARNING, "trl_apex.trainer"):
-        args = make_args(max_steps=5)
-        trainer = APEXTrainer(pipeline, [redness, nothing], args, dataset, peft_config=lora)
+    args = make_args(DiffusionGRPOConfig, max_steps=5)
+    trainer = DiffusionGRPOTrainer(pipeline, [redness, nothing], args, dataset, peft_config=lora)
+    with caplog.at_level(logging.WARNING, "trl_apex"):
         trainer.train()
     named = [message for message in caplog.messages if "scored no image" in message]
     assert len(named) == 1 and "'nothing'" in named[0]
+
+
+def test_apex_names_an_objective_that_scores_nothing_once(pipeline, dataset, lora, make_args, caplog):
+    trainer = APEXTrainer(pipeline, [redness, nothing], make_args(max_steps=10), dataset, peft_config=lora)
+    with caplog.at_level(logging.WARNING, "trl_apex"), pytest.warns(UserWarning) as caught:
+        trainer.train()
+    texts = [str(warning.message) for warning in caught] + caplog.messages
+    (named,) = [text for text in texts if "'nothing'" in text and "fail" not in text]
+    assert "has had no reward at all for 5 iterations" in named
 
 
 def test_skipped_updates_are_counted_and_their_share_is_logged(pipeline, dataset, lora, make_args):

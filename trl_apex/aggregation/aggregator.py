@@ -34,21 +34,16 @@ from .state import PriorityState, ReportState, from_plain, to_plain
 class MultiObjectiveRewardAggregator:
     r"""Turns several rewards per sample into one advantage per sample, by APEX or by another rule.
 
-    It needs no trainer and gathers nothing itself: give it the rewards of all ranks, on every rank, and all ranks hold
-    the same state. Rewards are moved to the CPU once and statistics are float64, so the result is the same on every
-    device; the advantages come back on the device of the rewards.
+    It needs no trainer and gathers nothing: give it the rewards of all ranks, on every rank, and all ranks hold the same
+    state. Statistics are float64 on the CPU, the same for every device; advantages come back on the rewards' device.
 
     Args:
         objectives (`list[str]`): a name for each column of the rewards.
-        weights (`list[float]`, *optional*): the user's fixed weights; equal if not given. "apex" and "mgda" to
-            "cagrad" use them divided by their sum; the rules that TRL has use them as they are, 1 by default, as TRL
-            does. A weight of 0 means: watch, but do not train on it.
+        weights (`list[float]`, *optional*): the user's fixed weights, 1 each by default. "apex" and "mgda" to "cagrad"
+            divide them by their sum; the other rules use them as they are, as TRL does. 0 watches without training.
         rule (`str`): "apex", "sum_then_normalize", "normalize_then_sum", "weighted_advantages", "dvao", "gd2po", "saw",
             "ctwa", "mgda", "upgrad", "pcgrad" or "cagrad".
         options ([`ApexOptions`] or `dict`, *optional*): everything else; listed below.
-
-    Raises:
-        ValueError: for unknown rules and options, or weights that do not fit.
 
     Example:
         >>> aggregator = MultiObjectiveRewardAggregator(["ocr", "pickscore"], options={"warmup_iterations": 5})
@@ -86,11 +81,9 @@ class MultiObjectiveRewardAggregator:
         self._scores: Tensor | None = None
         self._warned: set[str] = set()  # of this process: a resumed run warns again, in its own log
 
-    # What it knows
-
     @property
     def weights(self) -> list[float]:
-        """The user's weights. Setting them between two batches, as annealing does, counts from the next batch on."""
+        """The user's weights. Set between two batches, as annealing does, they count from the next batch on."""
         return self._raw_weights.tolist()
 
     @weights.setter
@@ -109,7 +102,7 @@ class MultiObjectiveRewardAggregator:
 
     @property
     def normalized(self) -> Float[Tensor, "B K"] | None:
-        """What the last batch's advantages were summed from, per objective: what the gradient probe needs."""
+        """Each objective's scores in the last batch, for the gradient probe."""
         return self._scores
 
     @property
@@ -123,10 +116,10 @@ class MultiObjectiveRewardAggregator:
         return {**names, **to_plain(self._state), **to_plain(self._report)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state, of this version or of 0.1.0. The weights stay those of this aggregator.
+        """Take over a state, of this version or of 0.1.0, but not its weights.
 
         Raises:
-            ValueError: if it was saved for other objectives, another order of them, or another rule, or is incomplete.
+            ValueError: if it is incomplete, or was saved for another rule, other objectives or another order of them.
         """
         for name, own in (("objectives", self.objectives), ("rule", self.rule)):
             if name not in state:
@@ -142,8 +135,6 @@ class MultiObjectiveRewardAggregator:
                 )
         self._state, self._report = from_plain(self._state, state), from_plain(self._report, state)
 
-    # What happens
-
     def __call__(
         self, rewards: Tensor, group_ids: Tensor, mask: Tensor | None = None, update: bool = True
     ) -> tuple[Float[Tensor, " B"], dict[str, float]]:
@@ -156,8 +147,8 @@ class MultiObjectiveRewardAggregator:
             update (`bool`): whether to remember the batch; pass `False` for evaluation.
 
         Returns:
-            `tuple` of the advantages, float32 of shape `[B]` on the rewards' device, and a flat dictionary of metrics.
-            Where `metrics["all_dead"]` is 1, all advantages are 0 and the optimizer step is best skipped.
+            The advantages, float32 on the rewards' device, and a flat dictionary of metrics. If `metrics["all_dead"]` is 1,
+            all advantages are 0 and the optimizer step is best skipped.
 
         Raises:
             ValueError: if the shapes do not fit.
@@ -258,7 +249,7 @@ class MultiObjectiveRewardAggregator:
         return dict(zip(self.objectives, values.tolist(), strict=True))
 
     def _reweighted(self, state: PriorityState) -> PriorityState:
-        """The state for the user's weights of now, which may have changed since the last batch."""
+        """The state with the user's current weights, which may have changed since the last batch."""
         weights = self._weights
         if torch.equal(weights, state.weights):
             return state
@@ -303,8 +294,7 @@ class MultiObjectiveRewardAggregator:
         weights = self._current_weights(state)
         if rule.solver:
             if not bool(state.gradient_weights.value.isfinite().all()):
-                # Before a Gram matrix is measured, that of the scores stands in: a batch's gradients are as correlated
-                # as its scores.
+                # No Gram matrix yet: use the scores', since a batch's gradients are as correlated as its scores.
                 weights = self._solve(scores.double().T @ scores.double())
             used = (weights * len(weights)).to(values.dtype)
             advantages = rule.function(values, used, groups, **extra)[1]

@@ -1,8 +1,8 @@
-"""Conflict between objectives: how it is measured, and who pays for it.
+"""Conflict between objectives: how it is measured, and which objective pays for it.
 
 Three measures, cheapest first: the correlation of one batch's scores ([`score_correlation`]), the cosine of one batch's
-gradients ([`cosines`]), and the cosine of the expected gradients ([`PopulationConflict`]). K objectives; matrices are
-`[K, K]`. What counts against an objective is reconstructed from the abstract of arXiv 2601.06574.
+gradients ([`cosines`]), and the cosine of the expected gradients ([`PopulationConflict`]). The penalty is reconstructed from the
+abstract of arXiv 2601.06574.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ def score_correlation(
 
     $$c_{kj} = \frac{\sum_i z_{ik} z_{ij}}{\sqrt{\sum_i z_{ik}^2 m_{ij} \sum_i z_{ij}^2 m_{ik}}}$$
 
-    \(z\) = `scores` of shape `[B, K]`, 0 where dead or missing; they have zero mean inside every group. \(m\) = `live`, true
-    where the reward is valid and its group is live. Returns the correlation, NaN where two objectives share no live row,
-    and the number of shared rows.
+    \(z\) = `scores`, with zero mean in every group and 0 where dead or missing; \(m\) = `live`, true for valid rewards of live
+    groups. Returns the correlation, NaN if two objectives share no live row, and the number of shared rows.
 
     Example:
         >>> scores = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
@@ -75,9 +74,8 @@ def conflict_penalty(
     $$C_k = \frac{1}{K-1}\sum_j a_{kj} h_{kj}, \qquad a_{kj} = \begin{cases} \max(N_j - N_k, 0) & \text{lag}\\
     \min(N_j, 1) & \text{victim}\\ 1 & \text{plain}\end{cases}$$
 
-    \(h\) is from [`opposition`], \(N\) = `need`; objectives that are not `weighted` are left out. With "lag" the objective
-    that is ahead pays for opposing the one that is behind. "plain" also lowers the objective
-    that is being sacrificed, which makes the conflict worse; it is here for comparison.
+    \(h\) is from [`opposition`], \(N\) = `need`; objectives without weight are left out. With "lag" the objective that is ahead
+    pays for opposing the one behind. "plain" also lowers the objective that is sacrificed; it is here for comparison.
 
     Example:
         >>> strength, need = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([0.25, 0.75])
@@ -97,24 +95,21 @@ def conflict_penalty(
 class PopulationConflict:
     r"""Cross-fitted estimate of the cosines between the objectives' expected gradients.
 
-    One batch's gradients share their samples' noise, so the cosine of two objectives' batch gradients shows how their
-    *scores* correlate over that batch, whatever the true gradients do. Gradients of two disjoint halves of the prompts
-    have independent noise, so their inner products are unbiased:
+    One batch's gradients share their samples' noise, so their cosine shows how the *scores* correlate over that batch.
+    Gradients of two disjoint halves of the prompts have independent noise, so their inner products are unbiased:
 
     $$\hat G_{kl} = \tfrac12 \left(\langle g_k^{(1)}, g_l^{(2)} \rangle + \langle g_l^{(1)}, g_k^{(2)} \rangle\right),
     \qquad \mathbb E\, \hat G_{kl} = \langle \mathbb E g_k, \mathbb E g_l \rangle, \qquad
     c_{kl} = \frac{\bar G_{kl}}{\sqrt{\bar G_{kk} \bar G_{ll}}}$$
 
-    with \(\bar G\) the exponentially weighted mean over updates. A cosine is given only where both diagonals are
-    clearly positive; its standard error is by the delta method, from the spread of the products over updates.
+    with \(\bar G\) the mean over updates, weighted by `decay`. A cosine is given if both diagonals are `clearly` standard errors
+    above zero; its own standard error is by the delta method. A batch's gradient is nearly all noise, so this needs
+    thousands of samples, and says NaN until then.
 
     Args:
         size (`int`): K, objectives.
-        decay (`float`): decay of the weights of past updates; 1 weighs all alike.
+        decay (`float` in (0, 1]): decay of the weights of past updates; 1 weighs all alike.
         clearly (`float`): how many standard errors a diagonal must be above zero.
-
-    Raises:
-        ValueError: if `decay` is not in (0, 1].
 
     Example:
         >>> estimate = PopulationConflict(2, decay=1.0)
@@ -123,9 +118,6 @@ class PopulationConflict:
         >>> cosine, error = estimate.estimate()
         >>> round(cosine[0, 1].item(), 6)
         -0.5
-
-    Note:
-        A batch's gradient is nearly all noise, so this needs thousands of samples; until then it says NaN.
     """
 
     def __init__(self, size: int, decay: float = 0.99, clearly: float = 2.0) -> None:
@@ -153,13 +145,13 @@ class PopulationConflict:
         return self._mean.reshape(self.size, self.size)
 
     def estimate(self) -> tuple[Float[Tensor, "K K"], Float[Tensor, "K K"]]:
-        """The cosines and their standard errors, both of shape `[K, K]`; NaN where they cannot be told yet."""
+        """The cosines and their standard errors; NaN where they are not known yet."""
         size = self.size
         cosine = torch.full((size, size), torch.nan, dtype=torch.float64)
         error = cosine.clone()
         if self._weight**2 <= self._squares * 1.5:
             return cosine, error  # one update has no spread
-        # Unbiased covariance of the weighted mean (reliability weights).
+        # The unbiased covariance of a weighted mean (reliability weights)
         spread = self._scatter / (self._weight - self._squares / self._weight)
         covariance = spread * self._squares / self._weight**2
         gramian = self.gramian
@@ -190,11 +182,7 @@ class PopulationConflict:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state.
-
-        Raises:
-            ValueError: if it was saved for another number of objectives, or a part of it is missing.
-        """
+        """Take over a state; a ValueError says if it is incomplete or of another number of objectives."""
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise ValueError(

@@ -17,21 +17,13 @@ NEVER_THERE_AFTER = 5  # batches without any reward of an objective that never h
 
 @dataclass(frozen=True)
 class Aggregated:
-    """One batch, aggregated.
+    """One batch, aggregated."""
 
-    Args:
-        scores (`Tensor` of shape `[B, K]`): each objective's scores, before weighting.
-        contributions (`Tensor` of shape `[B, K]`): what each adds to the sum, weighted.
-        advantages (`Tensor` of shape `[B]`): the result.
-        weights (`Tensor` of shape `[K]`): the weights used.
-        clipped (`Tensor` of shape `[B]`): true where the advantage was clipped.
-    """
-
-    scores: Float[Tensor, "B K"]
-    contributions: Float[Tensor, "B K"]
+    scores: Float[Tensor, "B K"]  # of each objective, before weighting
+    contributions: Float[Tensor, "B K"]  # what each objective adds to the advantage
     advantages: Float[Tensor, " B"]
-    weights: Float[Tensor, " K"]
-    clipped: Bool[Tensor, " B"]
+    weights: Float[Tensor, " K"]  # the weights used
+    clipped: Bool[Tensor, " B"]  # where the advantage was clipped
 
 
 def hijack_shares(contributions: Float[Tensor, "B K"]) -> Float[Tensor, " K"]:
@@ -39,13 +31,12 @@ def hijack_shares(contributions: Float[Tensor, "B K"]) -> Float[Tensor, " K"]:
 
     $$\mathrm{share}_k = \frac{\mathrm{Cov}(w_k x_k, A)}{\mathrm{Var}(A)}, \qquad A = \sum_k w_k x_k$$
 
-    `contributions` are \(w_k x_k\) of shape `[B, K]`, with zero mean. The shares sum to one; a negative share means that the
-    others cancel the objective. All are zero where the advantages are.
+    `contributions` are \(w_k x_k\), with zero mean. The shares sum to one; a negative one means that the others cancel the
+    objective. All are zero if the advantages are.
 
     Example:
-        >>> contributions = torch.tensor([[3.0, 1.0], [-3.0, 1.0], [3.0, -1.0], [-3.0, -1.0]])
-        >>> [round(share, 3) for share in hijack_shares(contributions).tolist()]
-        [0.9, 0.1]
+        >>> hijack_shares(torch.tensor([[3.0, 1.0], [-3.0, 1.0], [3.0, -1.0], [-3.0, -1.0]])).tolist()
+        [0.899..., 0.100...]
     """
     total = contributions.sum(1)
     power = total @ total
@@ -66,8 +57,7 @@ def intended_shares(weights: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
 def hijack_index(shares: Float[Tensor, " K"], weights: Float[Tensor, " K"]) -> float:
     r"""How many times its intended share the greediest objective owns: \(\max_k \mathrm{share}_k \sum w^2 / w_k^2\).
 
-    It is 1 when every objective owns what was intended. Objectives with less than a hundredth of the largest weight do not
-    count.
+    Objectives with less than a hundredth of the largest weight do not count.
 
     Example:
         >>> hijack_index(torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5]))
@@ -84,7 +74,7 @@ def batch_metrics(
     conflict: Float[Tensor, "K K"],
     report: ReportState,
 ) -> dict[str, float]:
-    """Everything that one batch is logged with, under flat keys; all finite."""
+    """The metrics of one batch, under flat keys; all finite."""
     metrics = {
         f"{key}/{name}": value
         for key, column in columns.items()
@@ -103,12 +93,7 @@ def batch_metrics(
 
 
 def pair_metrics(key: str, objectives: list[str], matrix: Float[Tensor, "K K"]) -> dict[str, float]:
-    """The known entries above the diagonal of a symmetric matrix, as `{key}/{a}/{b}`.
-
-    Example:
-        >>> pair_metrics("conflict", ["a", "b"], torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
-        {'conflict/a/b': -0.5}
-    """
+    """The known entries above the diagonal of a symmetric matrix, as `{key}/{a}/{b}`."""
     rows = matrix.tolist()
     return {
         f"{key}/{first}/{second}": rows[a][b]
@@ -126,7 +111,7 @@ def next_report(
     absent: Bool[Tensor, " K"],
     warn_share: float,
 ) -> ReportState:
-    """Count on, for how many batches in a row each finding has held."""
+    """Count for how many batches in a row each finding has held."""
     owned = (shares > warn_share) & (intended_shares(effective).nan_to_num(nan=0.0) <= warn_share)
     return ReportState(
         owned=torch.where(owned, report.owned + 1, 0.0),
@@ -146,7 +131,7 @@ def complaints(
     sparse: Bool[Tensor, " K"],
     absurd: Bool[Tensor, " K"],
 ) -> list[str]:
-    """What the user should know about the run so far, one text per finding."""
+    """Warnings about the run so far, one text per finding."""
     after, found = options.warn_after, []
     seen = state.slow.weight > 0
     for k, name in enumerate(objectives):

@@ -1,9 +1,8 @@
 """Dual-stage normalization: each objective inside its group, then the weighted sum over the batch.
 
-Shapes: B rows in P groups (one per prompt), K objectives. In all functions `rewards` and `mask` have shape `[B, K]`
-(larger is better; true = valid), `groups` says which row belongs to which group, `moments` are the groups' statistics,
-`present` of shape `[B]` is true where a row has a weighted objective, and `weights` of shape `[K]` are the objectives'.
-Everything is computed where the inputs are, in their dtype.
+Shapes: B rows in P groups (one per prompt), K objectives. `mask` and `valid` are true for rewards that count, `present` is true
+for rows with a weighted objective. Everything is computed on the device and in the dtype of the inputs. The equations are
+reconstructed from the abstract of arXiv 2601.06574.
 """
 
 from __future__ import annotations
@@ -20,29 +19,19 @@ SMALL_SCALE = 1e-4  # the part of the pooled scale that is added to a group's ow
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows belong to which group; groups may have different sizes and need not be contiguous.
+    """Which rows belong to which group; groups may have different sizes and need not be contiguous."""
 
-    Args:
-        index (`Tensor` of shape `[B]`): the number of each row's group, in 0..P-1.
-        sizes (`Tensor` of shape `[P]`): how many rows each group has.
-    """
-
-    index: Int[Tensor, " B"]
-    sizes: Int[Tensor, " P"]
-
-    @property
-    def count(self) -> int:
-        """How many groups there are, P."""
-        return self.sizes.shape[0]
+    index: Int[Tensor, " B"]  # the number of each row's group, in 0..P-1
+    sizes: Int[Tensor, " P"]  # rows of each group
 
     def sum(self, values: Float[Tensor, " B *K"]) -> Float[Tensor, " P *K"]:
         """Sum of `values` inside each group."""
-        return values.new_zeros(self.count, *values.shape[1:]).index_add_(0, self.index, values)
+        return values.new_zeros(len(self.sizes), *values.shape[1:]).index_add_(0, self.index, values)
 
     def widest(self, values: Float[Tensor, "B K"]) -> Float[Tensor, "P K"]:
         """Largest of the non-negative `values` inside each group."""
         rows = self.index[:, None].expand_as(values)
-        return values.new_zeros(self.count, values.shape[1]).scatter_reduce_(0, rows, values, "amax")
+        return values.new_zeros(len(self.sizes), values.shape[1]).scatter_reduce_(0, rows, values, "amax")
 
 
 def group_rows(group_ids: Int[Tensor, " B"]) -> Groups:
@@ -63,12 +52,11 @@ def implausible(
     unit: Float[Tensor, " K"],
     limit: float,
 ) -> Bool[Tensor, "B K"]:
-    r"""Find rewards more than `limit` spreads away from what their objective has been like: \(|r_{ik} - q_k| > L S_k\).
+    r"""Find rewards more than `limit` spreads away from their objective's mean: \(|r_{ik} - q_k| > L S_k\).
 
-    \(q\) = `centre`, the objective's mean so far; \(S\) = `unit`, its largest spread so far; \(L\) = `limit`, infinite to keep
-    everything. Where `centre` is NaN or `unit` is 0, the batch's median stands in, and for `unit` the lower quartile of the
-    distances from it that are not zero. One reward of 1e30 among values near 1 would own the moving averages for more than
-    a thousand iterations.
+    \(q\) = `centre`, the mean so far; \(S\) = `unit`, the largest spread so far; \(L\) = `limit`. If `centre` is NaN or `unit` 0,
+    the batch's median is used, and as unit the lower quartile of the distances from it that are not zero. One reward of
+    1e30 among values near 1 would own the moving averages for more than a thousand iterations.
 
     Example:
         >>> rewards, unknown = torch.tensor([[1.0], [2.0], [3.0], [1e30]], dtype=torch.float64), torch.zeros(1).double()
@@ -91,21 +79,13 @@ def implausible(
 
 @dataclass(frozen=True)
 class GroupMoments:
-    """Masked statistics of every objective in every group.
+    """Statistics of every objective in every group, over the valid rewards."""
 
-    Args:
-        count (`Tensor` of shape `[P, K]`): valid rewards, n.
-        mean (`Tensor` of shape `[P, K]`): their mean, 0 where there are none.
-        variance (`Tensor` of shape `[P, K]`): their population variance.
-        dead (`Tensor` of shape `[P, K]`): true where a group cannot tell its members apart.
-        centred (`Tensor` of shape `[B, K]`): reward minus group mean, 0 where missing.
-    """
-
-    count: Float[Tensor, "P K"]
-    mean: Float[Tensor, "P K"]
-    variance: Float[Tensor, "P K"]
-    dead: Bool[Tensor, "P K"]
-    centred: Float[Tensor, "B K"]
+    count: Float[Tensor, "P K"]  # valid rewards
+    mean: Float[Tensor, "P K"]  # 0 if there are none
+    variance: Float[Tensor, "P K"]  # of the population
+    dead: Bool[Tensor, "P K"]  # true if the group cannot tell its members apart
+    centred: Float[Tensor, "B K"]  # reward minus group mean, 0 where missing
 
 
 def group_moments(
@@ -116,8 +96,8 @@ def group_moments(
     $$n_{pk} = \sum_i M_{ik}, \quad \mu_{pk} = \tfrac{1}{n}\sum_i M r, \quad d = (r - \mu) M, \quad
     s^2_{pk} = \tfrac{1}{n}\sum_i d^2$$
 
-    A group is dead for an objective when it has fewer than two valid rewards, when they all lie within `tolerance` times
-    the mean of each other (rounding noise of a constant), or when their variance is exactly zero.
+    A group is dead if it has fewer than two valid rewards, if they all lie within `tolerance` times the mean of each other
+    (rounding noise of a constant), or if their variance is exactly zero.
 
     Example:
         >>> rewards = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
@@ -158,20 +138,16 @@ def adaptive_normalize(
     $$\sigma_{pk} = \sqrt{\frac{n_{pk} s^2_{pk} + \nu_p S_k^2}{n_{pk} + \nu_p}}, \qquad
     z_{ik} = \mathrm{clip}\left(\frac{d_{ik}}{\sigma_{pk} + 10^{-4} S_k}, \pm c\right), \qquad \nu_p = \beta G_p$$
 
-    with \(S_k\) = `scale`, \(\beta\) = `blend`, \(c\) = `clip` and \(G_p\) the size of the group; 0 where the group is
-    dead or the reward is missing. At \(\beta = 0\) the scale is the group's standard deviation; at infinity it is the
-    pooled within-group one. In between, a nearly constant group keeps nearly zero scores instead of having its noise
-    blown up to unit variance.
+    with \(S_k\) = `scale`, \(\beta\) = `blend`, \(c\) = `clip` and \(G_p\) the size of the group; 0 where dead or missing. At
+    \(\beta = 0\) the scale is the group's standard deviation, at infinity the pooled one. In between, a nearly constant group
+    keeps nearly zero scores instead of having its noise blown up. The epsilon is relative to the objective's scale, so
+    \(z\) does not change under a positive affine map of a reward; TRL's absolute 1e-4 does not have that property.
 
     Example:
         >>> mask, groups = torch.ones(2, 1, dtype=torch.bool), group_rows(torch.tensor([0, 0]))
         >>> moments = group_moments(torch.tensor([[1.0], [3.0]], dtype=torch.float64), mask, groups)
         >>> adaptive_normalize(moments, groups, torch.ones(1, dtype=torch.float64), blend=0.0).round().tolist()
         [[-1.0], [1.0]]
-
-    Note:
-        Reconstructed from the abstract of arXiv 2601.06574. The epsilon is relative to the objective's scale, so `z`
-        does not change under a positive affine map of a reward; TRL's absolute 1e-4 does not have that property.
     """
     if math.isinf(blend):
         sigma = scale.expand_as(moments.variance)
@@ -204,13 +180,7 @@ def share_weights(weights: Float[Tensor, " K"], mask: Bool[Tensor, "B K"]) -> Fl
 def centre_in_group(
     contributions: Float[Tensor, "B K"], present: Bool[Tensor, " B"], groups: Groups
 ) -> Float[Tensor, "B K"]:
-    """Subtract each group's mean over the rows that are present; absent rows become 0.
-
-    Example:
-        >>> groups = group_rows(torch.tensor([0, 0]))
-        >>> centre_in_group(torch.tensor([[1.0], [3.0]]), torch.tensor([True, True]), groups).tolist()
-        [[-1.0], [1.0]]
-    """
+    """Subtract each group's mean over the rows that are present; absent rows become 0."""
     there = present[:, None].to(contributions.dtype)
     means = groups.sum(contributions * there) / groups.sum(there).clamp(min=1.0)
     return (contributions - means[groups.index]) * there
@@ -223,17 +193,13 @@ def batch_normalize(
 
     $$\hat A_i = A_i / D, \qquad D = \max(\mathrm{rms}_{batch}(A),\ \kappa \lVert w \rVert_2,\ 10^{-12})$$
 
-    \(\lVert w \rVert_2\) is the size that the sum has when the objectives are uncorrelated. When they oppose each other
-    the sum shrinks below it, and a division without a floor would train on the noise that is left. \(A\) = `total` has zero
-    mean in every group, \(\kappa\) = `floor`.
+    \(A\) = `total` has zero mean in every group, \(\kappa\) = `floor`. The sum of uncorrelated objectives has the size
+    \(\lVert w \rVert_2\). If they oppose each other it is smaller, and without a floor we would train on the noise that is left.
 
     Example:
         >>> total, there = torch.tensor([-2.0, 2.0]), torch.tensor([True, True])
         >>> batch_normalize(total, there, torch.tensor([1.0])).tolist()
         [-1.0, 1.0]
-
-    Note:
-        Reconstructed from the abstract of arXiv 2601.06574.
     """
     rms = torch.sqrt((total * total).sum() / present.sum().clamp(min=1))
     divisor = torch.maximum(rms, floor * weights.norm()).clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""The options of the aggregator in one object, and what is asked of everything that a user passes to it."""
+"""The options of the aggregator in one object, and the checks of everything that a user passes to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from .rules import GRADIENT_RULES, RULES, SIGNED_RULES
 
 __all__ = ["AGGREGATION_OPTIONS", "GRADIENT_RULES", "RULES", "SIGNED_RULES", "ApexOptions", "option_table"]
-
 
 INF = math.inf
 Range = tuple[float, float]
@@ -35,12 +34,7 @@ def _option(default: Any, text: str, allowed: Range | None = None, choices: tupl
 class ApexOptions:
     """Every choice that the abstract of arXiv 2601.06574 leaves open, and the settings of the baseline rules.
 
-    Raises:
-        ValueError: where a value is out of its range.
-
     Example:
-        >>> ApexOptions(scale_blend=0.0).scale_blend
-        0.0
         >>> ApexOptions(priority_floor=2.0)
         Traceback (most recent call last):
         ...
@@ -48,24 +42,18 @@ class ApexOptions:
     """
 
     # Stage 1
-    normalize_objectives: bool = _option(
-        True, "Stage 1: divide each objective by its adaptive scale. False only centres it."
-    )
+    normalize_objectives: bool = _option(True, "Stage 1: divide by the adaptive scale. False only centres.")
     scale_blend: float = _option(
         1 / 3,
-        "Weight of the pooled scale in group sizes: 0 is the group's own standard deviation, inf the pooled within-group one.",
+        "Weight of the pooled scale, in group sizes: 0 is the group's own scale, inf the pooled one.",
         _NOT_NEGATIVE,
     )
     scale_ema: float = _option(0.9, "Decay of the moving average of the pooled variance.", _DECAY)
     z_clip: float = _option(5.0, "Clip of each objective's normalized score; inf turns it off.", _POSITIVE)
-    dead_tolerance: float = _option(
-        1e-6, "A group whose rewards differ by less than this times their mean is dead.", _SHARE
-    )
+    dead_tolerance: float = _option(1e-6, "Spread of a group, relative to its mean, below which it is dead.", _SHARE)
     # Stage 2
     normalize_advantages: bool = _option(True, "Stage 2: divide the weighted sum by its floored size over the batch.")
-    norm_floor: float = _option(
-        0.5, "Least divisor of stage 2, in units of the weights' norm; 0 turns it off.", _NOT_NEGATIVE
-    )
+    norm_floor: float = _option(0.5, "Least divisor of stage 2, in norms of the weights; 0: none.", _NOT_NEGATIVE)
     advantage_clip: float = _option(5.0, "Clip of the final advantage; inf turns it off.", _POSITIVE)
     # Adaptive priorities
     adaptive_priorities: bool = _option(True, "Schedule the objectives; False keeps the user's weights.")
@@ -76,30 +64,28 @@ class ApexOptions:
     slow_ema: float = _option(0.95, "Decay of the slow moving average of each objective's mean reward.", _DECAY)
     need_mode: str = _option(
         "relative",
-        "Progress need: 'relative' (who lags behind the others) or 'target' (distance left to `reward_targets`).",
+        "Progress need: 'relative' to the other objectives, or the way left to a 'target' (`reward_targets`).",
         choices=("relative", "target"),
     )
-    reward_targets: list[float] | None = _option(
-        None, "With need_mode 'target': one target per objective, in its own units; nan = none for this objective."
-    )
+    reward_targets: list[float] | None = _option(None, "With need_mode 'target': one per objective; nan for none.")
     need_temperature: float = _option(0.5, "Softness of the relative need, in initial standard deviations.", _POSITIVE)
     need_scale: str = _option(
         "initial",
-        "Unit of gains: the spread at the end of the warm-up ('initial') or the 'largest' since, better for sparse rewards.",
+        "Unit of gains: the spread after the warm-up ('initial') or the 'largest' since, better for sparse rewards.",
         choices=("initial", "largest"),
     )
     need_cap: float = _option(1.5, "Largest need in target mode.", _NOT_NEGATIVE)
     conflict_source: str = _option(
         "advantage",
-        "What opposes: correlation of scores ('advantage', free), or by the probe, cosine of a batch's gradients ('gradient') or "
-        "of the expected gradients ('population').",
+        "Measure of conflict: correlation of scores ('advantage', free), or by the probe, cosine of a batch's gradients "
+        "('gradient') or of the expected gradients ('population').",
         choices=("advantage", "gradient", "population"),
     )
     conflict_ema: float = _option(0.7, "Decay of the moving average of the conflict matrix.", _DECAY)
     conflict_margin: float = _option(0.05, "Least negative correlation that counts as a conflict.", (0.0, 0.99))
     conflict_attribution: str = _option(
         "lag",
-        "Who pays for a conflict: who is ahead ('lag'), whoever opposes one in need ('victim'), or both ('plain').",
+        "Who pays for a conflict: the one ahead ('lag'), whoever opposes one in need ('victim'), or both ('plain').",
         choices=("lag", "victim", "plain"),
     )
     combination: str = _option(
@@ -110,20 +96,10 @@ class ApexOptions:
     priority_temperature: float = _option(0.5, "Temperature of the softmax over the scores.", _POSITIVE)
     priority_floor: float = _option(0.2, "Share of the user's weight that no objective can lose.", _SHARE)
     priority_ema: float = _option(0.7, "Decay of the moving average of the priorities.", _DECAY)
-    warmup_iterations: int = _option(
-        10, "Iterations at the user's weights; the baselines are taken at their end.", _COUNT
-    )
+    warmup_iterations: int = _option(10, "Iterations at the user's weights, before the baselines are taken.", _COUNT)
     ramp_iterations: int = _option(10, "Iterations over which the priorities fade in after the warm-up.", _COUNT)
-    max_missing: float = _option(
-        0.5,
-        "Share of missing rewards, in groups with the objective, above which its statistics hold.",
-        _SHARE,
-    )
-    outlier_limit: float = _option(
-        1e9,
-        "Spreads from its objective's mean beyond which a reward counts as missing; inf keeps all.",
-        (1e3, INF),
-    )
+    max_missing: float = _option(0.5, "Share of missing rewards above which an objective's statistics hold.", _SHARE)
+    outlier_limit: float = _option(1e9, "Spreads from the mean beyond which a reward is missing.", (1e3, INF))
     # Baselines
     scale_rewards: str = _option(
         "group",
@@ -136,9 +112,7 @@ class ApexOptions:
     unit_gradients: bool = _option(True, "mgda: scale every objective's gradient to unit length first.")
     cagrad_c: float = _option(0.5, "cagrad: how far the update may leave the mean gradient.", _NOT_NEGATIVE)
     # Warnings
-    warn_after: int = _option(
-        20, "Iterations in a row after which a hijacked or dead objective is warned about.", (1, 10**9)
-    )
+    warn_after: int = _option(20, "Iterations in a row before a hijacked or dead objective is named.", (1, 10**9))
     warn_share: float = _option(0.7, "Share of the advantage's variance above which an objective owns it.", _SHARE)
 
     def __post_init__(self) -> None:
@@ -175,11 +149,7 @@ class ApexOptions:
 
     @classmethod
     def read(cls, given: ApexOptions | dict[str, Any] | None) -> ApexOptions:
-        """The options from an object, a dictionary of its fields, or None for the defaults.
-
-        Raises:
-            ValueError: for an unknown name or a value out of its range.
-        """
+        """The options from an object, a dictionary of its fields, or None for the defaults."""
         if isinstance(given, cls):
             return given
         if not isinstance(given, dict | None):
@@ -214,19 +184,13 @@ def option_table(indent: str = "    ") -> str:
 ApexOptions.__doc__ = f"{ApexOptions.__doc__}\n    Args:{option_table()}\n"
 
 
-# What is asked of the aggregator's inputs
+# Checks of the aggregator's arguments: each returns what it checked, or raises a ValueError
 
 
 def checked_options(
     objectives: list[str], given: ApexOptions | dict[str, Any] | None, flat: dict[str, Any]
 ) -> ApexOptions:
-    """The options as one object; a ValueError says what is wrong with them.
-
-    Args:
-        objectives (`list[str]`): the names.
-        given ([`ApexOptions`] or `dict`, *optional*): the options.
-        flat (`dict`): options passed as keywords of their own, as in 0.1.0.
-    """
+    """The options as one object; `flat` are those passed as keywords of their own, as in 0.1.0."""
     if flat:
         if given is not None:
             raise ValueError(
@@ -251,7 +215,7 @@ def checked_options(
 
 
 def checked_weights(objectives: list[str], weights: list[float] | None, rule: str) -> Float[Tensor, " K"]:
-    """The user's weights as they were given, 1 each if they were not; a ValueError if they do not fit."""
+    """The user's weights as they were given, 1 each if they were not."""
     if weights is None:
         return torch.ones(len(objectives), dtype=torch.float64)
     name = "`weights` (`reward_weights` of a trainer)"
@@ -274,7 +238,7 @@ def checked_weights(objectives: list[str], weights: list[float] | None, rule: st
 def checked_batch(
     objectives: list[str], rewards: Tensor, group_ids: Tensor, mask: Tensor | None
 ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
-    """The rewards on the CPU with NaN where missing, and where they are valid; a ValueError if shapes do not fit."""
+    """The rewards on the CPU with NaN where missing, and where they are valid."""
     size = len(objectives)
     if rewards.ndim != 2 or rewards.shape[1] != size or not len(rewards):
         raise ValueError(

@@ -1,13 +1,12 @@
 """Adaptive priorities: what a batch says about each objective, and the weights of the next batch.
 
 Learning potential, conflict penalty and progress need form one score per objective; a softmax over the scores gives the
-priorities. Everything is pure: a state in, a new state out. Reconstructed from the abstract of arXiv 2601.06574; no
-equation here is the paper's.
+priorities. All functions are pure. They are reconstructed from the abstract of arXiv 2601.06574; no equation is the paper's.
 
-All tensors have shape `[K]`, one number per objective. In the formulas, in reward units: \\(f\\) = `mean`, fast average of the
+All tensors have shape `[K]`. In the formulas, in reward units: \\(f\\) = `mean`, fast average of the
 mean reward; \\(R^0\\) = `first_mean`, its value at the end of the warm-up; \\(S\\) = `scale`, pooled within-group standard
-deviation; \\(S^0\\) = `first_scale`, its value then. The last two `first_` are NaN before. `weighted` is true where the user's
-weight is positive.
+deviation; \\(S^0\\) = `first_scale`, its value then. Both `first_` are NaN before. `weighted` is true where the user's weight is
+positive.
 """
 
 from __future__ import annotations
@@ -32,17 +31,11 @@ SMALL_FACTOR = 0.1  # keeps one vanishing factor of the product from silencing a
 
 @dataclass(frozen=True)
 class Presence:
-    """Which objectives a batch informs about.
+    """Which objectives a batch informs about."""
 
-    Args:
-        absent (`Tensor` of shape `[K]`): no valid reward at all.
-        sparse (`Tensor` of shape `[K]`): too many rewards missing in the groups that have the objective.
-        live_groups (`Tensor` of shape `[K]`): share of live groups among those that have the objective; 0 without any.
-    """
-
-    absent: Bool[Tensor, " K"]
-    sparse: Bool[Tensor, " K"]
-    live_groups: Float[Tensor, " K"]
+    absent: Bool[Tensor, " K"]  # no valid reward at all
+    sparse: Bool[Tensor, " K"]  # too many rewards missing in the groups that have the objective
+    live_groups: Float[Tensor, " K"]  # share of live groups among those that have the objective; 0 without any
 
     @property
     def held(self) -> Bool[Tensor, " K"]:
@@ -53,8 +46,7 @@ class Presence:
 def presence(moments: GroupMoments, sizes: Float[Tensor, " P"], max_missing: float) -> Presence:
     """Find the objectives that are absent, or present in too few rows to trust.
 
-    A group without a single reward of an objective is a prompt that the objective does not apply to, so it is not
-    counted as missing.
+    A group without any reward of an objective is a prompt that it does not apply to, which is not missing.
     """
     has = moments.count > 0
     applicable = (has * sizes[:, None]).sum(0)
@@ -67,10 +59,9 @@ def presence(moments: GroupMoments, sizes: Float[Tensor, " P"], max_missing: flo
 def observe_batch(
     state: PriorityState, moments: GroupMoments, held: Bool[Tensor, " K"], options: ApexOptions
 ) -> PriorityState:
-    """Advance the moving averages of scale and mean reward by one batch.
+    """Advance the moving averages by one batch, except of objectives that are `held`.
 
-    Objectives that are `held` keep theirs. The baselines are taken at the end of the warm-up, or as soon after as they
-    exist.
+    The baselines are taken at the end of the warm-up, or as soon afterwards as they exist.
     """
     has = moments.count > 0
     groups = has.sum(0)
@@ -111,12 +102,7 @@ def trend_noise(error: Float[Tensor, " K"], fast_ema: float, slow_ema: float) ->
 
     $$\bar e_k \sqrt{\frac{1-\beta_f}{1+\beta_f} + \frac{1-\beta_s}{1+\beta_s}}$$
 
-    \(\bar e\) is the standard error of one batch's mean reward. The two averages share their batches, so this is an upper
-    bound of the gap's noise.
-
-    Example:
-        >>> trend_noise(torch.ones(1), fast_ema=0.0, slow_ema=1.0).tolist()
-        [1.0]
+    \(\bar e\) = `error`, of one batch's mean reward. The averages share their batches, so this is an upper bound.
     """
     return error * math.sqrt((1 - fast_ema) / (1 + fast_ema) + (1 - slow_ema) / (1 + slow_ema))
 
@@ -210,8 +196,6 @@ def priority_scores(
     $$s_k = \alpha_L L_k - \alpha_C C_k + \alpha_N N_k \qquad\text{(additive)}$$
     $$s_k = \alpha_L \ln(L_k + 0.1) - \alpha_C \ln(1 + C_k) + \alpha_N \ln(N_k + 0.1) \qquad\text{(multiplicative)}$$
 
-    A softmax over a sum is a normalized product of exponentials, so the additive score covers both readings of "combine".
-
     Example:
         >>> one = torch.ones(1)
         >>> priority_scores(one, 0.5 * one, 0.5 * one).tolist()
@@ -225,12 +209,7 @@ def priority_scores(
 
 
 def ramp(iteration: int, warmup: int, length: int) -> float:
-    r"""How far the priorities have faded in: \(\lambda_t = \mathrm{clip}((t - T_w)/T_r, 0, 1)\).
-
-    Example:
-        >>> ramp(15, warmup=10, length=10)
-        0.5
-    """
+    r"""How far the priorities have faded in: \(\lambda_t = \mathrm{clip}((t - T_w)/T_r, 0, 1)\)."""
     if length == 0:
         return float(iteration >= warmup)
     return min(max((iteration - warmup) / length, 0.0), 1.0)
@@ -284,7 +263,7 @@ def reweighted(
 
 @dataclass(frozen=True)
 class Terms:
-    """The three terms behind the priorities, each of shape `[K]`."""
+    """The three terms behind the priorities."""
 
     potential: Float[Tensor, " K"]
     penalty: Float[Tensor, " K"]
@@ -308,20 +287,10 @@ def reprioritize(state: PriorityState, options: ApexOptions) -> tuple[PrioritySt
     terms = Terms(potential, penalty, need * (1 - state.dead_fraction))
     if not options.adaptive_priorities:
         return state, terms
-    scores = priority_scores(
-        terms.potential,
-        terms.penalty,
-        terms.need,
-        (options.potential_coef, options.conflict_coef, options.need_coef),
-        options.combination,
-    )
-    priorities = next_priorities(
-        state.priorities,
-        state.weights,
-        scores,
-        ramp(state.iteration, options.warmup_iterations, options.ramp_iterations),
-        options.priority_temperature,
-        options.priority_floor,
-        options.priority_ema,
-    )
-    return replace(state, priorities=priorities), terms
+    coefficients = options.potential_coef, options.conflict_coef, options.need_coef
+    scores = priority_scores(terms.potential, terms.penalty, terms.need, coefficients, options.combination)
+    faded_in = ramp(state.iteration, options.warmup_iterations, options.ramp_iterations)
+    smoothing = options.priority_temperature, options.priority_floor, options.priority_ema
+    return replace(
+        state, priorities=next_priorities(state.priorities, state.weights, scores, faded_in, *smoothing)
+    ), terms

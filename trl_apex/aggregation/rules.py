@@ -1,9 +1,8 @@
 """The rules that APEX is compared with: one function each, and one table that names them.
 
-A rule takes `rewards` of shape `[B, K]` (NaN = missing), the user's `weights` of shape `[K]` as they were given, and the
-[`Groups`] of the rows. It returns the scores of shape `[B, K]`, which are what it sums per objective, and the advantages
-of shape `[B]`. The rules work on the device and in the dtype of the rewards and in TRL's order of operations, so that
-`sum_then_normalize` and `normalize_then_sum` give TRL's numbers to the last digits of float32.
+A rule takes the rewards (NaN = missing), the user's weights as they were given, and the [`Groups`] of the rows. It returns the
+scores that it sums, per objective, and the advantages. It works on the device and in the dtype of the rewards, in TRL's order
+of operations: `sum_then_normalize` and `normalize_then_sum` give TRL's numbers to the last digits of float32.
 
 To add a rule, write its function here and give it a row in `TABLE`.
 """
@@ -133,13 +132,13 @@ def gd2po(
     gd2po_agreement: float = 0.2,
     std_epsilon: float = 1e-4,
 ) -> Scored:
-    r"""`normalize_then_sum` without the rows whose objectives disagree, and with less of the groups that have many of them.
+    r"""`normalize_then_sum` without the rows whose objectives disagree, and with less weight for groups with many of them.
 
     $$a_{ik} = w_k \frac{r_{ik} - \bar r_{group,k}}{\mathrm{std}_{group,k} + \epsilon}, \qquad
     q_i = \frac{\sum_k a_{ik}}{\sum_k |a_{ik}| + 10^{-8}}$$
 
-    A row with positive and negative \(a_{ik}\) is dropped where \(|q_i|\) is below `gd2po_agreement`; 1 drops every such row.
-    The sum of each row that is kept is multiplied by the kept share of its group and standardized over the kept rows.
+    A row with positive and negative \(a_{ik}\) is dropped if \(|q_i|\) is below `gd2po_agreement`. The sums of the other rows are
+    multiplied by the kept share of their group and standardized over the kept rows.
 
     Source: after GD2PO (arXiv 2606.16771), reconstructed from a description of its code.
 
@@ -229,27 +228,21 @@ def gramian_weights(
     cagrad_c: float = 0.5,
     seed: int = 0,
 ) -> Float[Tensor, " K"]:
-    r"""The weights that a multi-gradient method gives to the objectives.
+    r"""The weights that a multi-gradient method gives to the objectives, summing to one.
 
     Solved on \(\tilde G_{kj} = K^2 \omega_k \omega_j G_{kj}\), the Gram matrix of the gradients scaled by the user's
-    weights, so that the result is a set of weights \(v_k \omega_k\) for the unscaled ones. Objectives whose gradient
-    is zero take no part, because a min-norm method would follow them alone and stand still. The weights are rescaled to
-    sum to one, because the advantages are normalized afterwards.
+    weights. Objectives whose gradient is zero take no part: a min-norm method would follow them alone and stand still.
 
     Args:
         rule (`str`): "mgda", "upgrad", "pcgrad" or "cagrad".
         gramian (`Tensor` of shape `[K, K]`): \(G\), inner products of the objectives' gradients.
         weights (`Tensor` of shape `[K]`): \(\omega\), the user's, summing to one.
-        unit_gradients (`bool`): for "mgda", solve for gradients of unit length, as MARBLE does. The user's weights then
-            cancel out.
+        unit_gradients (`bool`): for "mgda", solve for gradients of unit length, as MARBLE does, whatever the user's weights.
         cagrad_c (`float`): for "cagrad", the radius of its search around the mean gradient.
-        seed (`int`): for "pcgrad", whose projections come in a random order; must be the same on all ranks.
-
-    Returns:
-        `Tensor` of shape `[K]`, summing to one.
+        seed (`int`): for "pcgrad", of the random order of its projections; must be the same on all ranks.
 
     Raises:
-        ImportError: if the rule's solver is TorchJD's and TorchJD is not installed.
+        ImportError: if the solver is TorchJD's and TorchJD is not installed.
 
     Source: MGDA as in MARBLE (arXiv 2605.06507); UPGrad and CAGrad by TorchJD; PCGrad (arXiv 2001.06782).
 
@@ -313,19 +306,12 @@ def _torchjd(name: str, **options: float) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of `TABLE`.
-
-    Args:
-        function (`Callable`): the rule.
-        options (`tuple[str, ...]`): the fields of [`ApexOptions`] that it takes as keywords.
-        signed (`bool`): whether a negative weight makes sense.
-        solver (`Callable`, *optional*): `(gramian, cagrad_c, seed) -> weights`, for weights from the gradients.
-    """
+    """A row of `TABLE`."""
 
     function: Callable[..., Scored]
-    options: tuple[str, ...] = ("std_epsilon",)
-    signed: bool = False
-    solver: Callable[[Tensor, float, int], Tensor] | None = None
+    options: tuple[str, ...] = ("std_epsilon",)  # the fields of ApexOptions that the function takes
+    signed: bool = False  # whether a negative weight makes sense
+    solver: Callable[[Tensor, float, int], Tensor] | None = None  # (gramian, cagrad_c, seed) -> weights
 
 
 _SCALED = ("scale_rewards", "std_epsilon")
@@ -351,27 +337,14 @@ SIGNED_RULES = tuple(name for name, rule in TABLE.items() if rule.signed)
 
 
 def wide_enough(rewards: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-    """The rewards, in float64 where their squares would overflow float32 and every advantage come out as 0.
-
-    Otherwise the dtype stays, so that the rounding is TRL's.
-
-    Example:
-        >>> wide_enough(torch.tensor([[1.0]])).dtype, wide_enough(torch.tensor([[1e30]])).dtype
-        (torch.float32, torch.float64)
-    """
+    """The rewards, in float64 if their squares would overflow float32; else the dtype stays, and the rounding TRL's."""
     return rewards.double() if bool((rewards.abs() > LARGEST_SQUARED).any()) else rewards
 
 
 def group_mean_std(values: Float[Tensor, "B K"], groups: Groups) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
     """Mean and sample standard deviation (Bessel's) of each row's group, over its valid values.
 
-    Args:
-        values (`Tensor` of shape `[B, K]`): NaN = missing.
-        groups ([`Groups`]): the groups of the rows.
-
-    Returns:
-        `tuple` of two `Tensor` of shape `[B, K]`. A standard deviation of fewer than two values is NaN; in a group of one
-        row it is 0, as in TRL.
+    The standard deviation of fewer than two values is NaN; in a group of one row it is 0, as in TRL.
 
     Example:
         >>> mean, std = group_mean_std(torch.tensor([[1.0], [3.0]]), Groups(torch.tensor([0, 0]), torch.tensor([2])))
@@ -392,12 +365,7 @@ def group_mean_std(values: Float[Tensor, "B K"], groups: Groups) -> tuple[Float[
 
 
 def nanstd(values: Float[Tensor, " ..."], dim: int = 0) -> Float[Tensor, " ..."]:
-    """Sample standard deviation of the valid values along `dim`, which is kept; NaN where there are fewer than two.
-
-    Example:
-        >>> nanstd(torch.tensor([1.0, 3.0, float("nan")])).tolist()
-        [1.414...]
-    """
+    """Sample standard deviation of the valid values along `dim`, which is kept; NaN if there are fewer than two."""
     deviation = values - torch.nanmean(values, dim=dim, keepdim=True)
     count = (~values.isnan()).sum(dim=dim, keepdim=True)
     variance = torch.nanmean(deviation**2, dim=dim, keepdim=True) * (count / (count - 1))
@@ -405,10 +373,5 @@ def nanstd(values: Float[Tensor, " ..."], dim: int = 0) -> Float[Tensor, " ..."]
 
 
 def weighted_sum(values: Float[Tensor, "B K"], weights: Float[Tensor, " K"]) -> Float[Tensor, " B"]:
-    """Weighted sum over the objectives that are there; NaN where none is.
-
-    Example:
-        >>> weighted_sum(torch.tensor([[1.0, float("nan")]]), torch.tensor([2.0, 3.0])).tolist()
-        [2.0]
-    """
+    """Weighted sum over the objectives that are there; NaN if none is."""
     return torch.where(values.isnan().all(1), torch.nan, (values * weights).nansum(1))

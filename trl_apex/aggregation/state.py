@@ -1,4 +1,4 @@
-"""What the aggregator remembers from batch to batch: small, explicit, and the same on every rank."""
+"""What the aggregator remembers from batch to batch, the same on every rank."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ class Average:
 
 @dataclass(frozen=True)
 class PriorityState:
-    """What the method needs, in float64 on the CPU.
-
-    It is computed from the gathered rewards alone, so it does not depend on the number of processes.
-    """
+    """What the method needs, in float64 on the CPU, from gathered rewards alone."""
 
     iteration: int  # batches seen
     weights: Float[Tensor, " K"]  # the user's weights that the priorities were made for, summing to one
@@ -73,21 +70,12 @@ class PriorityState:
         n = len(weights)
         unknown = torch.full((n,), torch.nan, dtype=torch.float64)
         return cls(
-            iteration=0,
-            weights=weights.clone(),
-            priorities=weights.clone(),
-            variance=Average.empty(n),
-            fast=Average.empty(n),
-            slow=Average.empty(n),
-            error=Average.empty(n),
-            first_mean=unknown,
-            first_scale=unknown.clone(),
-            largest_scale=unknown.clone(),
-            dead_fraction=torch.zeros(n, dtype=torch.float64),
-            conflict=Average.empty(n, n),
-            margin=torch.full((n, n), margin, dtype=torch.float64),
+            iteration=0, weights=weights, priorities=weights,
+            variance=Average.empty(n), fast=Average.empty(n), slow=Average.empty(n), error=Average.empty(n),
+            first_mean=unknown, first_scale=unknown, largest_scale=unknown, dead_fraction=torch.zeros_like(unknown),
+            conflict=Average.empty(n, n), margin=torch.full((n, n), margin, dtype=torch.float64),
             gradient_weights=Average.empty(n),
-        )
+        )  # fmt: skip
 
     @property
     def scale(self) -> Float[Tensor, " K"]:
@@ -115,7 +103,7 @@ class ReportState:
         """The state before the first batch."""
         zero, n = torch.zeros(len(weights), dtype=torch.float64), len(weights)
         measured = torch.full((n, n), torch.nan, dtype=torch.float64)
-        return cls(zero, zero.clone(), zero.clone(), weights.clone(), measured)
+        return cls(zero, zero, zero, weights, measured)
 
 
 State = TypeVar("State", PriorityState, ReportState)

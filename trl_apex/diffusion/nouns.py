@@ -31,7 +31,7 @@ class Schedule:
     Args:
         sigmas (`torch.Tensor` of shape `[T + 1]`): noise share before each step, and 0 at the end. For DDIM, the
             cumulative signal share (`alphas_cumprod`) of each step instead, rising to its final value.
-        timesteps (`torch.Tensor` of shape `[T]`): what the denoiser is told, in its own units (1000 sigma for flows).
+        timesteps (`torch.Tensor` of shape `[T]`): in the denoiser's units (1000 sigma for flows).
         v_prediction (`bool`): for DDIM, whether the denoiser predicts v instead of the noise.
     """
 

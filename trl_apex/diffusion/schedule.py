@@ -1,4 +1,4 @@
-"""A schedule together with the kind of stochastic step that is taken on it."""
+"""A schedule with the kind of stochastic step that is taken on it, and the window of stochastic steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TRANSITIONS = ("flow_sde", "cps", "ddim")
 class Sampler:
     """Denoising steps by number: deterministic, or as a Gaussian transition with its log-probability.
 
-    Step numbers are on the CPU, as the schedule is: reading them never waits for an accelerator.
+    Step numbers and the schedule are on the CPU, so that reading them never waits for an accelerator.
 
     Args:
         schedule ([`Schedule`]): the grid.
@@ -56,7 +56,7 @@ class Sampler:
         return log_prob(sample, transition)
 
     def timesteps(self, steps: Int[Tensor, "R"]) -> Float[Tensor, "R"]:
-        """What the denoiser is told at step number `steps`."""
+        """The timesteps of step numbers `steps`, in the denoiser's units."""
         return self.schedule.timesteps[steps]
 
     def _grid(self, steps: Int[Tensor, "R"]) -> tuple[Tensor, Tensor]:
@@ -71,15 +71,12 @@ def sde_window(
     Args:
         num_steps (`int`): T. The last step is always noise-free, since its noise would stay in the image.
         size (`int`, *optional*): steps in the window; None for all but the last.
-        window_range (two `int`, *optional*): first step a window may hold, and one past the last; by default
-            the first half of the steps (or as far as the size needs).
+        window_range (two `int`, *optional*): the first step that a window may hold, and one past the last; by default
+            the first half of the steps, or as many as the size needs.
         seed, iteration (`int`): draw the window's start.
 
-    Returns:
-        `range`
-
     Raises:
-        ValueError: where the window does not fit.
+        ValueError: if the window does not fit.
 
     Example:
         ```python

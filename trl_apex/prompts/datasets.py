@@ -236,12 +236,12 @@ def text_prompts(
 ) -> Any:
     """Draw different prompts that ask for a text, for an OCR reward.
 
-    A text is one to `max_words` different words, in capitals, lower case or with capital first letters, so that prompts
-    range from easy to hard. Give train and test disjoint `words` to see whether spelling was learned or words were.
+    A text is one to `max_words` different words, in capitals, lower case or with capital first letters, from easy to hard.
+    Disjoint `words` for train and test show whether the model learned spelling or words.
 
     Args:
-        count (`int`): how many.
-        seed (`int`): of the draw; the same arguments give the same prompts.
+        count (`int`): prompts.
+        seed (`int`): of the draw.
         words (`Sequence[str]`): to choose from.
         templates (`Sequence[str]`, *optional*): each with `{text}` in double quotes; by default 16 places in 6 styles.
         max_words (`int`): the longest text.
@@ -306,18 +306,12 @@ METADATA_COLUMN = "prompt_metadata"
 def dataset_from_prompt_function(prompt_function: Callable[[], tuple[str, Any]], size: int) -> Any:
     """Draw a dataset of prompts from a function that returns `(prompt, metadata)`.
 
-    A dictionary as metadata becomes one column per key, any other becomes the column `prompt_metadata`; both reach the
-    reward functions. Prompts that are drawn more than once are kept once for each.
+    A dictionary as metadata becomes one column per key, anything else the column `prompt_metadata`; the reward functions
+    get them. Every draw is a row, also of a prompt that was drawn before.
 
     Args:
         prompt_function (`Callable[[], tuple[str, Any]]`): as in `trl.DDPOTrainer`.
         size (`int`): how many times to call it.
-
-    Returns:
-        `datasets.Dataset`: with a `prompt` column.
-
-    Raises:
-        ValueError: if `size` is below 1, or the function returns anything else.
 
     Example:
         >>> animals = iter(["cat", "dog"])

@@ -1,7 +1,7 @@
-"""The held-out classifiers: what a picture shows, read by a network that is never a reward.
+"""The held-out classifiers: networks that are never a reward read what an image shows.
 
-Rewards can be gamed: a picture may please all of them and show nothing that was asked for. These classifiers are trained
-apart from every reward and answer two questions: is the word exact, and are colour and shape both right?
+An image may please all rewards and show nothing that was asked for. These classifiers are trained apart from every reward and
+answer two questions: is the word exact, and are colour and shape both right?
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,20 +42,13 @@ class HeldoutClassifier(nn.Module):
     def forward(
         self, images: Float[Tensor, "B 3 32 32"]
     ) -> tuple[Float[Tensor, "B 3 L"], Float[Tensor, "B colours"], Float[Tensor, "B shapes"]]:
-        """Logits of the three letters, the colour and the shape.
-
-        Args:
-            images (`torch.Tensor`): In [0, 1], of shape `[B, 3, 32, 32]`.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Of shapes `[B, 3, 12]`, `[B, 6]` and `[B, 5]`.
-        """
+        """Logits of the three letters, the colour and the shape, of images in [0, 1]."""
         features = self.features(images * 2 - 1)
         return self.letters(features).unflatten(-1, (3, len(LETTERS))), self.colour(features), self.shape(features)
 
 
 def load_heldout(path: Path) -> HeldoutClassifier:
-    """Loads the classifiers from a safetensors file, in evaluation mode."""
+    """Load the classifiers from a safetensors file, in evaluation mode."""
     from safetensors.torch import load_file
 
     model = HeldoutClassifier()
@@ -79,13 +72,10 @@ def heldout_metrics(
 
     Args:
         images (`Sequence[PIL.Image.Image]` or `torch.Tensor`): PIL images, or floats in [0, 1] of shape `[B, 3, H, W]`.
-        columns (`Mapping[str, Sequence]`): The columns `word`, `colour` and `shape`, one value per image.
+        columns (`Mapping[str, Sequence]`): the columns `word`, `colour` and `shape`, one value per image.
 
     Returns:
-        `dict[str, list[float]]`: `exact_word` and `attributes`, 1.0 or 0.0 per image.
-
-    Raises:
-        ValueError: If a column is missing or does not have one value per image.
+        `exact_word` and `attributes`, 1.0 or 0.0 per image.
 
     Example:
         >>> from trl_apex.tiny.render import Scene, render

@@ -1,4 +1,4 @@
-"""The tiny Stable Diffusion 3 pipeline before training: the classes of the real one, small enough for a CPU."""
+"""The tiny Stable Diffusion 3 pipeline before training: real classes, small enough for a CPU."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +18,7 @@ PROMPT_VOCABULARY = ("a", *COLOURS, *SHAPES, "with", '"', *LETTERS)
 
 
 def build_pipeline(seed: int) -> Any:
-    """Builds the pipeline with fresh random weights.
-
-    Args:
-        seed (`int`): Seed of the weights.
-
-    Returns:
-        `StableDiffusion3Pipeline`: In float32, on the CPU; images of 32 x 32 pixels.
+    """Build the `StableDiffusion3Pipeline` with random weights of `seed`, in float32, for images of 32 x 32 pixels.
 
     Example:
         >>> build_pipeline(0).vae_scale_factor
@@ -127,15 +121,10 @@ def _t5() -> Any:
 
 
 def build_tokenizer(*, begin: bool = True) -> Any:
-    """Builds the tokenizer of prompts: whole lower-case words and single capital letters.
-
-    Quotes are tokens of their own, and so is each capital letter, so `"CAT"` is five tokens. Unknown words become `<unk>`.
+    """Build the tokenizer of prompts: whole lower-case words, single capital letters and quotes.
 
     Args:
-        begin (`bool`, *optional*, defaults to `True`): Whether a text starts with `<bos>`, as for CLIP; T5 has none.
-
-    Returns:
-        `PreTrainedTokenizerFast`: Ends a text with `<eos>` and pads on the right with id 0, to 12 tokens.
+        begin (`bool`): whether a text starts with `<bos>`, as for CLIP; T5 has none.
 
     Example:
         >>> build_tokenizer().tokenize('a red circle with "CAT"')
@@ -148,17 +137,14 @@ def build_tokenizer(*, begin: bool = True) -> Any:
 def build_word_tokenizer(
     vocabulary: Sequence[str], isolated: str, template: str, *, max_length: int, extra_special: Sequence[str] = ()
 ) -> Any:
-    """Builds a tokenizer of whole words that survives saving and loading.
+    """Build a tokenizer of whole words that can be saved and loaded, and pads on the right with id 0.
 
     Args:
-        vocabulary (`Sequence[str]`): The words. Others become `<unk>`.
-        isolated (`str`): Regular expression of what is a token of its own.
-        template (`str`): The special tokens around a text.
+        vocabulary (`Sequence[str]`): the words; others become `<unk>`.
+        isolated (`str`): regular expression of what is a token of its own.
+        template (`str`): the special tokens around a text.
         max_length (`int`): `model_max_length`.
-        extra_special (`Sequence[str]`, *optional*): More special tokens.
-
-    Returns:
-        `PreTrainedTokenizerFast`: Pads on the right with id 0.
+        extra_special (`Sequence[str]`): more special tokens.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -28,16 +28,7 @@ def caption(word: str, colour: str, shape: str) -> str:
 
 
 def words(split: str) -> list[str]:
-    """The words of one split, in a fixed order.
-
-    Args:
-        split (`str`): `"train"` or `"test"`.
-
-    Returns:
-        `list[str]`: 1,122 words for train, 198 for test; none in both.
-
-    Raises:
-        ValueError: For another split.
+    """The words of the split "train" or "test", in a fixed order.
 
     Example:
         >>> len(words("train")), len(words("test")), set(words("train")) & set(words("test"))
@@ -53,18 +44,15 @@ def words(split: str) -> list[str]:
 
 
 def tiny_prompts(split: str, n: int, seed: int = 0) -> Any:
-    """Draws `n` different prompts of the tiny world.
+    """Draw `n` different prompts of the tiny world, the same for the same arguments.
 
     Args:
         split (`str`): `"train"` or `"test"`.
-        n (`int`): How many prompts.
-        seed (`int`, *optional*, defaults to 0): Seed of the draw.
+        n (`int`): at most the number of different prompts.
+        seed (`int`): of the draw.
 
     Returns:
-        `datasets.Dataset`: Columns `prompt`, `word`, `colour`, `shape`; the same rows for the same arguments.
-
-    Raises:
-        ValueError: For an unknown split, or if `n` is not between 1 and the number of different prompts.
+        `datasets.Dataset`: with the columns `prompt`, `word`, `colour`, `shape`.
 
     Example:
         >>> tiny_prompts("train", 4).column_names

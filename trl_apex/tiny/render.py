@@ -1,8 +1,7 @@
 """The captioned images of the tiny world: a coloured shape above a three-letter word, 32 pixels wide.
 
-The caption names the colour, the shape and the word. It does not name the background, how faded the shape and the text
-are, how blurred and how noisy the picture is: these *nuisance factors* are what rewards for quality and beauty
-can still improve after pretraining.
+The caption names the colour, the shape and the word. Background, opacity, blur and noise are not in it: these *nuisance
+factors* are what rewards for quality and beauty can still improve after pretraining.
 """
 
 import colorsys
@@ -39,36 +38,20 @@ _RGB = {
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that decides one image, caption and nuisance factors alike.
+    """Everything that decides one image: what the caption names, and nuisance factors."""
 
-    Args:
-        word (`str`): Three letters of [`~trl_apex.tiny.prompts.LETTERS`].
-        colour (`str`): Colour of the shape, one of [`~trl_apex.tiny.prompts.COLOURS`].
-        shape (`str`): One of [`~trl_apex.tiny.prompts.SHAPES`].
-        hue (`float`): Hue of the background, 0 to 1.
-        saturation (`float`): Saturation of the background, 0 (white) to 1.
-        text_opacity (`float`): 1 for full ink, 0 for an invisible word.
-        shape_opacity (`float`): 1 for full colour, 0 for an invisible shape.
-        radius (`float`): Radius of the shape, in pixels.
-        shape_offset (`tuple[float, float]`): Shift of the shape from its place, in pixels.
-        text_offset (`tuple[float, float]`): Shift of the word from its place, in pixels.
-        blur (`float`): Standard deviation of the Gaussian blur, in pixels; 0 for none.
-        noise (`float`): Standard deviation of the Gaussian noise, in units of the full range; 0 for none.
-        noise_seed (`int`): Seed of the noise.
-    """
-
-    word: str
-    colour: str
-    shape: str
-    hue: float = 0.0
-    saturation: float = 0.0
-    text_opacity: float = 1.0
-    shape_opacity: float = 1.0
-    radius: float = 8.0
-    shape_offset: tuple[float, float] = (0.0, 0.0)
-    text_offset: tuple[float, float] = (0.0, 0.0)
-    blur: float = 0.0
-    noise: float = 0.0
+    word: str  # three of LETTERS
+    colour: str  # of the shape, one of COLOURS
+    shape: str  # one of SHAPES
+    hue: float = 0.0  # of the background, 0 to 1
+    saturation: float = 0.0  # of the background, 0 (white) to 1
+    text_opacity: float = 1.0  # 0 for an invisible word
+    shape_opacity: float = 1.0  # 0 for an invisible shape
+    radius: float = 8.0  # of the shape, in pixels
+    shape_offset: tuple[float, float] = (0.0, 0.0)  # in pixels
+    text_offset: tuple[float, float] = (0.0, 0.0)  # in pixels
+    blur: float = 0.0  # standard deviation of the Gaussian, in pixels
+    noise: float = 0.0  # standard deviation, in units of the full range
     noise_seed: int = 0
 
     @property
@@ -78,22 +61,7 @@ class Scene:
 
 
 def sample_scenes(words: Sequence[str], n: int, seed: int) -> list[Scene]:
-    """Draws `n` scenes: words, colours and shapes uniformly, nuisance factors at random.
-
-    A quarter of the images is blurred, 35 % are noisy.
-
-    Args:
-        words (`Sequence[str]`): The words to draw from.
-        n (`int`): How many scenes.
-        seed (`int`): Seed of the draw.
-
-    Returns:
-        `list[Scene]`: The same list for the same arguments.
-
-    Example:
-        >>> sample_scenes(["CAT"], 2, seed=0)[0].word
-        'CAT'
-    """
+    """Draw `n` scenes: words, colours and shapes uniformly, a quarter of them blurred, 35 % noisy."""
     rng = np.random.default_rng(seed)
     scenes = []
     for _ in range(n):
@@ -145,16 +113,7 @@ def beauty(scene: Scene) -> float:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws one scene as an RGB image of 32 x 32 pixels.
-
-    Args:
-        scene (`Scene`): What to draw.
-
-    Returns:
-        `PIL.Image.Image`: The same pixels for the same scene.
-
-    Raises:
-        ImportError: Without the font that the word is set in.
+    """Draw one scene as an RGB image of 32 x 32 pixels, the same for the same scene.
 
     Example:
         >>> render(Scene("CAT", "red", "circle")).size
@@ -179,7 +138,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def render_batch(scenes: Sequence[Scene]) -> UInt8[Tensor, "B 3 32 32"]:
-    """Draws scenes as one uint8 tensor of shape `[B, 3, 32, 32]`."""
+    """Draw scenes as one uint8 tensor of shape `[B, 3, 32, 32]`."""
     pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 

@@ -18,17 +18,11 @@ _PARTS = {
 
 
 def weights_path(name: str) -> Path:
-    """Where one part of the shipped weights lies.
+    """The folder or safetensors file of one part of the shipped weights.
 
     Args:
         name (`str`): `"pipeline"` (a diffusers folder), `"clip"` (a `CLIPModel` with its processor), `"aesthetic"` (the head
             on its image embedding), `"deqa"` (a LLaVA model with its processor) or `"heldout"` (the classifiers).
-
-    Returns:
-        `pathlib.Path`: A folder or a safetensors file.
-
-    Raises:
-        ValueError: For another name.
 
     Example:
         >>> weights_path("aesthetic").name
@@ -40,13 +34,10 @@ def weights_path(name: str) -> Path:
 
 
 def load_tiny_pipeline(dtype: torch.dtype = torch.float32) -> Any:
-    """Loads the pretrained tiny pipeline, a real `StableDiffusion3Pipeline` for images of 32 x 32 pixels.
+    """Load the pretrained tiny pipeline, a `StableDiffusion3Pipeline` for images of 32 x 32 pixels, on the CPU.
 
     Args:
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): The weights are stored in bfloat16.
-
-    Returns:
-        `StableDiffusion3Pipeline`: On the CPU, in evaluation mode, without progress bars.
+        dtype (`torch.dtype`): of the weights, which are stored in bfloat16.
 
     Example:
         >>> type(load_tiny_pipeline()).__name__
@@ -64,11 +55,7 @@ def load_tiny_pipeline(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def tiny_rewards() -> list[Reward]:
-    """The four rewards of the tiny world: the production classes on the tiny weights.
-
-    Returns:
-        `list`: [`OCRReward`], [`PickScoreReward`], [`DeQAReward`] and [`AestheticReward`], in that order. Each loads its
-            network when it is first called.
+    """The four rewards of the tiny world: the classes for real models, on the tiny weights.
 
     Example:
         >>> [reward.__name__ for reward in tiny_rewards()]

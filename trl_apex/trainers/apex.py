@@ -62,6 +62,9 @@ class APEXTrainer(DiffusionGRPOTrainer):
             self._metrics["train"][name].append(value)
         return advantages, self.aggregator.normalized
 
+    def _name_absent_objectives(self, rewards: Tensor) -> None:
+        """The aggregator warns of objectives without any reward."""
+
     def training_step(self, model: nn.Module, inputs, num_items_in_batch=None) -> Tensor:
         if self.probe is None or not self.probe.due(self.state.global_step):
             return super().training_step(model, inputs, num_items_in_batch)
