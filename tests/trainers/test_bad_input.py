@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import FlowMatchHeunDiscreteScheduler
 from peft import LoraConfig
 from toy_rewards import contrast, redness
 from trl import GRPOConfig
@@ -202,3 +203,19 @@ def test_a_failing_reward_stops_with_a_checkpoint(pipeline, dataset, lora, make_
         trainer.train()
     assert (tmp_path / "run" / f"checkpoint-{trainer.state.global_step}").is_dir()
     assert trainer.state.global_step == trainer.updates_per_iteration
+
+
+@pytest.mark.parametrize(
+    "component, other, message",
+    [
+        ("scheduler", FlowMatchHeunDiscreteScheduler(), "a FlowMatchEulerDiscreteScheduler.*Found FlowMatchHeun"),
+        ("scheduler", None, "Found `scheduler` None"),
+        ("text_encoder_2", None, "Found `text_encoder_2` None. Load the pipeline without `text_encoder_2=None`"),
+        ("vae", None, "Found `vae` None"),
+        ("transformer", None, "Found `transformer` None"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_trained(pipeline, dataset, lora, make_args, component, other, message):
+    setattr(pipeline, component, other)
+    with pytest.raises(ValueError, match=message):
+        constructed(pipeline, dataset, lora, make_args())
