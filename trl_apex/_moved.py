@@ -94,7 +94,7 @@ MOVED = {
     "trl_apex.trainer.progress": "trl_apex.trainers.callbacks",
     "trl_apex.trainer.prompt_encoding": "trl_apex.prompts.embeddings",
     "trl_apex.trainer.publishing": "trl_apex.trainers.publishing",
-    "trl_apex.trainer.rows": "trl_apex.trainers.diffusion_grpo",
+    "trl_apex.trainer.rows": "trl_apex.prompts.sampler",
     "trl_apex.trainer.run_record": "trl_apex.trainers.logs",
     "trl_apex.trainer.saving": "trl_apex.trainers.checkpoint",
     "trl_apex.trainer.trl_seam": "trl_apex.trainers.trl_seam",

@@ -15,7 +15,7 @@ from toy_rewards import PROMPTS, contrast, redness
 from transformers import Trainer
 from trl import GRPOTrainer
 
-from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex import APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.tiny.pipeline import build_pipeline
 from trl_apex.trainers.trl_seam import INHERITED
 
@@ -138,3 +138,9 @@ def test_the_constructor_takes_the_arguments_of_trls_in_its_order():
     language_only = {"tools", "rollout_func", "environment_factory"}
     expected = [name for name in theirs if name not in language_only]
     assert ours[: len(expected)] == expected, f"{RELEASE}: GRPOTrainer takes {theirs}"
+
+
+def test_help_shows_the_signature_of_the_constructor():
+    assert inspect.signature(APEXTrainer) == inspect.signature(DiffusionGRPOTrainer)
+    kinds = {parameter.kind for parameter in inspect.signature(APEXTrainer).parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}

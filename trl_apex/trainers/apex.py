@@ -41,8 +41,38 @@ class APEXTrainer(DiffusionGRPOTrainer):
     _name = "APEX"
     config_class = APEXConfig
 
-    def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        *,
+        monitor_funcs=None,
+        adapter=None,
+    ):
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            reward_processing_classes,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+            monitor_funcs=monitor_funcs,
+            adapter=adapter,
+        )
         self.aggregator = MultiObjectiveRewardAggregator(
             self.reward_func_names,
             weights=self.reward_weights.tolist(),

@@ -1,8 +1,7 @@
-"""Which (sample, step) rows each optimizer step of an iteration trains on."""
+"""GRPO for text-to-image models: rollout, rewards, advantages, updates."""
 
 import copy
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback as TqdmCallback
@@ -48,6 +46,7 @@ from ..diffusion.transition import Transition
 from ..distributed import (
     OtherRankError,
     failing_together,
+    gather_list,
     gather_rows,
     gathered_for_rollout,
     is_sharded,
@@ -55,12 +54,13 @@ from ..distributed import (
     lost_rank,
     whole_models,
 )
-from ..prompts import GroupSampler
 from ..prompts.datasets import check_dataset
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
+from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
+from ..report.figures import reward_grid
 from ..rewards.base import Reward, to_pil
 from ..rewards.registry import load_rewards
-from ..rewards.scoring import RewardScorer
+from ..rewards.scoring import RewardFailureRateError, RewardScorer
 from . import checkpoint, evaluation, publishing
 from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallback, RewardHackingWatch, is_finished
 from .checkpoint import check_writable, last_whole, nothing_but_tensors, resume_point, save_before_failing
@@ -75,7 +75,21 @@ from .inputs import (
     reward_columns,
     reward_names,
 )
-from .logs import LogsMixin
+from .logs import (
+    COLUMNS,
+    PATIENCE,
+    ROWS,
+    log_from_rewards,
+    log_rewards,
+    log_samples,
+    log_scoring,
+    newest_samples,
+    read_updates,
+    send_picture,
+    shown_pictures,
+    sum_counts,
+    update_metrics,
+)
 from .publishing import without_token
 from .trl_seam import set_inherited_attributes
 from .weights import (
@@ -90,85 +104,10 @@ from .weights import (
     warn_of_all_weights,
 )
 
-
-def update_rows(
-    num_samples: int, window: int, updates: int, first_sample: int, key: tuple[int, ...]
-) -> Int[Tensor, "U M 2"]:
-    """Deal the rows of this rank's samples to the updates of one pass, evenly and at random.
-
-    The deal of a sample depends on its number among all ranks' samples alone, so the set of rows behind each optimizer
-    step is the same on any number of processes.
-
-    Args:
-        num_samples (`int`): samples on this rank.
-        window (`int`): N, trained steps a sample.
-        updates (`int`): U, optimizer steps a pass; must divide `num_samples * window`.
-        first_sample (`int`): number of this rank's first sample among all.
-        key (`tuple[int, ...]`): seeds the deal, e.g. `(seed, iteration, pass)`.
-
-    Returns:
-        `torch.Tensor` of shape `[U, num_samples * N / U, 2]`: local sample and step of the window.
-
-    Example:
-        ```python
-        >>> rows = update_rows(num_samples=4, window=3, updates=2, first_sample=0, key=(0,))
-        >>> rows.shape, sorted(map(tuple, rows.flatten(0, 1).tolist()))[:4]
-        (torch.Size([2, 6, 2]), [(0, 0), (0, 1), (0, 2), (1, 0)])
-
-        ```
-    """
-    if num_samples * window % updates:
-        raise ValueError(f"{num_samples} x {window} rows cannot be dealt evenly to {updates} updates")
-    block = updates // math.gcd(updates, window)  # the fewest samples whose rows split evenly
-    if num_samples % block or first_sample % block:
-        block = num_samples
-    dealt = []
-    for start in range(0, num_samples, block):
-        order = torch.randperm(block * window, generator=keyed_generator(*key, (first_sample + start) // block))
-        sample, step = order // window + start, order % window
-        dealt.append(torch.stack([sample, step], -1).reshape(updates, -1, 2))
-    return torch.cat(dealt, 1)
-
-
-def updates_per_pass(
-    samples: int, window: int, batch_size: int, timestep_batch_size: int, accumulation_steps: int
-) -> int:
-    """How many optimizer steps one pass over this rank's rows of an iteration takes.
-
-    Args:
-        samples (`int`): images on this rank.
-        window (`int`): trained steps of each.
-        batch_size (`int`): `per_device_train_batch_size`.
-        timestep_batch_size (`int`): steps of an image that share a forward.
-        accumulation_steps (`int`): micro-batches of `batch_size * timestep_batch_size` rows an optimizer step.
-
-    Raises:
-        ValueError: if the rows do not split into whole updates.
-
-    Example:
-        ```python
-        >>> updates_per_pass(samples=8, window=3, batch_size=4, timestep_batch_size=1, accumulation_steps=2)
-        3
-
-        ```
-    """
-    rows_per_step = batch_size * timestep_batch_size
-    rows_per_update = rows_per_step * accumulation_steps
-    if samples * window % rows_per_update:
-        raise ValueError(
-            "An iteration must split into whole updates: images per device x trained steps must be a multiple of "
-            "per_device_train_batch_size x timestep_batch_size x gradient_accumulation_steps. Found "
-            f"{samples} x {window} rows and {batch_size} x {timestep_batch_size} x {accumulation_steps} = "
-            f"{rows_per_update} rows an update. For one update an iteration set "
-            f"gradient_accumulation_steps={max(samples * window // rows_per_step, 1)}."
-        )
-    return samples * window // rows_per_update
-
-
 logger = logging.getLogger(__name__)
 
 
-class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
+class DiffusionGRPOTrainer(GRPOTrainer):
     """Trains the denoiser of a text-to-image pipeline with GRPO.
 
     One iteration: sample a group of images for each of a few prompts, score them, turn scores into advantages, and make
@@ -322,6 +261,9 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
         self._watch = RewardHackingWatch(len(reward_funcs))
         self.eval_records: list[dict[str, Any]] = []
         self._scored_objectives: set[str] = set()
+        self._iterations_logged = 0
+        self._unsent_images = False
+        self._unread: list[dict[str, Tensor]] = []  # metrics of micro-batches, still on the device
         self._unscored: set[str] = set()  # what an evaluation has warned of
         if not args.disable_tqdm and sys.stdout.isatty():
             self.remove_callback(TqdmCallback)
@@ -580,12 +522,12 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
             raise
         metrics["time/rollout"].append(sampled - started)
         metrics["time/rewards_wait"].append(time.perf_counter() - sampled)
-        self._log_scoring(scored)
+        self._stop_if_rewards_fail(*log_scoring(scored, self.reward_func_names, metrics, device))
 
         rewards = gather_rows(torch.cat([s.rewards for s in scored]).to(device)).cpu()
         group_ids = torch.arange(len(rewards)) // self.num_generations
         advantages, normalized = self._compute_advantages(rewards, group_ids)
-        self._log_rewards(rewards, advantages, inputs, rollouts)
+        self._log_rollout(rewards, advantages, prompts, rollouts)
         self._detectors.see_rollout(rollouts, advantages)
         here = local_slice(len(inputs), self.accelerator.process_index)
         result = {
@@ -755,6 +697,69 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
             scores, advantages = sum_then_normalize(rewards, weights, groups, self.args.scale_rewards)
         return advantages, scores
 
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's own, and with `log_completions` a picture of the newest images with their rewards."""
+        read_updates(self._unread, self._metrics["train"])
+        sum_counts(self._metrics["train"])
+        super().log(logs, start_time)
+        if self._unsent_images:
+            self._unsent_images = False
+            samples = newest_samples(self._logs, self.reward_func_names)
+            self._send_samples("images/rollout", samples, min(self.num_generations, COLUMNS))
+
+    def _send_samples(self, name: str, samples: list[dict[str, Any]], columns: int = COLUMNS) -> None:
+        """Log a grid of samples (prompt, image, rewards) with the trackers of `report_to`."""
+        if self.accelerator.is_main_process:
+            picture = reward_grid(samples[: columns * ROWS], columns)
+            send_picture(self.callback_handler.callbacks, name, picture, self.state.global_step)
+
+    def _stop_if_rewards_fail(self, failures: dict[str, int], samples: int) -> None:
+        limit = self.args.max_reward_failure_rate
+        for name, count in failures.items():  # of all ranks, so that they stop together
+            if count > limit * samples:
+                self.request_stop(
+                    f"reward {name!r} failed for {count} of {samples} images, more than max_reward_failure_rate={limit}. "
+                    "The warnings above tell why; raise the limit to go on without it.",
+                    RewardFailureRateError,
+                )
+
+    def _log_rollout(self, rewards: Tensor, advantages: Tensor, prompts: list[str], rollouts: list[Rollout]) -> None:
+        names, metrics = self.reward_func_names, self._metrics["train"]
+        log_rewards(rewards, names, self.reward_weights, self.num_generations, metrics)
+        self._warn_of_absent_objectives(rewards)
+        if self.log_completions:
+            prompts, size = gather_list(prompts), len(rewards)
+            pictures: list[list[Any]] = [[]] * size
+            if self.accelerator.is_main_process:  # pictures are not gathered
+                pictures = shown_pictures(torch.cat([r.images for r in rollouts]), self.num_generations, size)
+            log_samples(
+                self._logs,
+                dict(zip(names, rewards.double().T.tolist(), strict=True)),
+                prompt=prompts,
+                completion=["<image>"] * size,
+                images=pictures,
+                advantages=advantages.tolist(),
+            )
+            self._unsent_images = True
+        log_from_rewards((self._pending_metrics, self._pending_extra_logs), metrics, self._logs["extra"])
+
+    def _warn_of_absent_objectives(self, rewards: Tensor) -> None:
+        """Warn, once each, of objectives that no image had a score for in the first iterations."""
+        self._iterations_logged += 1
+        scored = rewards.isfinite().any(0).tolist()
+        self._scored_objectives |= {name for name, any_ in zip(self.reward_func_names, scored, strict=True) if any_}
+        if self._iterations_logged == PATIENCE:
+            for name in self.reward_func_names:
+                if name not in self._scored_objectives:
+                    logger.warning(
+                        "The reward %r has scored no image in %d iterations, so nothing is learned from it. It returns None "
+                        "or fails for every prompt: check the column it reads and the prompts it applies to.",
+                        name,
+                        PATIENCE,
+                    )
+
     # The update
 
     def _rows(self, rollout: dict[str, Any], position: int) -> dict[str, Any]:
@@ -764,12 +769,10 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
         update, micro = divmod(step, args.gradient_accumulation_steps)
         key = (args.seed, ROW_ORDER, self._iteration, pass_number)
         first = self.accelerator.process_index * samples
-        if (
-            step == 0 or "dealt" not in rollout
-        ):  # once a pass: dealing again for every micro-batch would grow with the square of the images
-            rollout["dealt"] = update_rows(samples, args.rows_per_image, self.updates_per_pass, first, key)
+        if step == 0 or "update_rows" not in rollout:  # once a pass
+            rollout["update_rows"] = update_rows(samples, args.rows_per_image, self.updates_per_pass, first, key)
         count = args.per_device_train_batch_size * args.timestep_batch_size
-        rows = rollout["dealt"][update][micro * count : (micro + 1) * count]
+        rows = rollout["update_rows"][update][micro * count : (micro + 1) * count]
         self._metrics["train"]["dead_step_rate"].append(float(not rollout["live"][rows[:, 0]].any()))
         sample, on_device = rows.to(self.accelerator.device).unbind(1)
         if args.flow_matching:
@@ -835,7 +838,7 @@ class DiffusionGRPOTrainer(LogsMixin, GRPOTrainer):
         self._guard.update_is_dead &= inputs["dead"]
         if inputs["first_update"]:
             self._detectors.watch_ratio(surrogate.ratio)
-        self._log_update(surrogate, distance)
+        self._unread.append(update_metrics(surrogate, distance))
         self._guard.remember(surrogate.ratio, inputs)
         return loss / self.current_gradient_accumulation_steps
 

@@ -16,16 +16,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from ..diffusion.losses import Surrogate
-from ..diffusion.nouns import Rollout
 from ..distributed import all_reduce_sum, gather_list, gather_rows
 from ..redact import redacted
-from ..report.figures import reward_grid
 from ..rewards.base import to_pil
-from ..rewards.scoring import RewardFailureRateError, ScoredBatch
+from ..rewards.scoring import ScoredBatch
 
 
 def send_picture(callbacks: Iterable[Any], name: str, picture: Image.Image, step: int) -> None:
@@ -151,148 +148,134 @@ PATIENCE = 3
 """Iterations without any score after which an objective is named in a warning."""
 
 
-class LogsMixin(Trainer):
-    """Fills `_metrics` and `_logs`, which `trl.GRPOTrainer.log` writes at the next `logging_steps`."""
+def log_samples(logs: dict[str, Any], rewards: dict[str, list[float]], **columns: list[Any]) -> None:
+    """Append the rows of a rollout to TRL's table of completions."""
+    for name, values in columns.items():
+        logs[name].extend(values)
+    for name, values in rewards.items():
+        logs["rewards"][name].extend(values)
 
-    _unsent_images = False
-    _iterations_logged = 0
-    _unread: list[dict[str, Tensor]] = []
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's own, and with `log_completions` a picture of the newest images with their rewards."""
-        self._read_updates()
-        for name, values in self._metrics["train"].items():
-            if name.startswith(COUNTS) and not name.endswith("_rate"):
-                values[:] = [sum(values)]
-        super().log(logs, start_time)
-        if self._unsent_images:
-            self._unsent_images = False
-            columns = min(self.num_generations, COLUMNS)
-            shown = [i for i, images in enumerate(self._logs["images"]) if images]
-            samples = [
-                {
-                    "prompt": self._logs["prompt"][i],
-                    "image": self._logs["images"][i][0],
-                    "rewards": {name: self._logs["rewards"][name][i] for name in self.reward_func_names},
-                }
-                for i in shown
-            ]
-            self._send_samples("images/rollout", samples, columns)
-
-    def _send_samples(self, name: str, samples: list[dict[str, Any]], columns: int = COLUMNS) -> None:
-        """Log a grid of samples (prompt, image, rewards) with the trackers of `report_to`."""
-        if self.accelerator.is_main_process:
-            picture = reward_grid(samples[: columns * ROWS], columns)
-            send_picture(self.callback_handler.callbacks, name, picture, self.state.global_step)
-
-    def _log_update(self, surrogate: Surrogate, kl: Tensor | None) -> None:
-        """Keep what one micro-batch tells on the device: reading it now would wait for the whole queue."""
-        values = {
-            "clip_ratio/low_mean": surrogate.low.float().mean(),
-            "clip_ratio/high_mean": surrogate.high.float().mean(),
-            "clip_ratio/region_mean": (surrogate.low | surrogate.high).float().mean(),
-            "ratio/mean": surrogate.ratio.mean(),
-            "ratio/max_deviation": (surrogate.ratio - 1).abs().max(),
+def newest_samples(logs: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The rows of TRL's table that have a picture: prompt, image and rewards."""
+    return [
+        {
+            "prompt": logs["prompt"][i],
+            "image": images[0],
+            "rewards": {name: logs["rewards"][name][i] for name in names},
         }
-        if kl is not None:
-            values["kl"] = kl.detach()
-        self._unread = [*self._unread, {name: value.detach() for name, value in values.items()}]
+        for i, images in enumerate(logs["images"])
+        if images
+    ]
 
-    def _read_updates(self) -> None:
-        """Turn what micro-batches told into metrics, over all ranks."""
-        unread, self._unread = self._unread, []
-        if not unread:
-            return
-        metrics = self._metrics["train"]
-        ranks = gather_rows(torch.stack([torch.stack(list(values.values())) for values in unread])[None]).cpu()
-        for name, told in zip(unread[0], ranks.unbind(2), strict=True):
-            metrics[name] += (told.amax(0) if name == "ratio/max_deviation" else told.mean(0)).tolist()
-        metrics["clip_ratio/low_min"] += ranks[:, :, 0].amin(0).tolist()
-        metrics["clip_ratio/high_max"] += ranks[:, :, 1].amax(0).tolist()
 
-    def _log_scoring(self, scored: list[ScoredBatch]) -> None:
-        names = self.reward_func_names
-        counts = torch.tensor(
-            [sum(s.failures.get(name, 0) for s in scored) for name in names] + [0], dtype=torch.float32
-        )
-        counts[-1] = sum(len(s.rewards) for s in scored)
-        *all_failures, samples = map(int, all_reduce_sum(counts.to(self.accelerator.device)).tolist())
-        for name, failures in zip(names, all_failures, strict=True):  # of all ranks, so that they stop together
-            self._metrics["train"][f"time/reward/{name}"].append(sum(s.seconds.get(name, 0.0) for s in scored))
-            self._metrics["train"][f"reward_failures/{name}"].append(float(failures))
-            self._metrics["train"][f"reward_failure_rate/{name}"].append(failures / samples)
-            if failures > self.args.max_reward_failure_rate * samples:
-                self.request_stop(
-                    f"reward {name!r} failed for {failures} of {samples} images, more than max_reward_failure_rate="
-                    f"{self.args.max_reward_failure_rate}. The warnings above tell why; raise the limit to go on without it.",
-                    RewardFailureRateError,
-                )
+def shown_pictures(images: Tensor, group_size: int, size: int) -> list[list[Image.Image]]:
+    """One list a row of all ranks: a picture for the rows that the grid shows, nothing for the others.
 
-    def _log_rewards(self, rewards: Tensor, advantages: Tensor, inputs: list, rollouts: list[Rollout]) -> None:
-        metrics = self._metrics["train"]
-        rewards = rewards.double()
-        for name, column in zip(self.reward_func_names, rewards.T, strict=True):
-            valid = column[column.isfinite()]
-            metrics[f"rewards/{name}/mean"].append(valid.mean().item() if len(valid) else math.nan)
-            metrics[f"rewards/{name}/std"].append(_std(column))
-        self._name_absent_objectives(rewards)
-        total = weighted_sum(rewards, self.reward_weights)
-        groups = [_std(group) for group in total.reshape(-1, self.num_generations)]
-        spreads = torch.tensor([std for std in groups if math.isfinite(std)], dtype=torch.float64)
-        metrics["reward"].append(total.nanmean().item())
-        metrics["reward_std"].append(_std(total))
-        metrics["reward_std_in_group"].append(spreads.mean().item())
-        metrics["frac_reward_zero_std"].append((spreads < 1e-8).double().mean().item())
-        if self.log_completions:
-            prompts = gather_list([row["prompt"] for row in inputs])
-            self._logs["prompt"].extend(prompts)
-            self._logs["completion"].extend(["<image>"] * len(prompts))
-            self._logs["images"].extend(self._pictures(rollouts, len(prompts)))
-            for name, column in zip(self.reward_func_names, rewards.T.tolist(), strict=True):
-                self._logs["rewards"][name].extend(column)
-            self._logs["advantages"].extend(advantages.tolist())
-            self._unsent_images = True
-        # A reward may log on some ranks only, so all names travel in one exchange.
-        # A call that outlasted its timeout may still be logging from its thread, hence the copies in one step.
-        pending = tuple(
-            {k: list(v) for k, v in list(d.items())} for d in (self._pending_metrics, self._pending_extra_logs)
-        )
-        self._pending_metrics.clear()
-        self._pending_extra_logs.clear()
-        everyone = gather_list([pending])
-        for name in sorted({name for logged, _ in everyone for name in logged}):
-            values = [value for logged, _ in everyone for value in logged.get(name, [])]
-            metrics[name].append(sum(values) / len(values))
-        for column in sorted({column for _, extra in everyone for column in extra}):
-            self._logs["extra"][column].extend(value for _, extra in everyone for value in extra.get(column, []))
+    Args:
+        images (`torch.Tensor` of shape `[B, 3, H, W]`): of the main process, which has the first rows.
+        group_size (`int`): images of one prompt.
+        size (`int`): rows of all ranks.
+    """
+    columns = min(group_size, COLUMNS)
+    shown = [i for i in range(len(images)) if i % group_size < columns][: columns * ROWS]
+    pictures: list[list[Image.Image]] = [[] for _ in range(size)]
+    for row, picture in zip(shown, to_pil(images[shown]), strict=True):
+        pictures[row] = [picture]
+    return pictures
 
-    def _name_absent_objectives(self, rewards: Tensor) -> None:
-        """Warn, once each, of objectives that no image had a score for in the first iterations."""
-        self._iterations_logged += 1
-        self._scored_objectives |= {
-            name for name, column in zip(self.reward_func_names, rewards.T, strict=True) if column.isfinite().any()
-        }
-        if self._iterations_logged == PATIENCE:
-            for name in self.reward_func_names:
-                if name not in self._scored_objectives:
-                    logger.warning(
-                        "The reward %r has scored no image in %d iterations, so nothing is learned from it. It returns None "
-                        "or fails for every prompt: check the column it reads and the prompts it applies to.",
-                        name,
-                        PATIENCE,
-                    )
 
-    def _pictures(self, rollouts: list[Rollout], size: int) -> list[list[Any]]:
-        """One list a row of all ranks, in order: a picture for the rows that the grid shows, nothing for the others."""
-        if not self.accelerator.is_main_process:
-            return [[]] * size
-        images = torch.cat([r.images for r in rollouts])  # the main process has the first rows
-        columns = min(self.num_generations, COLUMNS)
-        shown = [i for i in range(len(images)) if i % self.num_generations < columns][: columns * ROWS]
-        pictures: list[list[Any]] = [[] for _ in range(size)]
-        for row, picture in zip(shown, to_pil(images[shown]), strict=True):
-            pictures[row] = [picture]
-        return pictures
+def update_metrics(surrogate: Surrogate, distance: Tensor | None) -> dict[str, Tensor]:
+    """Metrics of one micro-batch, on the device: reading them at once would wait for the whole queue."""
+    values = {
+        "clip_ratio/low_mean": surrogate.low.float().mean(),
+        "clip_ratio/high_mean": surrogate.high.float().mean(),
+        "clip_ratio/region_mean": (surrogate.low | surrogate.high).float().mean(),
+        "ratio/mean": surrogate.ratio.mean(),
+        "ratio/max_deviation": (surrogate.ratio - 1).abs().max(),
+    }
+    if distance is not None:
+        values["kl"] = distance
+    return {name: value.detach() for name, value in values.items()}
+
+
+def read_updates(unread: list[dict[str, Tensor]], metrics: dict[str, list[float]]) -> None:
+    """Move the metrics of micro-batches, over all ranks, from `unread` to `metrics`."""
+    if not unread:
+        return
+    ranks = gather_rows(torch.stack([torch.stack(list(values.values())) for values in unread])[None]).cpu()
+    for name, values in zip(unread[0], ranks.unbind(2), strict=True):
+        metrics[name] += (values.amax(0) if name == "ratio/max_deviation" else values.mean(0)).tolist()
+    metrics["clip_ratio/low_min"] += ranks[:, :, 0].amin(0).tolist()
+    metrics["clip_ratio/high_max"] += ranks[:, :, 1].amax(0).tolist()
+    unread.clear()
+
+
+def sum_counts(metrics: dict[str, list[float]]) -> None:
+    """Sum the counts since the last log line, which TRL would average."""
+    for name, values in metrics.items():
+        if name.startswith(COUNTS) and not name.endswith("_rate"):
+            values[:] = [sum(values)]
+
+
+def log_scoring(
+    scored: list[ScoredBatch], names: list[str], metrics: dict[str, list[float]], device: torch.device
+) -> tuple[dict[str, int], int]:
+    """Log the time and the failures of each reward; return the failures of all ranks, and how many images there were."""
+    counts = [sum(batch.failures.get(name, 0) for batch in scored) for name in names]
+    images = sum(len(batch.rewards) for batch in scored)
+    totals = all_reduce_sum(torch.tensor([*counts, images], dtype=torch.float32, device=device))
+    *all_counts, samples = map(int, totals.tolist())
+    for name, failures in zip(names, all_counts, strict=True):
+        metrics[f"time/reward/{name}"].append(sum(batch.seconds.get(name, 0.0) for batch in scored))
+        metrics[f"reward_failures/{name}"].append(float(failures))
+        metrics[f"reward_failure_rate/{name}"].append(failures / samples)
+    return dict(zip(names, all_counts, strict=True)), samples
+
+
+def log_rewards(
+    rewards: Tensor, names: list[str], weights: Tensor, group_size: int, metrics: dict[str, list[float]]
+) -> None:
+    """Log mean and spread of each objective and of the weighted sum.
+
+    Args:
+        rewards (`torch.Tensor` of shape `[B, K]`): of all ranks, on the CPU; NaN for a missing one.
+        names (`list[str]`): K names.
+        weights (`torch.Tensor` of shape `[K]`): the user's.
+        group_size (`int`): images of one prompt.
+        metrics (`dict[str, list[float]]`): where to append.
+    """
+    rewards = rewards.double()
+    for name, column in zip(names, rewards.T, strict=True):
+        valid = column[column.isfinite()]
+        metrics[f"rewards/{name}/mean"].append(valid.mean().item() if len(valid) else math.nan)
+        metrics[f"rewards/{name}/std"].append(_std(column))
+    total = weighted_sum(rewards, weights)
+    groups = [_std(group) for group in total.reshape(-1, group_size)]
+    spreads = torch.tensor([std for std in groups if math.isfinite(std)], dtype=torch.float64)
+    metrics["reward"].append(total.nanmean().item())
+    metrics["reward_std"].append(_std(total))
+    metrics["reward_std_in_group"].append(spreads.mean().item())
+    metrics["frac_reward_zero_std"].append((spreads < 1e-8).double().mean().item())
+
+
+def log_from_rewards(
+    pending: tuple[dict[str, list], dict[str, list]], metrics: dict[str, list[float]], extra: dict[str, Any]
+) -> None:
+    """Collect what reward functions logged through `log_metric` and `log_extra` on any rank.
+
+    All names travel in one exchange, since a reward may log on some ranks only. A call that outlasted its timeout may
+    still be logging from its thread, hence the copies.
+    """
+    own = tuple({name: list(values) for name, values in list(logged.items())} for logged in pending)
+    for logged in pending:
+        logged.clear()
+    everyone = gather_list([own])
+    for name in sorted({name for logged, _ in everyone for name in logged}):
+        values = [value for logged, _ in everyone for value in logged.get(name, [])]
+        metrics[name].append(sum(values) / len(values))
+    for column in sorted({column for _, columns in everyone for column in columns}):
+        extra[column].extend(value for _, columns in everyone for value in columns.get(column, []))
 
 
 def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from trl_apex.trainers.diffusion_grpo import update_rows
+from trl_apex.prompts.sampler import update_rows
 
 
 @pytest.mark.parametrize("samples, window, updates", [(8, 3, 2), (8, 9, 4), (4, 1, 4), (6, 5, 1), (5, 2, 5)])
-def test_every_row_is_dealt_once(samples, window, updates):
+def test_every_row_is_trained_on_once(samples, window, updates):
     rows = update_rows(samples, window, updates, 0, (0, 1)).flatten(0, 1)
     assert sorted(map(tuple, rows.tolist())) == [(i, j) for i in range(samples) for j in range(window)]
 
