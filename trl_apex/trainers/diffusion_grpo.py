@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback as TqdmCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 
 from ..aggregation.normalize import group_rows
@@ -54,7 +54,6 @@ from ..distributed import (
     lost_rank,
     whole_models,
 )
-from ..prompts.datasets import check_dataset
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
 from ..report.figures import reward_grid
@@ -68,12 +67,14 @@ from .config import DiffusionGRPOConfig
 from .detectors import LearningDetectors, disable_dropout
 from .inputs import (
     as_list,
+    check_arguments,
     check_best_metric,
-    check_calls,
+    check_datasets,
     check_whole,
     loading_arguments,
     reward_columns,
     reward_names,
+    upgraded,
 )
 from .logs import (
     COLUMNS,
@@ -190,31 +191,19 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         monitor_funcs=None,
         adapter=None,
     ):
-        args, self._hub_token = without_token(self._upgrade_args(args))
-        if reward_funcs is None or reward_funcs == []:
-            raise ValueError(
-                "`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`."
-            )
+        if args is None:
+            args = self.config_class(output_dir=f"{type(self).__name__}-output")
+        args, self._hub_token = without_token(upgraded(args, self.config_class))
         reward_funcs = load_rewards(as_list(reward_funcs))
         self.monitor_funcs = load_rewards(as_list(monitor_funcs))
+        check_arguments(reward_funcs, callbacks, quantization_config, peft_config)
         every_name = reward_names([*reward_funcs, *self.monitor_funcs], warn=True)
         names = every_name[: len(reward_funcs)]
         weights = checked_weights(names, args.reward_weights, args.multi_objective_aggregation)
         check_best_metric(args, every_name, eval_dataset, callbacks)
-        if quantization_config is not None:
-            raise ValueError(
-                "`quantization_config` must be None: quantized denoisers are not supported. Found "
-                f"{type(quantization_config).__name__}. Use bf16 with a LoRA adapter to save memory."
-            )
         if args.should_save:
             check_writable(args.output_dir)
-        check_dataset(train_dataset, "train_dataset")
-        check_calls(reward_funcs, names, train_dataset, "train_dataset")
-        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-            if dataset is not None:
-                where = f"eval_dataset{name and '.' + name}"
-                check_dataset(dataset, where)
-                check_calls([*reward_funcs, *self.monitor_funcs], every_name, dataset, where)
+        check_datasets(train_dataset, eval_dataset, reward_funcs, self.monitor_funcs, every_name)
         train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
 
         with whole_models():
@@ -278,18 +267,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             self.add_callback(self._ema)
 
     # Set-up
-
-    def _upgrade_args(self, args: Any) -> DiffusionGRPOConfig:
-        if args is None:
-            return self.config_class(output_dir=f"{type(self).__name__}-output")
-        if isinstance(args, self.config_class):
-            return args
-        if not isinstance(args, GRPOConfig):
-            raise ValueError(
-                f"`args` must be a {self.config_class.__name__} or a trl.GRPOConfig. Found {type(args).__name__}. "
-                f"Construct a {self.config_class.__name__}(output_dir=...)."
-            )
-        return self.config_class.from_grpo_config(args)
 
     def _plan_rollout(self, args: DiffusionGRPOConfig) -> None:
         default_height, default_width = self.policy.default_size()
@@ -540,82 +517,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             "live": (advantages[here] != 0).cpu(),
         }
         if self.args.flow_matching:
-            result |= self._noise_levels(torch.cat([r.latents for r in rollouts]), range(first, first + len(inputs)))
-            result |= self._velocities_before_updates(result)
-            return result
-        result |= {
-            "latents": torch.cat([r.trajectory.latents for r in rollouts]),
-            "old_log_prob": torch.cat([r.trajectory.log_prob for r in rollouts]),
-            "window": rollouts[0].trajectory.steps,
-        }
-        if self._reference is not None:
-            result["reference_mean"] = self._reference_means(result)
-        return result
-
-    def _noise_levels(self, clean: Tensor, samples: range) -> dict[str, Tensor]:
-        """Levels `[B, N]` and fresh noise `[B, N, C, H, W]` for the final latents `[B, C, H, W]` of a rollout."""
-        levels = self._levels(self.args, samples, self._iteration)
-        keys = [(self.args.seed, ROW_NOISE, self._iteration, i) for i in samples]
-        noise = keyed_noise(keys, (levels.shape[1], *self.latent_shape))
-        return {"clean": clean, "levels": levels.to(clean.device), "noise": noise.to(clean.device)}
-
-    @torch.no_grad()
-    def _velocities_before_updates(self, rollout: dict[str, Any]) -> dict[str, Tensor]:
-        """What the policy that sampled, and the frozen copy, predict for every row before an update moves the weights.
-
-        `old` `[B, N]` is the log-likelihood of each row (for NFT `[B, N, C, H, W]`, its velocity), left out where one
-        update an iteration makes it the model's own. `reference_velocity` `[B, N, C, H, W]` is the frozen copy's.
-        """
-        args, found = self.args, {}
-        samples, levels = rollout["levels"].shape
-        pairs = torch.cartesian_prod(torch.arange(samples), torch.arange(levels)).to(rollout["levels"].device)
-        chunks = pairs.split(args.per_device_train_batch_size * args.timestep_batch_size)
-
-        def every_row(model: nn.Module, keep: Callable[[Tensor, dict[str, Any]], Tensor]) -> Tensor:
-            was_training, kept = model.training, []
-            model.eval()
-            for chosen, level in (chunk.unbind(1) for chunk in chunks):
-                rows = self._level_rows(rollout, chosen, level)
-                rows["embeddings"] = self._embeddings_of(rollout, chosen)
-                kept.append(keep(self._velocity(model, rows), rows))
-            model.train(was_training)
-            return torch.cat(kept).unflatten(0, (samples, levels))
-
-        if self.updates_per_iteration > 1:
-            by_likelihood = args.loss_type != "nft"
-            with self._rollout_weights():
-                found["old"] = every_row(
-                    self._rollout_model(), lambda v, rows: self._log_likelihood(v, rows) if by_likelihood else v
-                )
-        if self._reference is not None:
-            if self._offload_reference:
-                self._reference.to(self.accelerator.device)
-            found["reference_velocity"] = every_row(self._reference, lambda velocity, rows: velocity)
-            if self._offload_reference:
-                self._reference.to("cpu")
-        return found
-
-    @torch.no_grad()
-    def _reference_means(self, rollout: dict[str, Any]) -> Tensor:
-        """Means `[B, N, C, H, W]` of the frozen copy's transitions: it never changes, so once an iteration is enough."""
-        args, window, device = self.args, rollout["window"], self.accelerator.device
-        if self._offload_reference:
-            self._reference.to(device)
-        count = len(rollout["latents"])
-        means = torch.empty_like(rollout["latents"][:, 1:])
-        for rows in torch.arange(count, device=device).split(args.rollout_batch_size or count):
-            embeddings = {name: value[rollout["prompt_of"][rows]] for name, value in rollout["embeddings"].items()}
-            for i, step in enumerate(window):
-                inputs = {
-                    "latents": rollout["latents"][rows, i],
-                    "next_latents": rollout["latents"][rows, i + 1],
-                    "steps": torch.full((len(rows),), step),
-                    "embeddings": embeddings,
-                }
-                means[rows, i] = self._step_log_prob(self._reference, inputs)[1].mean
-        if self._offload_reference:
-            self._reference.to("cpu")
-        return means
+            return result | self._levels_of(rollouts, range(first, first + len(inputs)), result)
+        return result | self._steps_of(rollouts, result)
 
     def _rollout_weights(self):
         """Whole weights on every rank for the length of a rollout, where an engine shards them and memory allows."""
@@ -775,18 +678,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         rows = rollout["update_rows"][update][micro * count : (micro + 1) * count]
         self._metrics["train"]["dead_step_rate"].append(float(not rollout["live"][rows[:, 0]].any()))
         sample, on_device = rows.to(self.accelerator.device).unbind(1)
-        if args.flow_matching:
-            own = self._level_rows(rollout, sample, on_device) | {"steps": rows[:, 1]}
-        else:
-            own = {
-                "latents": rollout["latents"][sample, on_device],
-                "next_latents": rollout["latents"][sample, on_device + 1],
-                "old_log_prob": rollout["old_log_prob"][sample, on_device],
-                "steps": rows[:, 1] + rollout["window"].start,  # on the CPU, where the schedule is
-                "reference_mean": None if self._reference is None else rollout["reference_mean"][sample, on_device],
-            }
+        own = (self._level_rows if args.flow_matching else self._step_rows)(rollout, sample, on_device)
         return {
             **own,
+            "steps": rows[:, 1] + rollout["window"].start,  # on the CPU, where the schedule is
             "advantages": rollout["advantages"][sample],
             "normalized": rollout["normalized"][sample],
             "samples": sample + first,
@@ -797,6 +692,145 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     def _embeddings_of(self, rollout: dict[str, Any], sample: Tensor) -> Embeddings:
         return {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()}
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The surrogate loss of one micro-batch, plus `beta` times the distance to the reference."""
+        loss_of = self._level_loss if self.args.flow_matching else self._step_loss
+        surrogate, distance = loss_of(model, inputs)
+        loss = surrogate.loss.mean()
+        if distance is not None:
+            loss = loss + self.beta * distance
+        self._guard.update_is_dead &= inputs["dead"]
+        if inputs["first_update"]:
+            self._detectors.watch_ratio(surrogate.ratio)
+        self._unread.append(update_metrics(surrogate, distance))
+        self._guard.remember(surrogate.ratio, inputs)
+        return loss / self.current_gradient_accumulation_steps
+
+    # Rows of 'grpo': stochastic denoising steps, and the clipped ratio of their probabilities
+
+    def _steps_of(self, rollouts: list[Rollout], rollout: dict[str, Any]) -> dict[str, Any]:
+        found = {
+            "latents": torch.cat([r.trajectory.latents for r in rollouts]),
+            "old_log_prob": torch.cat([r.trajectory.log_prob for r in rollouts]),
+            "window": rollouts[0].trajectory.steps,
+        }
+        if self._reference is not None:
+            found["reference_mean"] = self._reference_means(rollout | found)
+        return found
+
+    @torch.no_grad()
+    def _reference_means(self, rollout: dict[str, Any]) -> Tensor:
+        """Means `[B, N, C, H, W]` of the frozen copy's transitions, once an iteration."""
+        args, window, device = self.args, rollout["window"], self.accelerator.device
+        if self._offload_reference:
+            self._reference.to(device)
+        count = len(rollout["latents"])
+        means = torch.empty_like(rollout["latents"][:, 1:])
+        for rows in torch.arange(count, device=device).split(args.rollout_batch_size or count):
+            embeddings = {name: value[rollout["prompt_of"][rows]] for name, value in rollout["embeddings"].items()}
+            for i, step in enumerate(window):
+                inputs = {
+                    "latents": rollout["latents"][rows, i],
+                    "next_latents": rollout["latents"][rows, i + 1],
+                    "steps": torch.full((len(rows),), step),
+                    "embeddings": embeddings,
+                }
+                means[rows, i] = self._step_log_prob(self._reference, inputs)[1].mean
+        if self._offload_reference:
+            self._reference.to("cpu")
+        return means
+
+    def _step_rows(self, rollout: dict[str, Any], sample: Tensor, step: Tensor) -> dict[str, Any]:
+        return {
+            "latents": rollout["latents"][sample, step],
+            "next_latents": rollout["latents"][sample, step + 1],
+            "old_log_prob": rollout["old_log_prob"][sample, step],
+            "reference_mean": None if self._reference is None else rollout["reference_mean"][sample, step],
+        }
+
+    def _step_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Surrogate, Tensor | None]:
+        _, transition, log_prob = self._step_log_prob(model, inputs)
+        surrogate = clipped_surrogate(
+            log_prob,
+            inputs["old_log_prob"],
+            inputs["advantages"],
+            self.epsilon_low,
+            self.epsilon_high,
+            self.args.delta,
+        )
+        return surrogate, self._kl(model, inputs, transition) if self.beta > 0 else None
+
+    def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
+        guidance: Any = self.args.guidance_scale  # a number by now
+        timesteps = self.sampler.timesteps(inputs["steps"]).to(inputs["latents"].device)
+        negative = self._conditions.negative(guidance)
+        prediction = guided_prediction(
+            self.policy, model, inputs["latents"], timesteps, inputs["embeddings"], negative, guidance
+        )
+        transition = self.sampler.stochastic(inputs["latents"], prediction, inputs["steps"])
+        return prediction, transition, self.sampler.log_prob(inputs["next_latents"], transition)
+
+    def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
+        """Mean KL divergence of `transition` to that of the model without its adapter, or of the frozen start."""
+        if self._reference is None:
+            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+                mean = self._step_log_prob(model, inputs)[1].mean
+        else:
+            mean = inputs["reference_mean"]
+        return gaussian_kl(transition.mean, mean, transition.std).mean()
+
+    # Rows of 'awm', 'nft' and 'fpo': final latents at noise levels, and the velocities predicted there
+
+    def _levels_of(self, rollouts: list[Rollout], samples: range, rollout: dict[str, Any]) -> dict[str, Any]:
+        """Final latents `[B, C, H, W]`, noise levels `[B, N]` and fresh noise `[B, N, C, H, W]`."""
+        clean = torch.cat([r.latents for r in rollouts])
+        levels = self._levels(self.args, samples, self._iteration)
+        keys = [(self.args.seed, ROW_NOISE, self._iteration, i) for i in samples]
+        noise = keyed_noise(keys, (levels.shape[1], *self.latent_shape))
+        found = {
+            "clean": clean,
+            "levels": levels.to(clean.device),
+            "noise": noise.to(clean.device),
+            "window": range(0),
+        }
+        return found | self._velocities_before_updates(rollout | found)
+
+    @torch.no_grad()
+    def _velocities_before_updates(self, rollout: dict[str, Any]) -> dict[str, Tensor]:
+        """What the policy that sampled, and the frozen copy, predict for every row before the first update.
+
+        `old` is the log-likelihood of each row `[B, N]` (for NFT its velocity `[B, N, C, H, W]`); one update an iteration
+        needs none. `reference_velocity` `[B, N, C, H, W]` is the frozen copy's.
+        """
+        args, found = self.args, {}
+        samples, levels = rollout["levels"].shape
+        pairs = torch.cartesian_prod(torch.arange(samples), torch.arange(levels)).to(rollout["levels"].device)
+        chunks = pairs.split(args.per_device_train_batch_size * args.timestep_batch_size)
+
+        def every_row(model: nn.Module, keep: Callable[[Tensor, dict[str, Any]], Tensor]) -> Tensor:
+            was_training, kept = model.training, []
+            model.eval()
+            for chosen, level in (chunk.unbind(1) for chunk in chunks):
+                rows = self._level_rows(rollout, chosen, level)
+                rows["embeddings"] = self._embeddings_of(rollout, chosen)
+                kept.append(keep(self._velocity(model, rows), rows))
+            model.train(was_training)
+            return torch.cat(kept).unflatten(0, (samples, levels))
+
+        if self.updates_per_iteration > 1:
+            by_likelihood = args.loss_type != "nft"
+            with self._rollout_weights():
+                found["old"] = every_row(
+                    self._rollout_model(), lambda v, rows: self._log_likelihood(v, rows) if by_likelihood else v
+                )
+        if self._reference is not None:
+            if self._offload_reference:
+                self._reference.to(self.accelerator.device)
+            found["reference_velocity"] = every_row(self._reference, lambda velocity, rows: velocity)
+            if self._offload_reference:
+                self._reference.to("cpu")
+        return found
 
     def _level_rows(self, rollout: dict[str, Any], sample: Tensor, level: Tensor) -> dict[str, Any]:
         """The rows of a flow-matching loss: noised latents, their target velocity, and what was predicted before."""
@@ -809,40 +843,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         before = {name: rollout[name][sample, level] for name in ("old", "reference_velocity") if name in rollout}
         return rows | before
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The loss over the rows of one micro-batch, plus `beta` times the distance to the reference.
-
-        'grpo': the clipped ratio of denoising steps, and their KL divergence. The flow-matching losses: their own ratio or
-        branches, and the mean squared difference of velocities.
-        """
-        if self.args.flow_matching:
-            surrogate, penalty = self._flow_matching_loss(model, inputs)
-            return self._finish_loss(surrogate, penalty, inputs)
-        prediction, transition, log_prob = self._step_log_prob(model, inputs)
-        surrogate = clipped_surrogate(
-            log_prob,
-            inputs["old_log_prob"],
-            inputs["advantages"],
-            self.epsilon_low,
-            self.epsilon_high,
-            self.args.delta,
-        )
-        kl = self._kl(model, inputs, transition) if self.beta > 0 else None
-        return self._finish_loss(surrogate, kl, inputs)
-
-    def _finish_loss(self, surrogate: Surrogate, distance: Tensor | None, inputs: dict[str, Any]) -> Tensor:
-        """Add the distance to the reference, log, and divide for gradient accumulation."""
-        loss = surrogate.loss.mean()
-        if distance is not None:
-            loss = loss + self.beta * distance
-        self._guard.update_is_dead &= inputs["dead"]
-        if inputs["first_update"]:
-            self._detectors.watch_ratio(surrogate.ratio)
-        self._unread.append(update_metrics(surrogate, distance))
-        self._guard.remember(surrogate.ratio, inputs)
-        return loss / self.current_gradient_accumulation_steps
-
-    def _flow_matching_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Surrogate, Tensor | None]:
+    def _level_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Surrogate, Tensor | None]:
         args, advantages = self.args, inputs["advantages"]
         velocity = self._velocity(model, inputs)
         if args.loss_type == "nft":
@@ -861,7 +862,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return surrogate, self._velocity_penalty(model, inputs, velocity) if self.beta > 0 else None
 
     def _velocity(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        timesteps = 1000 * inputs["sigmas"]  # what flows are told, whatever the family then divides by
+        timesteps = 1000 * inputs["sigmas"]  # a flow's convention, whatever the family then divides by
         return guided_prediction(self.policy, model, inputs["latents"], timesteps, inputs["embeddings"], None, 1.0)
 
     def _log_likelihood(self, velocity: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -877,22 +878,3 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         else:
             wanted = inputs["reference_velocity"]
         return (velocity - wanted).square().mean()
-
-    def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
-        """Mean KL divergence of `transition` to that of the model without its adapter, or of the frozen start."""
-        if self._reference is None:
-            with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
-                mean = self._step_log_prob(model, inputs)[1].mean
-        else:
-            mean = inputs["reference_mean"]
-        return gaussian_kl(transition.mean, mean, transition.std).mean()
-
-    def _step_log_prob(self, model: nn.Module, inputs: dict[str, Any]):
-        guidance: Any = self.args.guidance_scale  # a number by now
-        timesteps = self.sampler.timesteps(inputs["steps"]).to(inputs["latents"].device)
-        negative = self._conditions.negative(guidance)
-        prediction = guided_prediction(
-            self.policy, model, inputs["latents"], timesteps, inputs["embeddings"], negative, guidance
-        )
-        transition = self.sampler.stochastic(inputs["latents"], prediction, inputs["steps"])
-        return prediction, transition, self.sampler.log_prob(inputs["next_latents"], transition)

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from torch import nn
 from transformers import EarlyStoppingCallback
+from trl import GRPOConfig
 
 from ..diffusion.families import dtype_argument
+from ..prompts.datasets import check_dataset
 from ..rewards.scoring import numbered_names, reward_name, takes_images, warn_of_numbers
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
@@ -43,6 +46,52 @@ def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:
     if warn:
         warn_of_numbers(names, numbered)
     return numbered
+
+
+def upgraded(args: Any, config_class: Any) -> Any:
+    """The configuration as a `config_class`; a plain `trl.GRPOConfig` is upgraded.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(args, config_class):
+        return args
+    if not isinstance(args, GRPOConfig):
+        raise ValueError(
+            f"`args` must be a {config_class.__name__} or a trl.GRPOConfig. Found {type(args).__name__}. Construct a "
+            f"{config_class.__name__}(output_dir=...)."
+        )
+    return config_class.from_grpo_config(args)
+
+
+def check_arguments(reward_funcs: list, callbacks: Any, quantization_config: Any, peft_config: Any) -> None:
+    """Raise for arguments of another kind than the constructor takes."""
+    if not reward_funcs:
+        raise ValueError("`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`.")
+    if quantization_config is not None:
+        raise ValueError(
+            "`quantization_config` must be None: quantized denoisers are not supported. Found "
+            f"{type(quantization_config).__name__}. Use bf16 with a LoRA adapter to save memory."
+        )
+    if callbacks is not None and not isinstance(callbacks, list):
+        raise ValueError(f"`callbacks` must be a list. Found {type(callbacks).__name__}. Pass [callback].")
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ValueError(
+            f"`peft_config` must be a LoraConfig. Found {type(peft_config).__name__}. Pass e.g. LoraConfig(r=32)."
+        )
+
+
+def check_datasets(
+    train_dataset: Any, eval_dataset: Any, reward_funcs: list, monitor_funcs: list, names: list[str]
+) -> None:
+    """Raise where a dataset holds no prompts, or its rows do not fit the rewards."""
+    check_dataset(train_dataset, "train_dataset")
+    check_calls(reward_funcs, names[: len(reward_funcs)], train_dataset, "train_dataset")
+    for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
+        if dataset is not None:
+            where = f"eval_dataset{name and '.' + name}"
+            check_dataset(dataset, where)
+            check_calls([*reward_funcs, *monitor_funcs], names, dataset, where)
 
 
 def check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, where: str) -> None:

@@ -16,6 +16,7 @@ from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..distributed import local_slice
 from ..rewards.scoring import numbered_names, warn_of_numbers
 from .config import APEXGRPOConfig
+from .inputs import upgraded
 
 AGGREGATOR_FILE = "aggregator_state.json"
 TRL_RULES = ("sum_then_normalize", "normalize_then_sum")
@@ -75,16 +76,10 @@ class APEXGRPOTrainer(GRPOTrainer):
     _logs: dict[str, Any]
 
     def __init__(self, model, reward_funcs=None, args: GRPOConfig | None = None, *positional, **kwargs):
-        if args is None:  # as TRL names its own
+        if args is None:  # named as TRL does
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = APEXGRPOConfig(f"{name.split('/')[-1]}-APEX")
-        elif not isinstance(args, APEXGRPOConfig):
-            if not isinstance(args, GRPOConfig):
-                raise ValueError(
-                    f"`args` must be an APEXGRPOConfig or a trl.GRPOConfig. Found {type(args).__name__}. "
-                    "Construct an APEXGRPOConfig(output_dir=...)."
-                )
-            args = APEXGRPOConfig.from_grpo_config(args)
+        args = upgraded(args, APEXGRPOConfig)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
         names, self.reward_func_names = self.reward_func_names, numbered_names(self.reward_func_names)
         warn_of_numbers(names, self.reward_func_names)
