@@ -42,7 +42,6 @@ def named(name):
         ({"peft_config": LoraConfig(lora_dropout=0.1)}, "`lora_dropout` must be 0"),
         ({"quantization_config": object()}, "`quantization_config` must be None"),
         ({"callbacks": object()}, "`callbacks` must be a list. Found object"),
-        ({"peft_config": {"r": 4}}, "`peft_config` must be a LoraConfig. Found dict"),
     ],
 )
 def test_bad_arguments(pipeline, dataset, lora, make_args, overrides, message):

@@ -196,7 +196,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         args, self._hub_token = without_token(upgraded(args, self.config_class))
         reward_funcs = load_rewards(as_list(reward_funcs))
         self.monitor_funcs = load_rewards(as_list(monitor_funcs))
-        check_arguments(reward_funcs, callbacks, quantization_config, peft_config)
+        check_arguments(reward_funcs, callbacks, quantization_config)
         every_name = reward_names([*reward_funcs, *self.monitor_funcs], warn=True)
         names = every_name[: len(reward_funcs)]
         weights = checked_weights(names, args.reward_weights, args.multi_objective_aggregation)

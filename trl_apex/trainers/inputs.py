@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
 from torch import nn
 from transformers import EarlyStoppingCallback
 from trl import GRPOConfig
@@ -64,7 +63,7 @@ def upgraded(args: Any, config_class: Any) -> Any:
     return config_class.from_grpo_config(args)
 
 
-def check_arguments(reward_funcs: list, callbacks: Any, quantization_config: Any, peft_config: Any) -> None:
+def check_arguments(reward_funcs: list, callbacks: Any, quantization_config: Any) -> None:
     """Raise for arguments of another kind than the constructor takes."""
     if not reward_funcs:
         raise ValueError("`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`.")
@@ -75,10 +74,6 @@ def check_arguments(reward_funcs: list, callbacks: Any, quantization_config: Any
         )
     if callbacks is not None and not isinstance(callbacks, list):
         raise ValueError(f"`callbacks` must be a list. Found {type(callbacks).__name__}. Pass [callback].")
-    if peft_config is not None and not isinstance(peft_config, PeftConfig):
-        raise ValueError(
-            f"`peft_config` must be a LoraConfig. Found {type(peft_config).__name__}. Pass e.g. LoraConfig(r=32)."
-        )
 
 
 def check_datasets(
