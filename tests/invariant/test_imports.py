@@ -16,14 +16,6 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_imports_go_down():
-    done = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()", "--no-cache"],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def test_aggregation_needs_torch_alone():
     allowed = {"torch", "torchjd", "jaxtyping", *sys.stdlib_module_names}
     for path in (PACKAGE / "aggregation").glob("*.py"):

@@ -265,7 +265,11 @@ serve(["jpeg_compressibility", "slow_reward:slow"], port=int(sys.argv[1]))
 def served(tmp_path):
     """`serve()` in a process of its own, as the command line runs it, with a reward from the current folder."""
     (tmp_path / "slow_reward.py").write_text(
-        "import time\ndef slow(prompts, **kwargs):\n    time.sleep(0.5)\n    return [0.25] * len(prompts)\n"
+        "import pathlib, time\n"
+        "def slow(prompts, **kwargs):\n"
+        "    pathlib.Path('entered').touch()\n"
+        "    time.sleep(0.5)\n"
+        "    return [0.25] * len(prompts)\n"
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -294,11 +298,13 @@ def served(tmp_path):
     process.communicate()
 
 
-def test_stopping_finishes_what_is_under_way(served):
+def test_stopping_finishes_what_is_under_way(served, tmp_path):
     process, url = served
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post, url, "slow")
-        time.sleep(0.2)
+        while not (tmp_path / "entered").exists():
+            assert not answer.done()
+            time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         assert answer.result(timeout=20).json()["rewards"] == [0.25]
     out, err = process.communicate(timeout=20)
