@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny_runs import history
 from toy_rewards import contrast, redness
 
 from trl_apex import APEXTrainer
@@ -13,10 +14,6 @@ def trained(pipeline, dataset, lora, args):
     trainer = APEXTrainer(copy.deepcopy(pipeline), [redness, contrast], args, dataset, peft_config=lora)
     trainer.train()
     return trainer
-
-
-def history(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 @pytest.mark.parametrize("beta, checkpointing", [(0.0, False), (0.5, False), (0.5, True)])

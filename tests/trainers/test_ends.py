@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from tiny_runs import equal_weights, weights_of
 from toy_rewards import contrast, redness
 from transformers import EarlyStoppingCallback
 from trl import GRPOConfig
@@ -32,12 +32,8 @@ def build(pipeline, dataset, lora, make_args, tmp_path):
     return make
 
 
-def weights(trainer):
-    return [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
-
-
 def equal(first, second):
-    return all(torch.equal(a, b) for a, b in zip(weights(first), weights(second), strict=True))
+    return equal_weights(weights_of(first), weights_of(second))
 
 
 def folders(trainer):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from tiny_runs import equal_weights, weights_of
 from toy_rewards import PROMPTS, contrast, redness
 
 from trl_apex import APEXTrainer
@@ -26,10 +27,6 @@ def encoded(monkeypatch):
 
     monkeypatch.setattr(StableDiffusion3Pipeline, "encode_prompt", count)
     return prompts
-
-
-def weights(trainer):
-    return [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
 
 
 def test_every_distinct_prompt_is_encoded_once_before_training(pipeline, dataset, lora, make_args, encoded):
@@ -58,10 +55,10 @@ def test_a_later_run_encodes_nothing_and_trains_alike(pipeline, dataset, lora, m
         args = make_args(max_steps=2, prompt_cache_dir=cache)
         trainer = APEXTrainer(copy.deepcopy(pipeline), [redness, contrast], args, dataset, peft_config=copy.copy(lora))
         trainer.train()
-        trained.append(weights(trainer))
+        trained.append(weights_of(trainer))
         assert len(encoded) == count
     for other in trained[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(trained[0], other, strict=True))
+        assert equal_weights(trained[0], other)
 
 
 def test_a_pipeline_loaded_by_name_loses_its_encoders(pipeline, dataset, lora, make_args, tmp_path):
@@ -75,7 +72,7 @@ def test_a_pipeline_loaded_by_name_loses_its_encoders(pipeline, dataset, lora, m
     )
     assert all(getattr(trainer.policy.pipeline, name) is None for name in trainer.policy.encoder_names)
     trainer.train()
-    assert all(torch.equal(a, b) for a, b in zip(weights(kept), weights(trainer), strict=True))
+    assert equal_weights(weights_of(kept), weights_of(trainer))
     trainer.args.eval_guidance_scale = 5.0  # the negative prompt's embedding is there in any case
     trainer.evaluate()
     trainer.save_model()

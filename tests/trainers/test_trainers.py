@@ -10,6 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from tiny_runs import history
+from tiny_runs import weights_of as weights
 from toy_rewards import PROMPTS, contrast, redness
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -17,14 +19,6 @@ from trl import GRPOConfig, GRPOTrainer
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.diffusion.rollout import evaluation_noise
 from trl_apex.trainers.weights import LORA_FILE
-
-
-def history(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def assert_equal_weights(first, second):
