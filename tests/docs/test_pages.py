@@ -1,5 +1,6 @@
 """What the documentation promises about itself: every metric, every old field, every path."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -131,6 +132,12 @@ def test_paths_that_pages_mention_exist():
         for path in mention.findall(page.read_text()):
             if "your" not in path:
                 assert (ROOT / path).exists(), f"{page.name} mentions {path}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_modules_that_a_page_mentions_exist(page):
+    for name in set(re.findall(r"\btrl_apex(?:\.\w+)+", page.read_text())):
+        pkgutil.resolve_name(name)  # an old import path warns, and warnings are errors
 
 
 def nav_files(entries) -> list[str]:
