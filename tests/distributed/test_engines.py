@@ -8,6 +8,15 @@ from faults import constant, train_with_a_bad_gradient
 from processes import run
 from training import red, train
 
+# Two updates an iteration on two noise levels an image; the clip range keeps clear of the ratios.
+FINAL_LATENTS = {
+    "timesteps_per_image": 2,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 4,
+    "beta": 0.1,
+    "epsilon": 1.0,
+}
+
 
 @pytest.mark.parametrize(
     "engine", [pytest.param(e, marks=pytest.mark.distributed if e == "zero3_offload" else ()) for e in OTHERS]
@@ -41,8 +50,9 @@ def test_a_toy_reward_rises(engine, tmp_path):
         {"gradient_checkpointing": True},
         {"beta": 0.01, "num_iterations": 2},
         {"guidance_scale": 3.0, "gradient_accumulation_steps": 1, "max_steps": 3},
+        *({"loss_type": loss, **FINAL_LATENTS} for loss in ("awm", "nft", "fpo")),
     ],
-    ids=["checkpointing", "kl", "guidance-three-updates"],
+    ids=["checkpointing", "kl", "guidance-three-updates", "awm", "nft", "fpo"],
 )
 def test_options_under_engines(engine, options, reference, tmp_path):
     result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]

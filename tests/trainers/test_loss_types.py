@@ -202,6 +202,8 @@ def test_guidance_and_models_that_predict_noise_are_refused(dataset, make_args):
         make_args(loss_type="dapo")
     with pytest.raises(ValueError, match="need loss_type='grpo'"):
         make_args(loss_type="fpo", sde_window_size=2)
+    with pytest.raises(ValueError, match="`share_initial_noise` needs loss_type='grpo'"):
+        make_args(loss_type="nft", share_initial_noise=True)
     with pytest.raises(ValueError, match="linear in the advantage"):
         make_args(loss_type="nft", gradient_probe=True)
     with pytest.raises(ValueError, match="predicts noise"):

@@ -361,6 +361,13 @@ class DiffusionGRPOConfig(GRPOConfig):
             "Leave them out; `timesteps_per_image` and `timestep_range` choose what is trained.",
         )
         self._check(
+            not (self.flow_matching and self.share_initial_noise),
+            f"`share_initial_noise` needs loss_type='grpo': with {self.loss_type!r} the images of a group differ by their "
+            "initial noise alone",
+            self.share_initial_noise,
+            "Leave it out.",
+        )
+        self._check(
             self.flow_matching or self.timesteps_per_image is None,
             "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'",
             self.timesteps_per_image,
