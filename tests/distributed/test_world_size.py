@@ -54,7 +54,13 @@ def test_first_iteration_is_equal_to_the_bit_where_the_forwards_have_the_same_si
         },
         {"num_iterations": 2, "beta": 0.01, "epsilon": 1e-3},  # no ratio near the clip, where rounding would decide
         {"gradient_accumulation_steps": 1, "max_steps": 6},
-        {"loss_type": "fpo", "timesteps_per_image": 2, "gradient_accumulation_steps": 1, "epsilon": 1.0},
+        {
+            "loss_type": "fpo",
+            "fpo_scale": 0.1,
+            "timesteps_per_image": 2,
+            "gradient_accumulation_steps": 1,
+            "epsilon": 1.0,
+        },
         {"loss_type": "nft", "timesteps_per_image": 2, "gradient_accumulation_steps": 1, "beta": 0.1},
     ],
     ids=["plain", "shared-noise-window", "two-passes-and-kl", "three-updates", "fpo", "nft"],
