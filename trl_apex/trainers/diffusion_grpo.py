@@ -4,8 +4,8 @@ import copy
 import logging
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -690,6 +690,15 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             "first_update": pass_number == 0 and update == 0,
         }
 
+    @contextmanager
+    def _reference_on_device(self) -> Iterator[nn.Module]:
+        """The frozen copy, moved to the device for the length of its forwards where it is offloaded."""
+        if self._offload_reference:
+            self._reference.to(self.accelerator.device)
+        yield self._reference
+        if self._offload_reference:
+            self._reference.to("cpu")
+
     def _embeddings_of(self, rollout: dict[str, Any], sample: Tensor) -> Embeddings:
         return {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()}
 
@@ -722,23 +731,19 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _reference_means(self, rollout: dict[str, Any]) -> Tensor:
         """Means `[B, N, C, H, W]` of the frozen copy's transitions, once an iteration."""
-        args, window, device = self.args, rollout["window"], self.accelerator.device
-        if self._offload_reference:
-            self._reference.to(device)
         count = len(rollout["latents"])
         means = torch.empty_like(rollout["latents"][:, 1:])
-        for rows in torch.arange(count, device=device).split(args.rollout_batch_size or count):
-            embeddings = {name: value[rollout["prompt_of"][rows]] for name, value in rollout["embeddings"].items()}
-            for i, step in enumerate(window):
-                inputs = {
-                    "latents": rollout["latents"][rows, i],
-                    "next_latents": rollout["latents"][rows, i + 1],
-                    "steps": torch.full((len(rows),), step),
-                    "embeddings": embeddings,
-                }
-                means[rows, i] = self._step_log_prob(self._reference, inputs)[1].mean
-        if self._offload_reference:
-            self._reference.to("cpu")
+        with self._reference_on_device() as reference:
+            for rows in torch.arange(count, device=means.device).split(self.args.rollout_batch_size or count):
+                embeddings = self._embeddings_of(rollout, rows)
+                for i, step in enumerate(rollout["window"]):
+                    inputs = {
+                        "latents": rollout["latents"][rows, i],
+                        "next_latents": rollout["latents"][rows, i + 1],
+                        "steps": torch.full((len(rows),), step),
+                        "embeddings": embeddings,
+                    }
+                    means[rows, i] = self._step_log_prob(reference, inputs)[1].mean
         return means
 
     def _step_rows(self, rollout: dict[str, Any], sample: Tensor, step: Tensor) -> dict[str, Any]:
@@ -825,11 +830,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                     self._rollout_model(), lambda v, rows: self._log_likelihood(v, rows) if by_likelihood else v
                 )
         if self._reference is not None:
-            if self._offload_reference:
-                self._reference.to(self.accelerator.device)
-            found["reference_velocity"] = every_row(self._reference, lambda velocity, rows: velocity)
-            if self._offload_reference:
-                self._reference.to("cpu")
+            with self._reference_on_device() as reference:
+                found["reference_velocity"] = every_row(reference, lambda velocity, rows: velocity)
         return found
 
     def _level_rows(self, rollout: dict[str, Any], sample: Tensor, level: Tensor) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from trl.trainer.utils import get_config_model_id
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..distributed import local_slice
 from ..rewards.scoring import numbered_names, warn_of_numbers
+from .checkpoint import AGGREGATOR_FILE
 from .config import APEXGRPOConfig
 from .inputs import upgraded
 
-AGGREGATOR_FILE = "aggregator_state.json"
 TRL_RULES = ("sum_then_normalize", "normalize_then_sum")
 CITATION = """\
 @article{chen2026apex,
