@@ -7,20 +7,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_apex.report.svg import Line, Track, line_chart, padded_range, plane_chart, tick_labels, ticks, trend
+from trl_apex.report.svg import Line, Track, line_chart, padded_range, plane_chart, ticks, trend
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_lie_inside_and_are_few(low: float, width: float) -> None:
-    values = ticks(low, low + width)
+    values = [value for value, _ in ticks(low, low + width)]
     assert 1 <= len(values) <= 9
     assert all(low - 1e-6 * width - 1e-9 <= v <= low + width * (1 + 1e-6) + 1e-9 for v in values)
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (21.33, 21.41), (0, 3e-5), (-0.002, 0.003), (0, 12000)])
 def test_tick_labels_are_distinct(low: float, high: float) -> None:
-    labels = tick_labels(ticks(low, high))
+    labels = [label for _, label in ticks(low, high)]
     assert len(set(labels)) == len(labels) > 1
+
+
+@given(st.floats(0, 1e6), st.floats(1, 1e6))
+def test_ticks_of_steps_are_whole(low: float, width: float) -> None:
+    values = ticks(low, low + width, 3, whole=True)
+    assert values and all(value == int(value) and "." not in label for value, label in values)
 
 
 def test_a_constant_curve_still_has_a_range() -> None:

@@ -6,6 +6,8 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from example_run import write_run
 
@@ -202,6 +204,23 @@ def test_several_runs_are_compared(complete_run: Path, tmp_path: Path) -> None:
     assert path == tmp_path / "comparison.html"
     assert "3 arguments differ" in page.text and "learning_ rate 0.0003 0.0001 seed 0 1" in page.text
     assert "runs/demo" in page.text  # two folders of one name
+
+
+def test_a_run_of_a_language_model_shows_completions(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=3)
+    shutil.rmtree(run / "samples")
+    (run / "completions").mkdir()
+    for step in (1, 2, 30):  # as `log_completions=True` leaves them, plain and as a conversation
+        prompts = ["say a", "say a", "say <b>"]
+        said: list = [f"early {i}" if step == 1 else [{"role": "assistant", "content": f"late {i}"}] for i in range(3)]
+        columns = {"prompt": prompts, "completion": said, "short": [0.25, 1.0, None], "advantage": [0.5, -0.5, 0.0]}
+        table = pyarrow.table({"step": [step] * 3, **columns})
+        pyarrow.parquet.write_table(table, run / "completions" / f"completions_{step:05d}.parquet")
+    page = Page(write_report([run]))
+    assert "step 1 say a early 0 short 0.25 advantage 0.5" in page.text
+    assert "step 30 say a late 0" in page.text and "say <b> late 2 advantage 0" in page.text
+    assert "early 1" not in page.text and "step 2 " not in page.text, "one completion of a prompt, first and last log"
+    assert "No images to compare" not in page.text and "Before and after" not in page.text
 
 
 def test_trouble_is_pointed_out(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from .page import Run, read_run
@@ -16,13 +17,9 @@ LINE = 12  # pixels from one line of a caption to the next
 
 
 def write_figures(run_dir: Path | str) -> list[Path]:
-    """Write `figures/rewards.png`, `figures/priorities.png` and `figures/samples.png`, each where its data exists.
+    """Write `rewards.png`, `priorities.png` and `samples.png` into `figures/` of a run directory, and return their paths.
 
-    Args:
-        run_dir (`Path`): a run directory.
-
-    Returns:
-        `list[Path]`: the files written.
+    A figure without data is left out.
 
     Raises:
         FileNotFoundError: if the directory does not exist or holds nothing of a run.
@@ -31,20 +28,30 @@ def write_figures(run_dir: Path | str) -> list[Path]:
     run = read_run(Path(run_dir))
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
-    written = [_rewards(run, folder), _priorities(run, folder), _samples(run, folder)]
-    return [path for path in written if path is not None]
+    rewards, priorities = _curves(run, "rewards/{}/mean"), _curves(run, "priority/{}")
+    written = []
+    for name, picture in (
+        ("rewards", _rewards(rewards) if rewards else None),
+        ("priorities", _priorities(priorities) if priorities else None),
+    ):
+        if picture:
+            written.append(folder / f"{name}.png")
+            picture.savefig(written[-1], facecolor="white", metadata={"Software": None})
+    if run.samples:
+        written.append(folder / "samples.png")
+        _samples(run).save(written[-1])
+    return written
 
 
 def _axes(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure with axes beside each other, over optimizer steps."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Figures need matplotlib. Install it with: pip install "trl_apex[report]"') from error
 
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#b8bcc4")
@@ -58,29 +65,23 @@ def _axes(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
 
 
 def _curves(run: Run, key: str) -> list[tuple[str, str, list[float], list[float]]]:
+    """Name, colour, steps and values of each objective that has any."""
     curves = [(name, *run.series(key.format(name))) for name in run.objectives]
     return [(name, COLOURS[i % len(COLOURS)], x, y) for i, (name, x, y) in enumerate(curves) if x]
 
 
-def _rewards(run: Run, folder: Path) -> Path | None:
-    curves = _curves(run, "rewards/{}/mean")
-    if not curves:
-        return None
+def _rewards(curves: list[tuple[str, str, list[float], list[float]]]) -> Any:
     figure, axes = _axes(len(curves), 2.7 * len(curves), 2.3)
     for axis, (name, colour, steps, values) in zip(axes, curves, strict=True):
-        mean, error = trend(values)
+        mean, error = map(np.asarray, trend(values))
         axis.plot(steps, values, ".", color=colour, alpha=0.35, markersize=3)
-        low, high = ([m + s * 2 * e for m, e in zip(mean, error, strict=True)] for s in (-1, 1))
-        axis.fill_between(steps, low, high, color=colour, alpha=0.16, linewidth=0)
+        axis.fill_between(steps, mean - 2 * error, mean + 2 * error, color=colour, alpha=0.16, linewidth=0)
         axis.plot(steps, mean, color=colour, linewidth=1.8)
         axis.set_title(name, fontsize=10, fontweight="bold", loc="left")
-    return _save(figure, folder / "rewards.png")
+    return figure
 
 
-def _priorities(run: Run, folder: Path) -> Path | None:
-    curves = _curves(run, "priority/{}")
-    if not curves:
-        return None
+def _priorities(curves: list[tuple[str, str, list[float], list[float]]]) -> Any:
     figure, (axis,) = _axes(1, 5.4, 2.9)
     axis.axhline(1 / len(curves), color="#9aa0aa", linewidth=1, linestyle=(0, (4, 4)))
     for name, colour, steps, values in curves:
@@ -89,25 +90,17 @@ def _priorities(run: Run, folder: Path) -> Path | None:
     axis.margins(x=0.01)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, labelcolor="linecolor")
     axis.set_title("Priority of each objective", fontsize=10, fontweight="bold", loc="left")
-    return _save(figure, folder / "priorities.png")
+    return figure
 
 
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, facecolor="white", metadata={"Software": None})
-    return path
-
-
-def _samples(run: Run, folder: Path, most: int = 8, side: int = 160) -> Path | None:
+def _samples(run: Run, most: int = 8, side: int = 160) -> Image.Image:
+    """The first images, base above tuned."""
     samples = run.samples[:most]
-    if not samples:
-        return None
     images = []
     for path in [*(s.base for s in samples), *(s.tuned for s in samples)]:
         with Image.open(path) as image:
             images.append(ImageOps.contain(image.convert("RGB"), (side, side)))
-    path = folder / "samples.png"
-    image_grid(images, columns=len(samples), gap=4).save(path)
-    return path
+    return image_grid(images, columns=len(samples), gap=4)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:

@@ -6,22 +6,26 @@ import json
 import math
 import os
 import re
+import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
 from ..redact import redacted
-from .svg import Line, Track, decimals_for, fixed, gain_bar, line_chart, plane_chart, soft, strips, trend
+from .svg import SIGNIFICANT, Line, Track, decimals_for, fixed, gain_bar, line_chart, plane_chart, soft, strips, trend
 
 LARGEST_SIDE = 512  # pixels of an image in the page
+TEXTS = 4  # prompts of a language model's run that are shown, first and last
 # Key of the log, title, note: one chart each, with a curve for each objective.
 PARTS = (
     ("potential", "Learning potential", "how much an objective still has to teach"),
@@ -49,14 +53,11 @@ HEALTH = (
 
 
 def write_report(run_dirs: Sequence[Path | str], output: Path | str | None = None) -> Path:
-    """Write `report.html` about training runs.
+    """Write `report.html` about training runs, and return its path.
 
     Args:
         run_dirs (`Sequence[Path]`): one run directory, or several to compare.
         output (`Path`, *optional*): the page; by default `report.html` in the run directory, or beside the first of several.
-
-    Returns:
-        `Path`: the page.
 
     Raises:
         ValueError: if no directory is given.
@@ -64,7 +65,10 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | str | None = Non
     """
     if not run_dirs:
         raise ValueError("A report needs at least one run directory. Found none. Pass the `output_dir` of a run.")
-    runs = _distinct([read_run(Path(path)) for path in run_dirs])
+    runs = [read_run(path) for path in {Path(path).resolve(): Path(path) for path in run_dirs}.values()]
+    if len({run.name for run in runs}) < len(runs):  # folders of one name: tell them by where they lie
+        common = os.path.commonpath([run.path.resolve() for run in runs])
+        runs = [replace(run, name=os.path.relpath(run.path.resolve(), common)) for run in runs]
     folder = runs[0].path if len(runs) == 1 else runs[0].path.resolve().parent
     path = Path(output) if output is not None else folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,51 +79,31 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | str | None = Non
 
 
 def _render(runs: list["Run"]) -> str:
-    from jinja2 import Environment, StrictUndefined
-
-    here = files(__package__)
+    css, js, page = (
+        (files(__package__) / name).read_text(encoding="utf-8")
+        for name in ("report.css", "report.js", "page.html.jinja")
+    )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["soft"] = soft
-    template = environment.from_string((here / "page.html.jinja").read_text(encoding="utf-8"))
-    sections = [
-        {
-            "name": run.name,
-            "folder": str(run.path),
-            "facts": _facts(run),
-            "verdict": _verdict(run),
-            "outcomes": outcomes(run.summary),
-            "cards": _cards(run.samples),
-            "priorities": _priority_charts(run),
-            "conflicts": _conflict_charts(run),
-            "findings": _findings(run),
-            "missing": run.missing,
-        }
-        for run in runs
-    ]
-    return template.render(
-        runs=sections,
+    return environment.from_string(page).render(
+        runs=runs,
         title=" · ".join(run.name for run in runs),
         several=len(runs) > 1,
+        facts=_facts,
+        outcomes=outcomes,
+        verdict=_verdict,
+        findings=_findings,
+        cards=_cards,
         rewards=_reward_charts(runs),
+        priorities=_priority_charts,
+        conflicts=_conflict_charts,
         planes=_plane_charts(runs),
         health=_health_charts(runs),
         config=_config_rows(runs),
         version=__version__,
-        css=(here / "report.css").read_text(encoding="utf-8"),
-        js=(here / "report.js").read_text(encoding="utf-8"),
+        css=css,
+        js=js,
     )
-
-
-def _distinct(runs: list["Run"]) -> list["Run"]:
-    """Runs under different names: folders of the same name get their parent's in front."""
-    counts = Counter(run.name for run in runs)
-    renamed: list[Run] = []
-    for index, run in enumerate(runs):
-        name = f"{run.path.resolve().parent.name}/{run.name}" if counts[run.name] > 1 else run.name
-        if name in [other.name for other in renamed]:
-            name = f"{name} ({index + 1})"
-        renamed.append(replace(run, name=name))
-    return renamed
 
 
 # Reading a run directory: what is missing is named, and is no error
@@ -132,8 +116,8 @@ class Sample:
     prompt: str
     base: Path
     tuned: Path
-    base_rewards: dict[str, float] = field(default_factory=dict)
-    tuned_rewards: dict[str, float] = field(default_factory=dict)
+    base_rewards: dict[str, float]
+    tuned_rewards: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -146,6 +130,7 @@ class Run:
     state: dict[str, Any]  # the rest of Trainer's state
     summary: dict[str, Any]  # results on held-out prompts: "objectives", "held_out", "domination" and "seconds"
     samples: list[Sample]
+    texts: list[dict[str, Any]]  # completions of a language model at the first and the last log
     config: dict[str, Any]  # arguments, without secrets
     environment: dict[str, Any]  # versions, date, and the names of the arguments that were set
     warnings: list[str]
@@ -171,34 +156,45 @@ def read_run(path: Path) -> Run:
     Raises:
         FileNotFoundError: if it does not exist, or holds nothing that a report could show.
     """
-    path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(
             f"A run directory must exist. Found no directory {path}. Pass the `output_dir` of a training run."
         )
     missing: list[str] = []
     states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
-    found = [_read_json(state, [], "", "") for state in states if state.is_file()]
+    found = [_read_json(state) for state in states if state.is_file()]
     state = max(found, key=lambda content: content.get("global_step") or 0, default={})
     if not state:
-        _read_json(states[0], missing, "trainer_state.json", "the training curves")
-    summary = _read_json(path / "summary.json", missing, "summary.json", "the results on held-out prompts")
-    config = _read_json(path / "config.json", missing, "config.json", "the arguments of the run")
+        _read_json(states[0], missing, "the training curves")
+    summary = _read_json(path / "summary.json", missing, "the results on held-out prompts")
+    config = _read_json(path / "config.json", missing, "the arguments of the run")
     if {"_class_name", "architectures", "model_type"} & set(config):  # a model's configuration, not the run's
         config = {}
-    samples = _read_samples(path / "samples", missing)
-    if not (state or summary or samples):
+    texts = _read_texts(path / "completions")
+    samples = _read_samples(path / "samples", [] if texts else missing)
+    if not (state or summary or samples or texts):
         raise FileNotFoundError(
-            f"A run directory must hold trainer_state.json, summary.json or samples/. Found none of them in {path}. "
+            "A run directory must hold trainer_state.json, summary.json, samples/ or completions/. "
+            f"Found none of them in {path}. "
             "Pass the `output_dir` of a training run."
         )
-    history = [entry for entry in state.pop("log_history", []) if isinstance(entry, dict)]
-    environment = _read_json(path / "environment.json", [], "", "")
-    warnings, name = _read_warnings(path), path.resolve().name
-    return Run(path, name, history, state, summary, samples, redacted(config), environment, warnings, missing)
+    return Run(
+        path=path,
+        name=path.resolve().name,
+        history=[entry for entry in state.pop("log_history", []) if isinstance(entry, dict)],
+        state=state,
+        summary=summary,
+        samples=samples,
+        texts=texts,
+        config=redacted(config),
+        environment=_read_json(path / "environment.json"),
+        warnings=_read_warnings(path / "warnings.jsonl"),
+        missing=missing,
+    )
 
 
-def _read_json(path: Path, missing: list[str], name: str, what: str) -> dict[str, Any]:
+def _read_json(path: Path, missing: list[str] | None = None, gives: str = "") -> dict[str, Any]:
+    """The object in a file; without one, a sentence for `missing` about what it would give."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
@@ -208,36 +204,74 @@ def _read_json(path: Path, missing: list[str], name: str, what: str) -> dict[str
         problem = "was not found"
     except (OSError, ValueError) as error:
         problem = f"could not be read ({error})"
-    missing.append(f"{name} {problem}, so this report cannot show {what}.")
+    if missing is not None:
+        missing.append(f"{path.name} {problem}, so this report cannot show {gives}.")
     return {}
 
 
 def _read_samples(folder: Path, missing: list[str]) -> list[Sample]:
-    bases = {int(found[1]): path for path in folder.glob("base_*.png") if (found := re.search(r"(\d+)$", path.stem))}
-    pairs = [(i, b, b.with_name(b.name.replace("base_", "tuned_", 1))) for i, b in sorted(bases.items())]
-    pairs = [pair for pair in pairs if pair[2].is_file()]
+    """The pairs of images by their number, with what `prompts.json` says of each."""
+    numbered = {
+        int(found[1]): path for path in folder.glob("base_*.png") if (found := re.search(r"_(\d+)$", path.stem))
+    }
+    pairs = {
+        i: (base, base.with_name(base.name.replace("base_", "tuned_", 1))) for i, base in sorted(numbered.items())
+    }
+    pairs = {i: pair for i, pair in pairs.items() if pair[1].is_file()}
     if not pairs:
         missing.append("samples/ holds no pair of images base_*.png and tuned_*.png, so there is nothing to compare.")
         return []
     try:
-        entries = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+        entries = dict(enumerate(json.loads((folder / "prompts.json").read_text(encoding="utf-8"))))
     except (OSError, ValueError):
-        entries = []
+        entries = {}
         missing.append("samples/prompts.json was not found, so the images have no prompts and no rewards.")
-    samples = []
-    for index, base, tuned in pairs:
-        entry = entries[index] if index < len(entries) else {}
-        prompt, before, after = entry.get("prompt", f"sample {index}"), entry.get("base"), entry.get("tuned")
-        samples.append(Sample(prompt, base, tuned, before or {}, after or {}))
-    return samples
+    return [
+        Sample(entry.get("prompt", f"sample {i}"), *pair, entry.get("base") or {}, entry.get("tuned") or {})
+        for i, pair in pairs.items()
+        for entry in [entries.get(i, {})]
+    ]
+
+
+def _read_texts(folder: Path) -> list[dict[str, Any]]:
+    """Step, prompt, completion and rewards of a few rows of the tables that `log_completions=True` writes, first and last."""
+    import pyarrow.parquet
+
+    tables = sorted(folder.glob("completions_*.parquet"))
+    found = []
+    for path in dict.fromkeys([*tables[:1], *tables[-1:]]):
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+            by_prompt = {_plain(row["prompt"]): row for row in reversed(rows)}  # the first completion of each
+        except (OSError, ValueError, KeyError):
+            continue
+        for prompt, row in list(by_prompt.items())[::-1][:TEXTS]:
+            numbers = {key: _finite(row[key]) for key in row if key != "step"}
+            rewards = [(key, fixed(value, SIGNIFICANT)) for key, value in numbers.items() if value is not None]
+            step, completion = row.get("step"), _plain(row["completion"]) or "(empty)"
+            found.append({"step": step, "prompt": prompt, "completion": completion, "rewards": rewards})
+    return found
+
+
+def _plain(text: Any) -> str:
+    """A prompt or completion as text; of a conversation, the text of its messages."""
+    if isinstance(text, list):
+        return "\n".join(filter(None, map(_plain, text)))
+    if isinstance(text, dict):
+        return _plain(text.get("content") or text.get("text"))
+    return "" if text is None else str(text)
 
 
 def _read_warnings(path: Path) -> list[str]:
     try:
-        lines = (path / "warnings.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         return list(dict.fromkeys(f"Step {entry['step']}: {entry['text']}" for entry in map(json.loads, lines)))
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 # Results
@@ -269,7 +303,7 @@ class Outcome:
         spread = self.se or abs(self.tuned - self.base) or abs(self.base) / 10
         decimals = decimals_for(spread, 2 if f"{self.se:e}"[0] == "1" else 1)
         difference = f"{fixed(self.tuned - self.base, decimals, sign=True)} ± {fixed(self.se, decimals)}"
-        gain = f"{fixed(self.gain, 2, sign=True)} ± {fixed(self.gain_se, 2)}" if self.gain is not None else ""
+        gain = "" if self.gain is None else f"{fixed(self.gain, 2, sign=True)} ± {fixed(self.gain_se, 2)}"
         return [fixed(self.base, decimals), fixed(self.tuned, decimals), difference, gain]
 
 
@@ -284,25 +318,21 @@ def outcomes(summary: dict[str, Any]) -> list[Outcome]:
     rows = []
     for part in ("objectives", "held_out"):
         for name, entry in (summary.get(part) or {}).items():
-            keys = ("base", "tuned", "se", "gain", "gain_se")
-            base, tuned, se, gain, gain_se = (_finite(entry.get(key)) for key in keys)
+            base, tuned, se, gain, gain_se = (
+                _finite(entry.get(key)) for key in ("base", "tuned", "se", "gain", "gain_se")
+            )
             if base is None or tuned is None:
                 continue
             if gain_se is None and gain and tuned != base:
                 gain_se = (se or 0.0) * abs(gain / (tuned - base))
             rows.append(Outcome(name, base, tuned, se or 0.0, gain, gain_se or 0.0, part == "objectives"))
     edges = [row.gain + s * 2 * row.gain_se for row in rows if row.gain is not None for s in (-1, 1)]
-    reach = min([*edges, 0.0]), max([*edges, 0.0, min([*edges, 0.0]) + 1e-6])
-    return [
-        row
-        if row.gain is None
-        else replace(row, bar=gain_bar(row.gain, row.gain_se, reach, i if row.trained else None))
-        for i, row in enumerate(rows)
-    ]
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    low = min([0.0, *edges])
+    reach = low, max([low + 1e-6, 0.0, *edges])
+    for i, row in enumerate(rows):
+        if row.gain is not None:
+            rows[i] = replace(row, bar=gain_bar(row.gain, row.gain_se, reach, i if row.trained else 7))
+    return rows
 
 
 def _verdict(run: Run) -> str:
@@ -311,13 +341,13 @@ def _verdict(run: Run) -> str:
     if not counts:
         return ""
     words = {"rose": "rose", "fell": "fell", "within noise": "stayed within noise"}
-    text = "Objectives: " + ", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts[key])
+    text = "Objectives: " + ", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts[key]) + "."
     share = _finite((run.summary.get("domination") or {}).get("all_at_least_as_good"))
-    if share is not None:
-        text += (
-            f". On {share:.0%} of the test prompts every objective is at least as good as before, and one is better"
-        )
-    return text + "."
+    if share is None:
+        return text
+    return (
+        f"{text} On {share:.0%} of the test prompts every objective is at least as good as before, and one is better."
+    )
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -338,51 +368,31 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "images per prompt": group if group and not batch else None,
         "learning rate": config.get("learning_rate"),
         "seed": config.get("seed"),
-        "training time": _duration(float(seconds)) if seconds else None,
+        "training time": timedelta(seconds=round(seconds)) if seconds else None,
         "date": run.environment.get("date"),
         "versions": ", ".join(f"{name} {versions[name]}" for name in ("trl_apex", "trl", "torch") if name in versions),
     }
     return [(name, str(value)) for name, value in found.items() if value not in (None, "")]
 
 
-def _duration(seconds: float) -> str:
-    """In the two units that matter.
-
-    Example:
-        >>> _duration(0.42), _duration(75), _duration(7320)
-        ('0.4 s', '1 min 15 s', '2 h 2 min')
-    """
-    if seconds < 60:
-        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def _findings(run: Run) -> list[str]:
     """Sentences about trouble in a run: its own warnings first, then what the logged numbers show."""
     found = list(run.warnings)
     for name in run.objectives:
-        failures = sum(run.series(f"reward_failures/{name}")[1])
-        if failures:
+        if failures := sum(run.series(f"reward_failures/{name}")[1]):
             found.append(f"The reward {name} failed for {failures:.0f} images; they count as missing, not as bad.")
         values = run.series(f"live_groups/{name}")[1]
-        if values and sum(v == 0 for v in values) > len(values) / 2:
-            found.append(
-                f"The reward {name} scored the images of every group alike in most iterations: it taught little."
-            )
-    for key, text in (
-        ("skipped_updates/nonfinite", "updates had non-finite gradients and were skipped"),
-        ("skipped_updates/dead", "updates had only zero advantages and were skipped"),
-    ):
-        count = sum(run.series(key)[1])
-        if count:
-            found.append(f"{count:.0f} {text}.")
+        if sum(v == 0 for v in values) > len(values) / 2:
+            text = "scored the images of every group alike in most iterations: it taught little."
+            found.append(f"The reward {name} {text}")
+    for kind, text in (("nonfinite", "had non-finite gradients"), ("dead", "had only zero advantages")):
+        if count := sum(run.series(f"skipped_updates/{kind}")[1]):
+            found.append(f"{count:.0f} updates {text} and were skipped.")
     return found
 
 
 def _config_rows(runs: list[Run]) -> dict[str, list[tuple[str, list[str]]]]:
-    """By title, the arguments that differ between runs, and the others that the user set (all, where a run does not say which):
-    name, and value in each run."""
+    """By title: the arguments that differ between runs, and the others that were set (all, if a run does not say which)."""
     known = [run.environment["changed"] for run in runs if isinstance(run.environment.get("changed"), list)]
     others = "arguments that were set" if len(known) == len(runs) else "arguments"
     rows: dict[str, list[tuple[str, list[str]]]] = {"arguments differ": [], others: []}
@@ -399,9 +409,8 @@ def _cards(samples: list[Sample]) -> list[dict[str, Any]]:
     """The gallery: images as data inside the page, rewards before and after, and the mean gain to sort by."""
     scales: dict[str, float] = {}
     for name in samples[0].base_rewards if samples else ():
-        values = [s.base_rewards[name] for s in samples if isinstance(s.base_rewards.get(name), int | float)]
-        middle = sum(values) / max(len(values), 1)
-        scales[name] = (sum((v - middle) ** 2 for v in values) / max(len(values), 1)) ** 0.5 or 1.0
+        values = [value for s in samples if (value := _finite(s.base_rewards.get(name))) is not None]
+        scales[name] = (statistics.pstdev(values) if values else 0.0) or 1.0
     made = []
     for sample in samples:
         try:
@@ -409,13 +418,13 @@ def _cards(samples: list[Sample]) -> list[dict[str, Any]]:
         except OSError:
             continue
         rows, gain = [], 0.0
-        for name, before in sample.base_rewards.items():
-            after = sample.tuned_rewards.get(name)
-            if not isinstance(before, int | float) or not isinstance(after, int | float):
+        for name, value in sample.base_rewards.items():
+            before, after = _finite(value), _finite(sample.tuned_rewards.get(name))
+            if before is None or after is None:
                 continue
             decimals = 2 if abs(before) < 100 else 0
             shown = fixed(after - before, decimals, sign=True)
-            way = "same" if shown[0] not in "+\N{MINUS SIGN}" else "up" if after > before else "down"
+            way = {"+": "up", "\N{MINUS SIGN}": "down"}.get(shown[0], "same")
             rows.append((name, fixed(before, decimals), fixed(after, decimals), shown, way))
             gain += (after - before) / scales.get(name, 1.0) / len(sample.base_rewards)
         made.append({"prompt": sample.prompt, "base": base, "tuned": tuned, "rewards": rows, "gain": f"{gain:.4f}"})
@@ -429,7 +438,7 @@ def _image_data(path: Path) -> str:
     kind = "png" if max(picture.size) <= 128 else "webp"
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **({"quality": 88} if kind == "webp" else {}))
+    picture.save(buffer, kind, quality=88)  # PNG has no quality
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -440,29 +449,28 @@ def _all_objectives(runs: list[Run]) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.objectives))
 
 
-def _kept(charts: list[Markup]) -> list[Markup]:
-    return [chart for chart in charts if chart]
+def _curves(run: Run, key: str) -> list[Line]:
+    return [Line(name, i, *run.series(f"{key}/{name}")) for i, name in enumerate(run.objectives)]
+
+
+def _trend_line(name: str, colour: int, series: tuple[list[float], list[float]], points: bool) -> Line:
+    """The trend of batch means in a band of two standard errors, over the means themselves if `points`."""
+    mean, error = trend(series[1])
+    return Line(name, colour, series[0], mean, [2 * e for e in error], series[1] if points else [])
 
 
 def _reward_charts(runs: list[Run]) -> list[Markup]:
-    """A chart for each objective: batch means as points, their trend as a line in a band of two standard errors."""
-    charts, alone = [], len(runs) == 1
-    for index, name in enumerate(_all_objectives(runs)):
-        lines = []
-        for position, run in enumerate(runs):
-            steps, values = run.series(f"rewards/{name}/mean")
-            mean, error = trend(values)
-            colour, label = (index, "training") if alone else (position, run.name)
-            lines.append(Line(label, colour, steps, mean, [2 * e for e in error], values if alone else []))
-            if alone:
-                lines.append(Line("evaluation", 7, *run.series(f"eval_rewards/{name}/mean")))
+    """A chart for each objective: of one run, training and evaluation; of several, the trend of each."""
+    charts = []
+    for i, name in enumerate(_all_objectives(runs)):
+        key = f"rewards/{name}/mean"
+        if len(runs) == 1:
+            evaluation = Line("evaluation", 7, *runs[0].series(f"eval_{key}"))
+            lines = [_trend_line("training", i, runs[0].series(key), points=True), evaluation]
+        else:
+            lines = [_trend_line(run.name, j, run.series(key), points=False) for j, run in enumerate(runs)]
         charts.append(line_chart(name, lines))
-    return _kept(charts)
-
-
-def _curves(run: Run, key: str, smooth: bool = False) -> list[Line]:
-    lines = [Line(name, i, *run.series(f"{key}/{name}")) for i, name in enumerate(run.objectives)]
-    return [line._replace(y=trend(line.y)[0]) for line in lines] if smooth else lines
+    return list(filter(None, charts))
 
 
 def _priority_charts(run: Run) -> list[Markup]:
@@ -470,8 +478,9 @@ def _priority_charts(run: Run) -> list[Markup]:
     weights = run.config.get("reward_weights") or [1]
     reference = (1 / len(run.objectives), "equal") if run.objectives and len(set(map(str, weights))) == 1 else None
     note = "weight of an objective in the batch; they sum to 1"
-    charts = [line_chart("Priority", _curves(run, "priority"), note, [0.0], reference)]
-    return _kept(charts + [line_chart(title, _curves(run, key), note, [0.0]) for key, title, note in PARTS])
+    charts = [line_chart("Priority", _curves(run, "priority"), note, 0.0, reference)]
+    charts += [line_chart(title, _curves(run, key), note, 0.0) for key, title, note in PARTS]
+    return list(filter(None, charts))
 
 
 def _conflict_charts(run: Run) -> list[Markup]:
@@ -486,13 +495,12 @@ def _conflict_charts(run: Run) -> list[Markup]:
             for a, b in combinations(run.objectives, 2)
         }
         charts.append(strips(title, {name: values for name, values in pairs.items() if values}, note))
+    shares = [line._replace(y=trend(line.y)[0]) for line in _curves(run, "hijack_share")]
     note = "share of its variance that each objective owns; trend"
-    charts.append(line_chart("Whose advantage it is", _curves(run, "hijack_share", smooth=True), note, [0.0]))
-    steps, values = run.series("hijack_index")
-    mean, error = trend(values)
-    index = Line("", 5, steps, mean, [2 * e for e in error], values)
-    charts.append(line_chart("Hijack index", [index], "largest share over the intended share; 1 is ideal", [1.0]))
-    return _kept(charts)
+    charts.append(line_chart("Whose advantage it is", shares, note, 0.0))
+    index = _trend_line("", 5, run.series("hijack_index"), points=True)
+    charts.append(line_chart("Hijack index", [index], "largest share over the intended share; 1 is ideal", 1.0))
+    return list(filter(None, charts))
 
 
 def _plane_charts(runs: list[Run]) -> list[tuple[str, Markup]]:
@@ -518,17 +526,16 @@ def _plane_charts(runs: list[Run]) -> list[tuple[str, Markup]]:
 
 def _health_charts(runs: list[Run]) -> list[Markup]:
     """What tells whether the optimization itself is sound. A number that never changes has no chart."""
-    charts = []
-    for index, (key, title, note) in enumerate(HEALTH):
-        several = len(runs) > 1
-        lines = [
-            Line(run.name if several else "", i if several else index, *run.series(key)) for i, run in enumerate(runs)
-        ]
-        if key == "loss" or any(len(set(line.y)) > 1 for line in lines):
-            charts.append(line_chart(title, lines, note))
+    alone = len(runs) == 1
+    found: list[tuple[str, str, list[Line], str, float | None]] = []
+    for i, (key, title, note) in enumerate(HEALTH):
+        lines = [Line("" if alone else run.name, i if alone else j, *run.series(key)) for j, run in enumerate(runs)]
+        found.append((key, title, lines, note, None))
     for key, title, note in HEALTH_BY_OBJECTIVE:
         for run in runs:
-            lines = _curves(run, key)
-            if any(len(set(line.y)) > 1 for line in lines):
-                charts.append(line_chart(f"{title}: {run.name}" if len(runs) > 1 else title, lines, note, [0.0]))
-    return _kept(charts)
+            found.append((key, title if alone else f"{title}: {run.name}", _curves(run, key), note, 0.0))
+    return [
+        line_chart(title, lines, note, floor)
+        for key, title, lines, note, floor in found
+        if any(len(set(line.y)) > 1 for line in lines) or (key == "loss" and any(line.x for line in lines))
+    ]
