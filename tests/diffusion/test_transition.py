@@ -92,7 +92,7 @@ def test_many_fine_steps_keep_the_marginals_of_the_ode(noise_level):
         velocity = gaussian_velocity(latents, sigmas[step])
         index = torch.full((samples,), step)
         if step == steps - 1 or noise_level == 0:
-            latents = sampler.deterministic(latents, velocity, index)
+            latents = flow_euler(latents, velocity, *sampler._grid(index))
         else:
             mean, std = sampler.stochastic(latents, velocity, index)
             latents = mean + std * torch.randn(latents.shape, generator=generator)

@@ -1,8 +1,8 @@
-"""What an update minimizes: the clipped ratio of denoising steps and its KL divergence, and three flow-matching losses.
+"""What an update minimizes: the clipped ratio of denoising steps, its guards and KL divergence, and three flow-matching losses.
 
-AWM, DiffusionNFT and the flow-matching ratio need a rollout's final latents alone. A row is one image x0 at one noise level t:
-`x_t = (1 - t) x0 + t eps` with fresh noise eps and target velocity `u = eps - x0`. No log-probability and no trajectory is
-stored, so the rollout may be deterministic. Numbers of a row are means over latent elements, in float32.
+A row is one pair of (image, trained step); its numbers are means over latent elements, in float32. AWM, DiffusionNFT and the
+flow-matching ratio need a rollout's final latents alone. Their row is one image x0 at one noise level t, with fresh noise eps:
+`x_t = (1 - t) x0 + t eps`, and the velocity that the model v should predict is `u = eps - x0`. The rollout may be deterministic.
 """
 
 import math
@@ -12,6 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .nouns import Latents, PerRow
+
+GUARDS = ("kl_mask", "grpo_guard")
+"""What may take the place of the plain clipped ratio of denoising steps."""
 WEIGHTINGS = ("ghuber", "huber", "uniform", "t", "t2")
 """How AWM turns a squared error at noise level t into a likelihood."""
 TIMESTEP_SAMPLING = ("grid", "stratified", "uniform", "logit_normal")
@@ -20,149 +24,150 @@ TINY = 1e-10
 
 
 class Surrogate(NamedTuple):
-    """`loss` and `ratio` of shape `[R]`; `low` and `high` say where the ratio was clipped."""
+    """`low` and `high` say where the ratio fell below or rose above its limit and the row has no gradient."""
 
-    loss: Float[Tensor, "R"]
-    ratio: Float[Tensor, "R"]
+    loss: PerRow
+    ratio: PerRow
     low: Bool[Tensor, "R"]
     high: Bool[Tensor, "R"]
 
 
 def clipped_surrogate(
-    log_prob: Float[Tensor, "R"],
-    old_log_prob: Float[Tensor, "R"],
-    advantage: Float[Tensor, "R"],
+    log_prob: PerRow,
+    old_log_prob: PerRow,
+    advantage: PerRow,
     epsilon: float,
     epsilon_high: float,
     delta: float | None = None,
 ) -> Surrogate:
     """The pessimistic bound on the policy's improvement, to be minimized.
 
-    ```
-    loss = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)     r = exp(log_prob - old_log_prob)
-    ```
+        loss = -min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)         r = exp(log_prob - old_log_prob)
 
     Args:
-        log_prob (`torch.Tensor` of shape `[R]`): under the policy that is trained.
-        old_log_prob (`torch.Tensor` of shape `[R]`): recorded at rollout.
-        advantage (`torch.Tensor` of shape `[R]`): positive for samples better than their group.
-        epsilon, epsilon_high (`float`): clip range.
-        delta (`float`, *optional*): upper bound of the unclipped ratio (two-sided clipping, as TRL's `delta`).
-
-    Returns:
-        [`Surrogate`]
+        old_log_prob: under the policy that sampled.
+        advantage: A, positive for images better than their group.
+        delta: upper bound of the unclipped ratio (two-sided clipping, as TRL's `delta`).
 
     Example:
-        ```python
         >>> old, new = torch.tensor([0.0]), torch.tensor([0.1])
         >>> result = clipped_surrogate(new, old, torch.tensor([2.0]), 0.05, 0.05)
         >>> round(result.loss.item(), 4), bool(result.high)
         (-2.1, True)
 
-        ```
-
-    Reference: Schulman et al., arXiv 1707.06347, equation 7.
+    Source: Schulman et al., arXiv 1707.06347, equation 7.
     """
     ratio = torch.exp(log_prob - old_log_prob)
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     loss = -torch.minimum(bounded * advantage, clipped * advantage)
-    return Surrogate(
-        loss, ratio.detach(), (ratio < 1 - epsilon) & (advantage < 0), (ratio > 1 + epsilon_high) & (advantage > 0)
-    )
+    low, high = (ratio < 1 - epsilon) & (advantage < 0), (ratio > 1 + epsilon_high) & (advantage > 0)
+    return Surrogate(loss, ratio.detach(), low, high)
 
 
-def gaussian_kl(
-    mean: Float[Tensor, "R C H W"], reference_mean: Float[Tensor, "R C H W"], std: Float[Tensor, "R 1 1 1"]
-) -> Float[Tensor, "R"]:
+def gaussian_kl(mean: Latents, reference_mean: Latents, std: Float[Tensor, "R 1 1 1"]) -> PerRow:
     """KL divergence of two Gaussians with equal variance, averaged over the latent's elements.
 
-    ```
-    KL = mean((mean - reference_mean)^2) / (2 std^2)
-    ```
+        KL = mean((mean - reference_mean)^2) / (2 std^2)
 
     Args:
-        mean (`torch.Tensor` of shape `[R, C, H, W]`): of the trained policy; the gradient flows through it.
-        reference_mean (`torch.Tensor` of shape `[R, C, H, W]`): of the reference policy.
-        std (`torch.Tensor` of shape `[R, 1, 1, 1]`): of both.
-
-    Returns:
-        `torch.Tensor` of shape `[R]`
+        std: of the transition, with its factor `sqrt(-dt)`. Flow-GRPO's code leaves the factor out, so that its KL is
+            smaller by `-dt`: multiply a `beta` from there by about that (0.1 for ten steps).
 
     Example:
-        ```python
-        >>> import torch
         >>> one = torch.ones(1, 1, 2, 2)
         >>> gaussian_kl(one, 0 * one, torch.full((1, 1, 1, 1), 0.5)).item()
         2.0
-
-        ```
-
-    Note:
-        `std` is the transition's whole standard deviation, with its factor `sqrt(-dt)`. Flow-GRPO's code leaves that
-        factor out, which makes its KL smaller by `-dt`; a `beta` taken from there has to be multiplied by about that
-        (0.1 for ten steps).
     """
     return ((mean - reference_mean) ** 2).flatten(1).mean(1) / (2 * std.flatten() ** 2)
 
 
-def add_noise(
-    clean: Float[Tensor, "R C H W"], noise: Float[Tensor, "R C H W"], sigmas: Float[Tensor, "R"]
-) -> Float[Tensor, "R C H W"]:
-    """Latents at noise level `sigmas`: `x_t = (1 - t) x0 + t eps`.
+def kl_masked_surrogate(
+    log_prob: PerRow, old_log_prob: PerRow, advantage: PerRow, kl: PerRow, threshold: float = 1e-5
+) -> Surrogate:
+    """Flow-DPPO: the ratio without a clip; a row is dropped where the step has moved too far and would move further.
+
+        loss = -r A,  and 0 where KL > threshold and (r - 1) A > 0         r = exp(log_prob - old_log_prob)
+
+    Args:
+        kl: [`gaussian_kl`] of the trained policy's step to that of the policy that sampled.
 
     Example:
-        ```python
-        >>> one = torch.ones(1, 1, 1, 1)
-        >>> add_noise(one, 3 * one, torch.tensor([0.25])).item()
-        1.5
+        >>> new, far = torch.tensor([0.1, 0.1]), torch.tensor([1.0, 1.0])
+        >>> kl_masked_surrogate(new, 0 * new, torch.tensor([2.0, -2.0]), far).loss.tolist()
+        [0.0, 2.2103...]
 
-        ```
+    Source: Flow-DPPO, arXiv 2606.11025, equation 18.
     """
+    ratio = torch.exp(log_prob - old_log_prob)
+    far = kl > threshold
+    low, high = far & (ratio < 1) & (advantage < 0), far & (ratio > 1) & (advantage > 0)
+    return Surrogate(torch.where(low | high, 0.0, -ratio * advantage), ratio.detach(), low, high)
+
+
+def grpo_guard_surrogate(
+    mean: Latents,
+    old_mean: Latents,
+    sample: Latents,
+    std: Float[Tensor, "R 1 1 1"],
+    step_length: PerRow,
+    advantage: PerRow,
+    epsilon: float = 2e-6,
+    epsilon_high: float = 2e-6,
+    delta: float | None = None,
+) -> Surrogate:
+    """GRPO-Guard: ratios of Flow-SDE steps with one center and one scale at every noise level, and gradients of one size.
+
+        loss  = clipped_surrogate(log r, 0, A) / step_length
+        log r = std (log_prob - old_log_prob + KL) = mean((mean - old_mean) (sample - old_mean)) / std
+
+    The plain log-ratio has the mean -KL and a spread that grows with 1 / std. Few good images then reach the clip.
+
+    Args:
+        mean, old_mean, std: of the step under the trained policy and under the one that sampled.
+        sample: the latents that the rollout drew.
+        step_length: `sigma - sigma_next`.
+        advantage, epsilon, epsilon_high, delta: as in [`clipped_surrogate`].
+
+    Source: GRPO-Guard, arXiv 2510.22319, equations 8 and 12; epsilon of its code for text and GenEval (PickScore: 4e-6).
+    """
+    log_ratio = ((mean - old_mean) * (sample - old_mean)).flatten(1).mean(1) / std.flatten()
+    clipped = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), advantage, epsilon, epsilon_high, delta)
+    return clipped._replace(loss=clipped.loss / step_length)
+
+
+def add_noise(clean: Latents, noise: Latents, sigmas: PerRow) -> Latents:
+    """Latents at noise level t = `sigmas`: `x_t = (1 - t) x0 + t eps`."""
     t = sigmas.view(-1, 1, 1, 1)
     return (1 - t) * clean + t * noise
 
 
-def squared_error(prediction: Float[Tensor, "R C H W"], target: Float[Tensor, "R C H W"]) -> Float[Tensor, "R"]:
+def squared_error(prediction: Latents, target: Latents) -> PerRow:
     """Mean over latent elements of `(prediction - target)^2`."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
 def awm_log_likelihood(
-    velocity: Float[Tensor, "R C H W"],
-    target: Float[Tensor, "R C H W"],
-    sigmas: Float[Tensor, "R"],
-    weighting: str = "ghuber",
-    power: float = 0.25,
-) -> Float[Tensor, "R"]:
-    """Advantage Weighted Matching's surrogate of the log-likelihood of an image at one noise level.
+    velocity: Latents, target: Latents, sigmas: PerRow, weighting: str = "ghuber", power: float = 0.25
+) -> PerRow:
+    """Advantage Weighted Matching's surrogate of an image's log-likelihood; 0 where the prediction is perfect.
 
-    ```
-    m = mean (v - u)^2
-    ghuber   L = -(t / p) ((m + 1e-10)^p - (1e-10)^p)      p = power
-    huber    L = -t (sqrt(m + 1e-10) - 1e-5)
-    uniform  L = -m         t  L = -t m         t2  L = -t^2 m
-    ```
+        m = mean (v - u)^2
+        ghuber   L = -(t / p) ((m + 1e-10)^p - (1e-10)^p)      p = power
+        huber    L = -t (sqrt(m + 1e-10) - 1e-5)
+        uniform  L = -m         t  L = -t m         t2  L = -t^2 m
 
     Args:
-        velocity (`torch.Tensor` of shape `[R, C, H, W]`): the model's prediction.
-        target (`torch.Tensor` of shape `[R, C, H, W]`): `noise - image`.
-        sigmas (`torch.Tensor` of shape `[R]`): noise level t of each row, in [0, 1].
-        weighting (`str`): one of `WEIGHTINGS`.
-        power (`float`): p of "ghuber".
-
-    Returns:
-        `torch.Tensor` of shape `[R]`, 0 where the prediction is perfect.
+        target: u.
+        sigmas: the noise level t of each row, in [0, 1].
+        weighting: one of `WEIGHTINGS`.
 
     Example:
-        ```python
         >>> zero, t = torch.zeros(1, 1, 2, 2), torch.tensor([0.5])
         >>> round(awm_log_likelihood(zero + 2, zero, t, "t2").item(), 6)
         -1.0
 
-        ```
-
-    Reference: Advantage Weighted Matching, arXiv 2509.25050.
+    Source: Advantage Weighted Matching, arXiv 2509.25050.
     """
     error, t = squared_error(velocity, target), sigmas.float()
     if weighting == "ghuber":
@@ -172,62 +177,39 @@ def awm_log_likelihood(
     return -error * {"uniform": torch.ones_like(t), "t": t, "t2": t * t}[weighting]
 
 
-def fpo_log_likelihood(
-    velocity: Float[Tensor, "R C H W"], target: Float[Tensor, "R C H W"], scale: float = 10.0
-) -> Float[Tensor, "R"]:
-    """The flow-matching loss as a log-likelihood, so that `exp(new - old)` is a ratio to clip.
+def fpo_log_likelihood(velocity: Latents, target: Latents, scale: float = 10.0) -> PerRow:
+    """The flow-matching loss as a log-likelihood `-scale mean (v - u)^2`, so that `exp(new - old)` is a ratio to clip.
 
-    ```
-    L = -b mean (v - u)^2,   ratio = exp(b (l_old - l_new))
-    ```
-
-    Args:
-        velocity (`torch.Tensor` of shape `[R, C, H, W]`): the model's prediction.
-        target (`torch.Tensor` of shape `[R, C, H, W]`): `noise - image`.
-        scale (`float`): b, how much a change of the loss changes the ratio.
-
-    Returns:
-        `torch.Tensor` of shape `[R]`
-
-    Reference: Flow Matching Policy Gradients, arXiv 2507.21053.
+    Source: Flow Matching Policy Gradients, arXiv 2507.21053.
     """
     return -scale * squared_error(velocity, target)
 
 
 def nft_loss(
-    velocity: Float[Tensor, "R C H W"],
-    old_velocity: Float[Tensor, "R C H W"],
-    noisy: Float[Tensor, "R C H W"],
-    clean: Float[Tensor, "R C H W"],
-    sigmas: Float[Tensor, "R"],
-    advantage: Float[Tensor, "R"],
+    velocity: Latents,
+    old_velocity: Latents,
+    noisy: Latents,
+    clean: Latents,
+    sigmas: PerRow,
+    advantage: PerRow,
     beta: float = 1.0,
     advantage_clip: float = 5.0,
-) -> Float[Tensor, "R"]:
-    r"""DiffusionNFT: pull a good image's velocity towards the model, push a bad one's away, around the old policy.
+) -> PerRow:
+    """DiffusionNFT: pull a good image's velocity towards the model, push a bad one's away, around the old policy.
 
-    ```
-    r  = clip(A, +-c) / (2 c) + 1/2                                   c = advantage_clip
-    v+ = beta v + (1 - beta) v_old        v- = (1 + beta) v_old - beta v
-    l± = mean (x±  - x0)^2 / max(mean |x± - x0|, 1e-5)                x± = x_t - t v±, the divisor without gradient
-    loss = c (r l+ + (1 - r) l-) / beta
-    ```
+        r  = clip(A, +-c) / (2 c) + 1/2                                   c = advantage_clip
+        v+ = beta v + (1 - beta) v_old        v- = (1 + beta) v_old - beta v
+        l± = mean (x±  - x0)^2 / max(mean |x± - x0|, 1e-5)                x± = x_t - t v±, the divisor without gradient
+        loss = c (r l+ + (1 - r) l-) / beta
+
+    Where v = v_old the value does not depend on the advantage; the gradient does, with the factor `2 r - 1`.
 
     Args:
-        velocity (`torch.Tensor` of shape `[R, C, H, W]`): the trained model's prediction; the gradient flows through it.
-        old_velocity (`torch.Tensor` of shape `[R, C, H, W]`): that of the policy that sampled.
-        noisy, clean (`torch.Tensor` of shape `[R, C, H, W]`): \(x_t\) and \(x_0\).
-        sigmas (`torch.Tensor` of shape `[R]`): t.
-        advantage (`torch.Tensor` of shape `[R]`)
-        beta (`float`): how far the two branches lie from the old policy. The paper uses 1, and .1 for text and for
-            several rewards.
-        advantage_clip (`float`): c.
+        old_velocity: of the policy that sampled.
+        noisy, clean, sigmas: x_t, x0 and t.
+        beta: how far the two branches lie from the old policy; the paper's 1, and .1 for text and for several rewards.
 
-    Returns:
-        `torch.Tensor` of shape `[R]`. Where the model equals the old policy its value does not depend on the
-        advantage; its gradient does, with the factor `2 r - 1`.
-
-    Reference: DiffusionNFT, arXiv 2509.16117.
+    Source: DiffusionNFT, arXiv 2509.16117.
     """
     share = advantage.float().clamp(-advantage_clip, advantage_clip) / (2 * advantage_clip) + 0.5
     new, old, start = velocity.float(), old_velocity.float(), clean.float()
@@ -251,7 +233,7 @@ def training_sigmas(
     low: float = 0.0,
     high: float = 1.0,
 ) -> Float[Tensor, "B N"]:
-    """Noise levels to train on, N for each of B images.
+    """Noise levels to train on, N for each of B images, above 0.
 
     | strategy | levels |
     |---|---|
@@ -260,29 +242,19 @@ def training_sigmas(
     | uniform | uniform in `[low, high]`, then shifted |
     | logit_normal | sigmoid of a normal draw, shifted, clamped to `[low, high]` |
 
-    The shift is `t <- s t / (1 + (s - 1) t)`.
-
     Args:
-        strategy (`str`): one of `TIMESTEP_SAMPLING`.
-        grid (`torch.Tensor` of shape `[T + 1]`): the rollout's noise levels, falling to 0.
-        shape (`tuple[int, int]`): images B, levels an image N.
-        generator (`torch.Generator`): on the CPU.
-        shift (`float`): s of the continuous strategies; 1 for none.
-        low, high (`float`): bounds on the level.
-
-    Returns:
-        `torch.Tensor` of shape `[B, N]`, float32, above 0.
+        grid: the rollout's noise levels, falling to 0.
+        shape: B, N.
+        generator: on the CPU.
+        shift: s of the continuous strategies, `t <- s t / (1 + (s - 1) t)`; 1 for none.
 
     Raises:
         ValueError: if the grid has fewer than N levels in the bounds.
 
     Example:
-        ```python
         >>> levels = training_sigmas("grid", torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), (2, 4), torch.Generator())
         >>> levels.sort(1).values.tolist()
         [[0.25, 0.5, 0.75, 1.0], [0.25, 0.5, 0.75, 1.0]]
-
-        ```
     """
     images, count = shape
     if strategy in ("grid", "stratified"):

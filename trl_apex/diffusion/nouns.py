@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+Latents = Float[Tensor, "R C H W"]
+"""Latents, velocities and other predictions of the rows of one forward pass."""
+PerRow = Float[Tensor, "R"]
+"""One number for each row."""
 Embeddings = dict[str, Tensor]
 """Prompt embeddings by the denoiser's argument name, each of shape `[B, ...]`."""
 
@@ -29,10 +33,10 @@ class Schedule:
     """The grid of noise levels a sampler walks, as plain tensors.
 
     Args:
-        sigmas (`torch.Tensor` of shape `[T + 1]`): noise share before each step, and 0 at the end. For DDIM, the
-            cumulative signal share (`alphas_cumprod`) of each step instead, rising to its final value.
-        timesteps (`torch.Tensor` of shape `[T]`): in the denoiser's units (1000 sigma for flows).
-        v_prediction (`bool`): for DDIM, whether the denoiser predicts v instead of the noise.
+        sigmas: noise share before each step, and 0 at the end. For DDIM, the cumulative signal share (`alphas_cumprod`)
+            of each step instead, rising to its final value.
+        timesteps: in the denoiser's units (1000 sigma for flows).
+        v_prediction: for DDIM, whether the denoiser predicts v instead of the noise.
     """
 
     sigmas: Float[Tensor, "T1"]
@@ -49,25 +53,21 @@ class Trajectory:
     """What the update needs of one rollout: the stochastic steps, and nothing else.
 
     Args:
-        latents (`torch.Tensor` of shape `[B, N + 1, C, H, W]`): float32 latents before each trained step, and after the last.
-        log_prob (`torch.Tensor` of shape `[B, N]`): log-probability of each trained step under the policy that sampled.
-        steps (`range` of length N): which denoising steps these are.
+        latents: before each trained step, and after the last.
+        log_prob: of each trained step under the policy that sampled.
+        steps: which denoising steps these are, N of them.
+        means: of each trained step under the policy that sampled, where a guard of the ratio needs them.
     """
 
     latents: Float[Tensor, "B N1 C H W"]
     log_prob: Float[Tensor, "B N"]
     steps: range
+    means: Float[Tensor, "B N C H W"] | None = None
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Images of one rollout, with the trajectory that made them.
-
-    Args:
-        images (`torch.Tensor` of shape `[B, 3, H, W]`): in [0, 1].
-        trajectory (`Trajectory`): its stochastic steps.
-        latents (`torch.Tensor` of shape `[B, C, H, W]`): the final latents, before decoding.
-    """
+    """Images in [0, 1] of one rollout, with the stochastic steps that made them and the final latents, before decoding."""
 
     images: Float[Tensor, "B 3 H W"]
     trajectory: Trajectory

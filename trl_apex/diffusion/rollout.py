@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .families.base import DiffusionPolicy
-from .nouns import Embeddings, Rollout, Trajectory
+from .nouns import Embeddings, Latents, PerRow, Rollout, Trajectory
 from .schedule import Sampler
 
 # What a random draw is for, the second entry of its key.
@@ -19,12 +19,9 @@ def keyed_generator(*key: int) -> torch.Generator:
     """A CPU generator whose seed is a hash of `key`.
 
     Example:
-        ```python
         >>> a, b = keyed_generator(0, 1, 2), keyed_generator(0, 1, 2)
         >>> bool((torch.randn(3, generator=a) == torch.randn(3, generator=b)).all())
         True
-
-        ```
     """
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator().manual_seed(seed)
@@ -47,33 +44,25 @@ def evaluation_noise(seed: int, rows: Sequence[int], shape: tuple[int, ...]) -> 
 def guided_prediction(
     policy: DiffusionPolicy,
     model: nn.Module,
-    latents: Float[Tensor, "R C H W"],
-    timesteps: Float[Tensor, "R"],
+    latents: Latents,
+    timesteps: PerRow,
     embeddings: Embeddings,
     negative: Embeddings | None,
     guidance_scale: float,
-) -> Float[Tensor, "R C H W"]:
-    """Predict the velocity with classifier-free guidance, both branches in one forward.
+) -> Latents:
+    """Predict the velocity with classifier-free guidance, both branches in one forward; float32.
 
-    ```
-    v = v_negative + guidance_scale (v_prompt - v_negative)
-    ```
+        v = v_negative + guidance_scale (v_prompt - v_negative)
+
+    The update must differentiate the same guided prediction that sampled. A script that samples with guidance and trains
+    without has importance ratios that start away from 1.
 
     Args:
-        policy ([`DiffusionPolicy`]): knows how to call `model`.
-        model (`nn.Module`): the denoiser, wrapped or not.
-        latents (`torch.Tensor` of shape `[R, C, H, W]`): float32.
-        timesteps (`torch.Tensor` of shape `[R]`): in the model's units.
-        embeddings (`dict` of tensors `[R, ...]`): of the prompts.
-        negative (`dict` of tensors `[1, ...]`, *optional*): of the negative prompt; None for no second branch.
-        guidance_scale (`float`): at 1 the second branch has no weight and is not computed.
-
-    Returns:
-        `torch.Tensor` of shape `[R, C, H, W]`, float32.
-
-    Note:
-        Guidance is part of the policy: the update must differentiate the same guided prediction that sampled. Some
-        training scripts sample with guidance and train without; the importance ratio then starts away from 1.
+        model: the denoiser, wrapped or not.
+        timesteps: in the model's units.
+        embeddings: of the prompts, `[R, ...]`.
+        negative: of the negative prompt, `[1, ...]`; None for no second branch.
+        guidance_scale: at 1 the second branch has no weight and is not computed.
     """
     return _predict(policy, model, latents, timesteps, _branches(embeddings, negative, guidance_scale), guidance_scale)
 
@@ -94,63 +83,62 @@ def _predict(policy, model, latents: Tensor, timesteps: Tensor, branches: Embedd
     return without + guidance_scale * (with_prompt - without)
 
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(latents [R, C, H, W], timesteps [R], samples [R]) -> prediction [R, C, H, W]`; `samples` says whose rows these are."""
-
-
 @torch.no_grad()
 def denoise(
-    predict: Predict,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
     sampler: Sampler,
     initial: Float[Tensor, "B C H W"],
     window: range = range(0),
     noise: Float[Tensor, "B N C H W"] | None = None,
     representative: Int[Tensor, "B"] | None = None,
+    keep_means: bool = False,
 ) -> tuple[Float[Tensor, "B C H W"], Trajectory]:
-    """Walk the schedule: stochastic inside `window`, deterministic elsewhere.
+    """Walk the schedule to the final latents: stochastic inside `window`, deterministic elsewhere.
 
     Samples of one prompt that start from one noise are equal until the window, so one of them is computed for all:
 
-    ```
-    step         0    1    2    3    4    5         window = range(2, 4)
-    computed     a c  a c  abcd abcd abcd abcd      representative = [0, 0, 2, 2] of the samples a b c d
-    ```
+        step         0    1    2    3    4    5         window = range(2, 4)
+        computed     a c  a c  abcd abcd abcd abcd      representative = [0, 0, 2, 2] of the samples a b c d
 
     Args:
-        predict: the guided prediction of the policy.
-        sampler ([`Sampler`]): the schedule and its steps.
-        initial (`torch.Tensor` of shape `[B, C, H, W]`): float32 noise.
-        window (`range`): the stochastic steps; empty for a deterministic run.
-        noise (`torch.Tensor` of shape `[B, len(window), C, H, W]`): unit normal, one draw a stochastic step.
-        representative (`torch.Tensor` of shape `[B]`, *optional*): for each sample, the index of one with the same prompt
-            and the same initial noise.
-
-    Returns:
-        final latents of shape `[B, C, H, W]`, and the [`Trajectory`] of the window.
+        predict: `(latents [R, C, H, W], timesteps [R], samples [R]) -> prediction [R, C, H, W]`, guided; `samples` says
+            whose rows these are.
+        initial: noise as the schedule starts from, float32.
+        window: empty for a deterministic run.
+        noise: unit normal, one draw a stochastic step.
+        representative: for each sample, the index of one with the same prompt and the same initial noise.
+        keep_means: keep the means of the stochastic steps in the trajectory.
     """
     everyone = rows = copies = torch.arange(len(initial), device=initial.device)
     if representative is not None:
         rows, copies = torch.unique(representative, return_inverse=True)
-    latents = initial[rows]
-    kept, log_probs = [], []
+
+    def predict_at(latents: Tensor, step: int) -> Tensor:
+        timesteps = sampler.timesteps(torch.full((len(latents),), step)).to(initial.device)
+        return predict(latents, timesteps, rows)
+
+    latents, image = initial[rows], None
+    kept, log_probs, means = [], [], []
     for step in range(sampler.schedule.num_steps):
         if step == window.start and len(rows) < len(initial):
             latents, rows = latents[copies], everyone
-        steps = torch.full((len(latents),), step)
-        prediction = predict(latents, sampler.timesteps(steps).to(initial.device), rows)
+        prediction = predict_at(latents, step)
         if step not in window:
-            latents = sampler.deterministic(latents, prediction, steps)
+            latents, image = sampler.deterministic(latents, prediction, step, predict_at, image)
             continue
         assert noise is not None, "a stochastic step needs noise"
         if step == window.start:
             kept.append(latents)
-        transition = sampler.stochastic(latents, prediction, steps)
-        latents = transition.mean + transition.std * noise[:, step - window.start]
+        transition = sampler.stochastic(latents, prediction, torch.full((len(latents),), step))
+        latents, image = transition.mean + transition.std * noise[:, step - window.start], None
         log_probs.append(sampler.log_prob(latents, transition))
         kept.append(latents)
+        if keep_means:
+            means.append(transition.mean)
     if not kept:
         return latents, Trajectory(initial[:, None], initial.new_zeros(len(initial), 0), window)
-    return latents, Trajectory(torch.stack(kept, 1), torch.stack(log_probs, 1), window)
+    old_means = torch.stack(means, 1) if keep_means else None
+    return latents, Trajectory(torch.stack(kept, 1), torch.stack(log_probs, 1), window, old_means)
 
 
 @torch.no_grad()
@@ -165,21 +153,15 @@ def sample(
     window: range = range(0),
     noise: Float[Tensor, "B N C H W"] | None = None,
     representative: Int[Tensor, " B"] | None = None,
+    keep_means: bool = False,
 ) -> Rollout:
-    """Draw one image per row, in evaluation mode, and keep the stochastic steps.
+    """Draw one image per row, in evaluation mode (the model's own mode is restored), and keep the stochastic steps.
 
     Args:
-        policy ([`DiffusionPolicy`]): knows how to call `model` and decodes.
-        model (`nn.Module`): the denoiser, wrapped or not. Its training mode is restored.
-        sampler ([`Sampler`]): schedule and steps.
-        embeddings (`dict` of tensors `[B, ...]`): of the prompts, on the device of the denoiser.
-        negative (`dict` of tensors `[1, ...]`, *optional*): of the negative prompt; None for no second branch.
-        guidance_scale (`float`): 1 for none.
-        initial (`torch.Tensor` of shape `[B, C, H, W]`): unit noise, on any device.
-        window, noise, representative: as in [`denoise`]. Without them the images depend on `initial` alone.
-
-    Returns:
-        [`Rollout`]
+        policy, model, negative, guidance_scale: as in [`guided_prediction`].
+        embeddings: of the prompts, `[B, ...]`, on the device of the denoiser.
+        initial: unit noise, on any device.
+        window, noise, representative, keep_means: as in [`denoise`]. Without them the images depend on `initial` alone.
     """
     device = next(iter(embeddings.values())).device
     chosen: Tensor | None = None
@@ -197,7 +179,7 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        latents, trajectory = denoise(predict, sampler, initial, window, noise, representative)
+        latents, trajectory = denoise(predict, sampler, initial, window, noise, representative, keep_means)
     finally:
         model.train(was_training)
     return Rollout(policy.decode(latents), trajectory, latents)

@@ -21,28 +21,13 @@ FAMILIES: dict[str, type[DiffusionPolicy]] = {
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The keyword of `from_pretrained` for the weights' dtype, which diffusers has renamed.
-
-    Example:
-        ```python
-        >>> list(dtype_argument(torch.float32).values())
-        [torch.float32]
-
-        ```
-    """
+    """The keyword of `from_pretrained` for the weights' dtype, which diffusers has renamed."""
     renamed = Version(diffusers.__version__) >= Version("0.42.0.dev0")
     return {"dtype" if renamed else "torch_dtype": dtype}
 
 
 def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
-    """Wrap a pipeline as a policy, loading it first where `model` is a name.
-
-    Args:
-        model (`str` or `diffusers.DiffusionPipeline`): hub id, local folder, or a loaded pipeline.
-        from_pretrained_kwargs: passed to `DiffusionPipeline.from_pretrained`.
-
-    Returns:
-        [`DiffusionPolicy`]
+    """Wrap a pipeline as a policy; a hub id or a local folder is loaded first, by `DiffusionPipeline.from_pretrained`.
 
     Raises:
         ValueError: if the pipeline is of no supported family, or lacks a component or a suitable scheduler.

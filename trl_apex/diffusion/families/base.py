@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..nouns import Embeddings, Schedule
+from ..nouns import Embeddings, Latents, PerRow, Schedule
 
 DECODE_PIXELS = 1024 * 1024
 """Pixels that the VAE decodes at a time: four images of 512 x 512, one of 1024 x 1024."""
@@ -20,7 +20,7 @@ class DiffusionPolicy(ABC):
     scheduler) is frozen and stays here. A new model family is one subclass in one file; `docs/models.md` walks through it.
 
     Args:
-        pipeline (`diffusers.DiffusionPipeline`): the loaded pipeline. Its frozen parts are set to eval mode, without gradients.
+        pipeline: a `diffusers` pipeline. Its parts are set to eval mode, without gradients.
     """
 
     denoiser_name: ClassVar[str] = "transformer"
@@ -45,16 +45,12 @@ class DiffusionPolicy(ABC):
                 component.eval().requires_grad_(False)
 
     def check(self) -> None:
-        """Refuse a pipeline whose components cannot sample or train.
-
-        Raises:
-            ValueError: names the component and the remedy.
-        """
-        needed = ["scheduler", "vae", self.denoiser_name, *self.encoder_names]
-        needed += [name.replace("text_encoder", "tokenizer") for name in self.encoder_names]
-        optional = {*self.optional_encoders, *(n.replace("text_encoder", "tokenizer") for n in self.optional_encoders)}
+        """Raise a ValueError for a pipeline whose components cannot sample or train."""
+        encoders = [name for name in self.encoder_names if name not in self.optional_encoders]
+        tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
+        needed = {"scheduler", "vae", self.denoiser_name, *encoders, *tokenizers}
         for name, component in self.pipeline.components.items():
-            if component is None and name in needed and name not in optional:
+            if component is None and name in needed:
                 raise ValueError(
                     f"A {type(self.pipeline).__name__} must be loaded with all that it samples with. Found `{name}` None. "
                     f"Load the pipeline without `{name}=None`."
@@ -146,21 +142,15 @@ class DiffusionPolicy(ABC):
 
     @abstractmethod
     def predict(
-        self,
-        model: nn.Module,
-        latents: Float[Tensor, "R C H W"],
-        timesteps: Float[Tensor, "R"],
-        embeddings: Embeddings,
-        guidance_scale: float,
-    ) -> Float[Tensor, "R C H W"]:
+        self, model: nn.Module, latents: Latents, timesteps: PerRow, embeddings: Embeddings, guidance_scale: float
+    ) -> Latents:
         """One forward of `model`, unguided: the velocity `noise - image` (flows), or the noise or v (DDIM)."""
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
-        """Decode latents into images in [0, 1], float32.
+        """Decode latents into images in [0, 1], float32, at most `DECODE_PIXELS` at a time.
 
-        Decodes at most `DECODE_PIXELS` at a time, so that memory does not grow with the batch. A float16 VAE whose
-        configuration says `force_upcast` (SDXL's overflows) decodes in float32.
+        A float16 VAE whose configuration says `force_upcast` (SDXL's overflows) decodes in float32.
         """
         vae = self.pipeline.vae
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
@@ -190,10 +180,8 @@ def flow_schedule(scheduler: Any, num_steps: int, tokens: int, sigmas: Any = Non
     """The grid of a `FlowMatchEulerDiscreteScheduler`, which is left as it is.
 
     Args:
-        scheduler (`FlowMatchEulerDiscreteScheduler`): shifted as its configuration says.
-        num_steps (`int`): T.
-        tokens (`int`): patches of an image, which dynamic shifting depends on.
-        sigmas (array of T numbers, *optional*): the noise levels before shifting; the scheduler's own by default.
+        tokens: patches of an image, which dynamic shifting depends on.
+        sigmas: the noise levels before shifting; the scheduler's own by default.
     """
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
