@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file
 
@@ -141,19 +142,22 @@ def test_env_tells_versions_and_no_secret(capsys: pytest.CaptureFixture, monkeyp
     "change,flags,message",
     [
         ({"lerning_rate": 1}, [], "lerning_rate (did you mean learning_rate?)"),
+        ({}, ["run.yaml"], "Found run.yaml. Pass a YAML file as --config FILE."),
         ({}, ["--num-generation", "4"], "--num-generation (did you mean num_generations?)"),
         ({}, ["--max_steps", "three"], "invalid int value: 'three'"),
         ({"max_steps": "three"}, [], "invalid int value: 'three'"),
         ({"num_generations": 1}, [], "`num_generations` must be at least 2"),
-        ({"rewards": ["nothing"]}, [], "A reward must be one of"),
+        ({"rewards": ["pick_score"]}, [], "Found 'pick_score'. Did you mean 'pickscore'?"),
         ({"rewards": ["cli_rewards:nothing"]}, [], "must be importable"),
         ({"rewards": ["cli_rewards:number"]}, [], "must be callable"),
         ({"rewards": []}, [], "`rewards` must be given"),
         ({"dataset": "absent.txt"}, [], "absent.txt"),
         ({"model": "./absent"}, [], "absent"),
+        ({"model": "sd35-medium"}, [], "The folder of a model must exist. Found no sd35-medium."),
         ({"lora_r": -1}, [], "`lora_r` must not be negative"),
         ({"lora_target_modules": ["nothing"]}, [], "nothing"),
         ({"reward_weights": [1.0]}, [], "`reward_weights`"),
+        ({"use_cpu": False}, [], "Training needs a GPU, or `use_cpu`"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -164,9 +168,16 @@ def test_a_mistake_is_one_line(
     assert message in failing(capsys, "train", "--config", "run.yaml", *flags)
 
 
+def test_the_first_try_names_what_is_missing(capsys: pytest.CaptureFixture) -> None:
+    assert "`model` must be given" in failing(capsys, "train")
+    given, config = train_options(["--model", "tiny", "--output_dir", "unused"])
+    assert config.use_cpu or torch.accelerator.is_available(), "the tiny model needs no GPU"
+
+
 @pytest.mark.parametrize(
     "content,message",
     [
+        ("a: 1\nenv: 3", "and its key `env`, must hold options as"),
         ("[1", "must be valid YAML"),
         ("- a\n- b", "must hold options as"),
         (None, "No such file or directory: other.yaml"),

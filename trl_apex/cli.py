@@ -12,7 +12,9 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 COMMANDS = {
@@ -25,7 +27,6 @@ COMMANDS = {
     "plan": "estimate the memory and compute of a training configuration before it runs",
     "env": "print versions and devices, for bug reports",
 }
-OWN_OPTIONS = ("train", "plan")  # these two also take every field of APEXConfig, in YAML as well
 HELP = {  # of options that several commands have
     "model": "hub id or folder of a diffusers pipeline, or 'tiny'",
     "dataset": "prompts: .json, .jsonl, .csv, .parquet or .txt file, folder, hub id, or 'tiny'",
@@ -39,14 +40,6 @@ HELP = {  # of options that several commands have
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130
 
 logger = logging.getLogger(__name__)
-
-
-class CommandError(Exception):
-    """A failure whose message says everything; no traceback is needed."""
-
-    def __init__(self, message: str, exit_code: int = FAILURE) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 # The program
@@ -67,23 +60,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not command.startswith("-") and command not in COMMANDS:
         return _fail("trl-apex", f"no command {command!r}. {_hint_at_command(command)}", USER_MISTAKE)
     try:
-        if command == "train":  # its command line is recorded as it was typed
-            parsed, rest = parser.parse_known_args(given)
-        else:
-            parsed, rest = parser.parse_known_args([_with_hyphens(argument) for argument in given])
+        parsed, rest = parser.parse_known_args([_with_hyphens(argument) for argument in given])
         options = vars(parsed)
-        if command in OWN_OPTIONS:
-            options["rest"] = rest
+        if options.pop("help_all", False):
+            print(all_options())
+        elif command in ("train", "plan"):  # they also take every field of APEXConfig; `train` records them as typed
+            options.pop("run")(rest=given[1:] if command == "train" else rest, **options)
         elif rest:
-            raise CommandError(f"unrecognized arguments: {' '.join(rest)}", USER_MISTAKE)
-        options.pop("run")(**options)
+            return _fail(f"trl-apex {command}", f"unrecognized arguments: {' '.join(rest)}", USER_MISTAKE)
+        else:
+            options.pop("run")(**options)
         return 0
     except Exception as error:
         if traceback:
             raise
         return _fail(f"trl-apex {command}", *explain(error))
-    except KeyboardInterrupt:
-        return _fail(f"trl-apex {command}", "interrupted.", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(f"trl-apex {command}", f"interrupted{str(stop) or '.'}", INTERRUPTED)
     except SystemExit as stop:  # argparse, after --help or a wrong flag
         return stop.code if isinstance(stop.code, int) else USER_MISTAKE
 
@@ -95,31 +88,22 @@ def explain(error: Exception) -> tuple[str, int]:
     class's name and the hint at `--traceback`.
 
     Example:
-        >>> explain(CommandError("The run in ../runs/a was interrupted.", 130))
-        ('The run in ../runs/a was interrupted.', 130)
+        >>> explain(FileNotFoundError(2, "No such file", "run.yaml"))
+        ('No such file: run.yaml', 2)
         >>> explain(KeyError("x"))
         ("KeyError: 'x'. Run it again with --traceback to see where.", 1)
     """
     text = " ".join(str(error).split())
-    code = getattr(error, "exit_code", None)
-    if isinstance(code, int):
-        return text, code
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
         return text if not error.filename else f"{error.strerror}: {error.filename}", USER_MISTAKE
-    if isinstance(error, ValueError | ImportError) and _raised_here(error):
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    raised_here = bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("trl_apex.")
+    if isinstance(error, ValueError | ImportError) and raised_here:
         return text, USER_MISTAKE
     if type(error) is RuntimeError and text.startswith("Training was stopped"):
         return text, FAILURE
     end = "" if text.endswith((".", "!", "?")) else "."
     return f"{type(error).__name__}: {text}{end} Run it again with --traceback to see where.", FAILURE
-
-
-def _raised_here(error: BaseException) -> bool:
-    """Whether this package itself raised the error, and not a library below it."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("trl_apex.")
 
 
 def _fail(program: str, message: str, code: int) -> int:
@@ -142,21 +126,15 @@ def _with_hyphens(argument: str) -> str:
 
 
 def _take_traceback_flag(arguments: list[str]) -> tuple[list[str], bool]:
-    """The arguments without `--traceback`, and whether it was among them.
-
-    `--debug` without a value is its name in 0.1.0. `--debug OPTION` belongs to transformers' TrainingArguments.
-    """
+    """The arguments without `--traceback`, or `--debug`, its name in 0.1.0; and whether it was among them."""
     kept: list[str] = []
-    found = False
-    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=False):
-        old = argument == "--debug" and (not kept or kept[0] not in OWN_OPTIONS or following.startswith("-"))
-        if old:
+    for argument, following in pairwise([*arguments, ""]):
+        transformers_own = following in ("underflow_overflow", "tpu_metrics_debug")  # its `--debug` takes a value
+        if argument == "--debug" and not transformers_own:
             warnings.warn("`--debug` is now called `--traceback`. Use that name.", FutureWarning, stacklevel=2)
-        if old or argument == "--traceback":
-            found = True
-        else:
+        elif argument != "--traceback":
             kept.append(argument)
-    return kept, found
+    return kept, len(kept) < len(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -174,8 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[..., None], description: str = "", **keywords: Any) -> Callable[..., None]:
-        """Add a command; returns a function that adds an option to it: `add_argument`, with the type and the end of the help
-        from the default, and the help of `HELP`."""
+        """Add a command; returns `add_argument` with the type from the default, and the help from `HELP`."""
         added = commands.add_parser(name, help=COMMANDS[name], description=description or COMMANDS[name], **keywords)
         added.set_defaults(run=run)
 
@@ -193,16 +170,24 @@ def build_parser() -> argparse.ArgumentParser:
     option = command("demo", _demo)
     option("--output-dir", default=Path("runs/demo"))
     option("--seed", default=0)
+    option("--quick", action="store_true", help="fewer updates and test prompts: about a minute, and smaller gains")
 
-    for name, run in (("train", _train), ("plan", _plan)):
-        option = command(name, run, add_help=False, allow_abbrev=False)
-        option("-h", "--help", action="store_true")
-        option("--help-all", "--help_all", action="store_true")
-    option("--gpus", default=1)
-    option("--zero-stage", default=0)
-    option("--gpu-memory-gb", type=float)
-    option("--num-prompts", default=0, dest="prompts")
-    option("--rewards-gb", type=float)
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    usage = "trl-apex {} --config FILE.yaml [--OPTION VALUE ...]"
+    option = command("train", _train, TRAIN_HELP, usage=usage.format("train"), **raw)
+    option("--help-all", action="store_true", help="show all options with their defaults")
+
+    option = command("plan", _plan, PLAN_HELP, usage=usage.format("plan"), **raw)
+    option("--help-all", action="store_true", help="show all options of a configuration with their defaults")
+    option("--gpus", default=1, help="GPUs; generation_batch_size counts the images of all of them")
+    option("--zero-stage", default=0, help="of DeepSpeed, 0 to 3; 0 for none")
+    option(
+        "--gpu-memory-gb", type=float, help="of one GPU; a plan that does not fit is an error that says what to change"
+    )
+    option("--num-prompts", default=0, dest="prompts", help="distinct prompts, for the size of their embeddings")
+    option(
+        "--rewards-gb", type=float, help="memory of reward networks on each GPU; by default from the rewards' names"
+    )
 
     option = command("evaluate", _evaluate)
     option("adapters", nargs="+", metavar="RUN_DIR", help="run directory, or hub id of an adapter")
@@ -249,9 +234,8 @@ def build_parser() -> argparse.ArgumentParser:
         "Serves reward functions over HTTP. The token is read from a file or from TRL_APEX_REWARD_TOKEN, never from the "
         "command line, where other users could see it.",
     )
-    option(
-        "-r", "--reward", action="append", required=True, metavar="REWARD", help=HELP["rewards"] + "; may be repeated"
-    )
+    several = f"{HELP['rewards']}; may be repeated"
+    option("-r", "--reward", action="append", required=True, metavar="REWARD", help=several)
     option("--host", default="127.0.0.1", help="other than loopback needs a token")
     option("--port", default=8000)
     option("--token-file", help="a file that holds the bearer token")
@@ -264,9 +248,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 # train
 
-TRAIN_HELP = f"""usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]
-
-Trains a text-to-image model on several rewards. A YAML file holds options by name; options on the command line win.
+TRAIN_HELP = f"""Trains a text-to-image model on several rewards. A YAML file holds options by name; those of the command line win.
 
 what to train
   --model NAME                  {HELP["model"]}
@@ -293,7 +275,10 @@ updates
                                 images in one forward pass of an update
   --updates_per_iteration N     optimizer steps for each iteration's images
   --learning_rate X             of AdamW
-  --gradient_checkpointing true saves memory, costs time
+  --loss_type NAME              grpo, awm, nft or fpo
+  --gradient_checkpointing false
+                                saves time, costs memory
+  --use_cpu true                train on the CPU
 
 evaluation and saving
   --eval_dataset NAME           prompts to evaluate on, as --dataset
@@ -303,9 +288,6 @@ evaluation and saving
   --resume_from_checkpoint true|DIR
                                 continue an interrupted run
   --push_to_hub true, --hub_model_id USER/NAME
-
-everything else
-  --help-all                    all options with their defaults
 
 Ctrl-C finishes the iteration and saves a checkpoint; a second Ctrl-C stops at once.
 On several devices: accelerate launch -m trl_apex train --config FILE.yaml"""
@@ -345,55 +327,76 @@ class TrainArguments:
     )
 
 
-def train_options(arguments: Sequence[str]) -> tuple[Any, ...]:
+def train_options(
+    arguments: Sequence[str], required: Sequence[str] = (), on_gpu: bool = False
+) -> tuple[TrainArguments, Any]:
     """[`TrainArguments`] and [`APEXConfig`] from the flags of `trl-apex train` and the YAML file of `--config`.
+
+    Args:
+        arguments (`Sequence[str]`): the command line after `train`.
+        required (`Sequence[str]`): options that must have a value.
+        on_gpu (`bool`): read them as on a machine with a GPU, if there is none here.
 
     Raises:
         ValueError: for an unknown flag or key, or a value that does not fit.
         FileNotFoundError: if the YAML file does not exist.
     """
-    from trl import TrlParser
+    import torch
+    from transformers import HfArgumentParser
 
     from .trainers.config import APEXConfig
 
-    class Parser(TrlParser):
+    class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise ValueError(f"{message[0].upper()}{message[1:]}. `trl-apex train --help-all` lists all options.")
 
     parser = Parser([TrainArguments, APEXConfig], prog="trl-apex train", allow_abbrev=False)
+    parser.add_argument("--config")
     known = _names(TrainArguments) | _names(APEXConfig)
-    given = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    flags, unknown = list(given), []
-    if "--config" in given:
-        index = given.index("--config")
-        if index + 1 == len(given):
-            parser.error("argument --config: expected a file")
-        del flags[index : index + 2]
-        unknown = [key for key in _yaml_keys(given[index + 1]) if key not in known]
-    unknown += [flag.split("=")[0] for flag in parser.parse_known_args(flags)[1] if flag.startswith("-")]
+    file = parser.parse_known_args(arguments)[0].config
+    settings = _read_yaml(file) if file else {}
+    os.environ.update({key: str(value) for key, value in settings.pop("env", {}).items()})
+    parser.set_defaults(**settings)
+    values, more = parser.parse_known_args(arguments)
+    unknown = [key for key in settings if key not in known]
+    unknown += [part.split("=")[0] for part in more if part.startswith("-")] or more
     if unknown:
+        if unknown == more and not more[0].startswith("-"):
+            raise ValueError(f"Every option must have a name. Found {more[0]}. Pass a YAML file as --config FILE.")
         close = [difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1) for name in unknown]
         hints = [f"{a} (did you mean {b[0]}?)" if b else a for a, b in zip(unknown, close, strict=True)]
         raise ValueError(f"Every option must be known. Found {'; '.join(hints)}.")
+    for name in required:
+        if not getattr(values, name):
+            raise ValueError(f"`{name}` must be given. Found nothing. Pass --{name}, or set it in the YAML file.")
+    if not values.use_cpu and not torch.accelerator.is_available():
+        if not on_gpu and values.model != "tiny":
+            raise ValueError(
+                "Training needs a GPU, or `use_cpu`. Found no GPU. Pass --use_cpu true to train on the CPU."
+            )
+        values.use_cpu = True
+        if on_gpu and values.bf16 is None and not values.fp16:
+            values.bf16 = True
     try:
-        return parser.parse_args_and_config(given)
+        config = APEXConfig(**{name: value for name, value in vars(values).items() if name in _names(APEXConfig)})
     except ValueError as error:  # of TRL's and transformers' own checks: the user's mistake as well
         raise ValueError(str(error)) from error
+    return TrainArguments(**{name: getattr(values, name) for name in _names(TrainArguments)}), config
 
 
-def _yaml_keys(path: str) -> list[str]:
-    """The keys of a YAML file, without `env`."""
+def _read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The configuration {path} must be valid YAML. Found: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("env", {}), dict):
         raise ValueError(
-            f"The configuration {path} must hold options as `name: value`. Found {type(content).__name__}."
+            f"The configuration {path}, and its key `env`, must hold options as `name: value`. "
+            f"Found {type(content).__name__}."
         )
-    return [str(key) for key in content if key != "env"]
+    return {str(key): value for key, value in content.items()}
 
 
 def all_options() -> str:
@@ -403,44 +406,35 @@ def all_options() -> str:
 
     from .trainers.config import REFUSED_FIELDS, APEXConfig, DiffusionGRPOConfig
 
-    lines = ["usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]"]
-    owners = {
-        name: cls for cls in (APEXConfig, DiffusionGRPOConfig, GRPOConfig, TrainingArguments) for name in _names(cls)
-    }
+    options = {f.name: f for cls in (APEXConfig, TrainArguments) for f in dataclasses.fields(cls) if f.init}
     groups = {
-        TrainArguments: "Model, prompts, rewards, adapter",
-        DiffusionGRPOConfig: "Sampling, updates, evaluation",
-        APEXConfig: "How several rewards become one advantage",
-        GRPOConfig: "From TRL's GRPOConfig",
-        TrainingArguments: "From transformers' TrainingArguments",
+        "From transformers' TrainingArguments": TrainingArguments,
+        "From TRL's GRPOConfig": GRPOConfig,
+        "Sampling, updates, evaluation": DiffusionGRPOConfig,
+        "How several rewards become one advantage": APEXConfig,
+        "Model, prompts, rewards, adapter": TrainArguments,
     }
-    for owner, title in groups.items():
-        lines += ["", title]
-        for f in dataclasses.fields(TrainArguments if owner is TrainArguments else APEXConfig):
-            if owners.get(f.name, TrainArguments) is not owner or f.name in REFUSED_FIELDS or not f.init:
-                continue
-            if f.metadata.get("help") == argparse.SUPPRESS:  # an old name
+    lines: list[str] = []
+    for title, cls in groups.items():
+        section = ["", title]
+        for f in [options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options]:
+            text = " ".join(f.metadata.get("help", "").split())
+            if f.name in REFUSED_FIELDS or text == argparse.SUPPRESS:  # no meaning here; an old name
                 continue
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            lines.append(f"  --{f.name} ({'empty' if default in ('', [], {}) else default})")
-            text = " ".join(f.metadata.get("help", "").split())
-            lines += textwrap.wrap(text, 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
+            section.append(f"  --{f.name} ({'empty' if default in ('', [], {}) else default})")
+            section += textwrap.wrap(text, 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines = section + lines
+    return "\n".join(["usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]", *lines])
 
 
 def _names(config: Any) -> set[str]:
-    return {f.name for f in dataclasses.fields(config)}
+    return {f.name for f in dataclasses.fields(config) if f.init}
 
 
-def _train(help: bool, help_all: bool, rest: list[str]) -> None:
+def _train(rest: list[str]) -> None:
     """Train, save the adapter, and write the report."""
-    if help or help_all:
-        print(TRAIN_HELP if help else all_options())
-        return
-    given, config = train_options(rest)
-    for name in ("model", "dataset", "rewards"):
-        if not getattr(given, name):
-            raise ValueError(f"`{name}` must be given. Found nothing. Pass --{name}, or set it in the YAML file.")
+    given, config = train_options(rest, ("model", "dataset", "rewards"))
 
     from .prompts import load_prompts
     from .trainers.apex import APEXTrainer
@@ -453,16 +447,16 @@ def _train(help: bool, help_all: bool, rest: list[str]) -> None:
     )
     if given.revision and given.model != "tiny":
         config.model_init_kwargs = {**(config.model_init_kwargs or {}), "revision": given.revision}
-    interrupt = InterruptCallback()
+    rewards, monitors, interrupt = _load_rewards(given.rewards), _load_rewards(given.monitors), InterruptCallback()
     trainer = APEXTrainer(
         _pipeline(given.model),
-        _load_rewards(given.rewards),
+        rewards,
         config,
         prompts,
         load_prompts(given.eval_dataset, given.eval_split, column) if given.eval_dataset else None,
         callbacks=[interrupt],
         peft_config=_lora_config(given),
-        monitor_funcs=_load_rewards(given.monitors),
+        monitor_funcs=monitors,
         adapter=given.adapter,
     )
     interrupt.trainer = trainer
@@ -478,9 +472,8 @@ def _train(help: bool, help_all: bool, rest: list[str]) -> None:
             if not interrupt.requested:
                 raise
             command = re.sub(r" --resume[_-]from[_-]checkpoint[= ]\S+", "", command)
-            raise CommandError(
-                f"interrupted; a checkpoint is saved in {output_dir}. To go on: {command} --resume_from_checkpoint true",
-                INTERRUPTED,
+            raise KeyboardInterrupt(
+                f"; a checkpoint is saved in {output_dir}. To go on: {command} --resume_from_checkpoint true"
             ) from None
     trainer.save_state()
     trainer.save_model(_internal_call=True)  # True: the upload comes last, with the report
@@ -490,7 +483,7 @@ def _train(help: bool, help_all: bool, rest: list[str]) -> None:
         trainer.push_to_hub()
 
 
-def _pipeline(model: str) -> Any:
+def _pipeline(model: str | None) -> Any:
     """The tiny pipeline, or the name as it is."""
     if model != "tiny":
         return model
@@ -544,53 +537,32 @@ def _try_report(output_dir: Path) -> str:
 
 # The other commands
 
-PLAN_HELP = """usage: trl-apex plan --config FILE.yaml [--OPTION VALUE ...]
-
-Estimates memory by part and GPU, and compute per iteration, of the configuration that `trl-apex train` would run. Loads
-no weights. Takes the options of `trl-apex train`, and
-
-  --gpus N            GPUs; generation_batch_size counts the images of all of them
-  --zero_stage 0..3   of DeepSpeed; 0, the default, for none
-  --gpu_memory_gb X   of one GPU; a plan that does not fit is an error that says what to change
-  --num_prompts N     distinct prompts, for the size of their embeddings
-  --rewards_gb X      memory of reward networks on each GPU; by default from the names of `rewards` and `monitors`
-
---model may be sd3.5-medium, sd3.5-large, flux.1-dev, sd1.5 or sdxl where the Hub cannot be reached."""
+PLAN_HELP = """Estimates memory by part and GPU, and compute per iteration, of the configuration that `trl-apex train`
+would run. Loads no weights. Takes the options of `trl-apex train`, and those below. --model may be sd3.5-medium,
+sd3.5-large, flux.1-dev, sd1.5 or sdxl where the Hub cannot be reached."""
 
 
-def _plan(help: bool, help_all: bool, rest: list[str], **beside: Any) -> None:
+def _plan(
+    rest: list[str], gpus: int, zero_stage: int, gpu_memory_gb: float | None, prompts: int, rewards_gb: float | None
+) -> None:
     """Print the plan of a configuration; a plan that does not fit is an error."""
-    if help or help_all:
-        print(PLAN_HELP if help else all_options())
-        return
-    import torch
+    given, config = train_options(rest, ["model"], on_gpu=True)
 
-    if not torch.accelerator.is_available():  # a plan for a GPU is made where there may be none
-        file = rest[rest.index("--config") + 1] if "--config" in rest[:-1] else None
-        named = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in rest}
-        named |= set(_yaml_keys(file)) if file else set()
-        if "use_cpu" not in named:
-            rest = [*rest, "--use_cpu", "true", *([] if named & {"bf16", "fp16"} else ["--bf16", "true"])]
-    given, config = train_options(rest)
-    if not given.model:
-        raise ValueError("`model` must be given. Found nothing. Pass --model, or set it in the YAML file.")
-    name = given.model
-    if name == "tiny":
-        from .tiny.world import weights_path
+    from .plan import PlanSettings, check_fit, load_shapes, plan_text, reward_gb
+    from .tiny.world import weights_path
 
-        name = str(weights_path("pipeline"))
-
-    from .plan import plan_text
-
-    rewards = [*(given.rewards or ()), *(given.monitors or ())]
-    adapter = {"lora_rank": given.lora_r, "lora_targets": given.lora_target_modules}
-    print(plan_text(name, config, revision=given.revision, rewards=rewards, **adapter, **beside))
+    shapes = load_shapes(str(weights_path("pipeline") if given.model == "tiny" else given.model), given.revision)
+    rewards_gb = reward_gb([*given.rewards, *given.monitors]) if rewards_gb is None else rewards_gb
+    settings = PlanSettings(config, given.lora_r, given.lora_target_modules, gpus, zero_stage, rewards_gb)
+    if gpu_memory_gb is not None:
+        check_fit(shapes, settings, gpu_memory_gb)
+    print(plan_text(shapes, settings, prompts))
 
 
-def _demo(**options: Any) -> None:
+def _demo(quick: bool, **options: Any) -> None:
     from .demo import run_demo
 
-    run_demo(**options)
+    run_demo(**options | ({"max_steps": 20, "test_prompts": 48} if quick else {}))
 
 
 def _evaluate(
@@ -643,7 +615,7 @@ def _serve_rewards(reward: list[str], **options: Any) -> None:
     serve(_load_rewards(reward), **options)
 
 
-VARIABLES = [
+SHOWN = [
     "CUDA_VISIBLE_DEVICES",
     "HF_ENDPOINT",
     "HF_HOME",
@@ -657,34 +629,25 @@ SECRETS = ("HF_TOKEN", "TRL_APEX_REWARD_TOKEN", "WANDB_API_KEY")  # only whether
 def _env() -> None:
     """Print versions, devices and the environment variables that change behaviour."""
     import platform
+    import shutil
+
+    import torch
 
     from .trainers.logs import versions
 
-    python = f"{sys.version.split()[0]} ({platform.python_implementation()})"
-    facts = {"python": python, "platform": platform.platform(), **versions(), **_devices()}
-    facts |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    facts = {"python": f"{platform.python_version()} ({platform.python_implementation()})"}
+    facts |= {"platform": platform.platform(), **versions()}
+    facts |= {"cpu": f"{os.cpu_count()} cores", "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"}
+    facts["torch built for"] = f"CUDA {torch.version.cuda or 'no'}, ROCm {torch.version.hip or 'no'}"
+    device = torch.accelerator.current_accelerator(check_available=True)
+    describe = getattr(torch.get_device_module(device), "get_device_properties", None)  # Apple's has none
+    for index in range(torch.accelerator.device_count() if device else 0):
+        properties = describe(index) if describe else None
+        size = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB" if properties else "present"
+        facts[f"{device} {index}"] = size
+    facts |= {} if device else {"accelerators": "none"}
+    facts |= {name: os.environ[name] for name in SHOWN if name in os.environ}
     facts |= {name: "set" for name in SECRETS if os.environ.get(name)}
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
-
-
-def _devices() -> dict[str, str]:
-    import shutil
-
-    found = {"cpu": f"{os.cpu_count()} cores", "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"}
-    try:
-        import torch
-    except ImportError:
-        return found
-    found["torch built for"] = f"CUDA {torch.version.cuda or 'no'}, ROCm {torch.version.hip or 'no'}"
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
-        return {**found, "accelerators": "none"}
-    describe = getattr(torch.get_device_module(device), "get_device_properties", None)  # Apple's has none
-    for index in range(torch.accelerator.device_count()):
-        found[f"{device.type} {index}"] = "present"
-        if describe:
-            properties = describe(index)
-            found[f"{device.type} {index}"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
-    return found

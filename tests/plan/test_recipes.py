@@ -9,7 +9,7 @@ import pytest
 
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.cli import main
-from trl_apex.plan import CONFIGS, plan_text
+from trl_apex.plan import CONFIGS, PlanSettings, check_fit, load_shapes, plan_text, reward_gb
 from trl_apex.rewards.registry import REWARDS
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,9 @@ def estimate(code, gpu_memory_gb):
     rank = keywords(named["LoraConfig"]).get("r", 8) if "LoraConfig" in named else 0
     rewards = [name for name, path in REWARDS.items() if path.partition(":")[2] in named]
     (model,) = {name for name in CONFIGS if f'"{name}"' in code}
-    return plan_text(model, config, lora_rank=rank, rewards=rewards, gpu_memory_gb=gpu_memory_gb)
+    shapes, settings = load_shapes(model), PlanSettings(config, rank, rewards_gb=reward_gb(rewards))
+    check_fit(shapes, settings, gpu_memory_gb)
+    return plan_text(shapes, settings)
 
 
 @pytest.mark.filterwarnings("ignore")  # of a configuration that is made for a GPU and read on a CPU

@@ -34,8 +34,8 @@ def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
         FileNotFoundError: if `model` looks like a folder and there is none.
     """
     if isinstance(model, str):
-        if (model.startswith((".", "/", "~")) or model.count("/") > 1) and not Path(model).is_dir():
-            raise FileNotFoundError(f"The folder of a model must exist. Found no {model}. Check the path.")
+        if (model.startswith((".", "/", "~")) or model.count("/") != 1) and not Path(model).is_dir():
+            raise FileNotFoundError(f"The folder of a model must exist. Found no {model}. Pass a path, or a hub id.")
         model = diffusers.DiffusionPipeline.from_pretrained(model, **from_pretrained_kwargs)
     family = next((FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
     if family is None:
