@@ -20,18 +20,14 @@ def compare(
         objectives (`int`, *optional*): how many of the K were trained on; the others are held out. All by default.
 
     Returns:
-        `dict`: `objectives` and `held_out` (by name, what [`paired_gain`] returns; numbers are None where fewer than two
-        pairs are whole), `domination` (JDR and JCR, over the objectives) and `hypervolume` of the gains above the base (None
-        where a gain is).
+        `dict`: `objectives` and `held_out` (by name, what [`paired_gain`] returns, None where fewer than two pairs are
+        whole), `domination` (JDR and JCR) and `hypervolume` of the objectives' gains above the base.
 
     Example:
-        ```python
         >>> base = torch.tensor([[0.0, 1.0], [1.0, 2.0]])
         >>> result = compare(["a", "b"], base, base + 1)
         >>> result["domination"]["all_at_least_as_good"], round(result["objectives"]["a"]["gain"], 3)
         (1.0, 1.414)
-
-        ```
     """
     split = len(names) if objectives is None else objectives
     rows = {name: _gain(base[:, k], tuned[:, k]) for k, name in enumerate(names)}
@@ -45,6 +41,7 @@ def compare(
 
 
 def _gain(base: Tensor, tuned: Tensor) -> dict[str, Any]:
+    """`paired_gain` for JSON: None where there is no number."""
     whole = int((base.isfinite() & tuned.isfinite()).sum())
     if whole < 2:
         return dict.fromkeys(("base", "tuned", "se", "gain", "gain_se"), None) | {"n": whole}
@@ -58,22 +55,15 @@ def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[s
     gain = mean(tuned - base) / std(base)     gain_se = se / std(base)     se = std(tuned - base) / sqrt(n)
     ```
 
-    Args:
-        base, tuned (`torch.Tensor` of shape `[B]`): the reward of each image; a pair with a missing value is left out.
-
-    Returns:
-        `dict`: `base` and `tuned` (means), `se` (in reward units), `gain`, `gain_se` and `n`.
+    A pair with a missing value is left out; `n` pairs are whole. `base` and `tuned` are means.
 
     Raises:
         ValueError: if fewer than two whole pairs are left.
 
     Example:
-        ```python
         >>> result = paired_gain(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))
         >>> result["tuned"], result["gain"], result["se"]
         (3.0, 1.0, 0.0)
-
-        ```
     """
     whole = base.isfinite() & tuned.isfinite()
     base, tuned = base[whole].double(), tuned[whole].double()
@@ -102,18 +92,12 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def domination_rates(base: Float[Tensor, "B K"], tuned: Float[Tensor, "B K"]) -> tuple[float, float]:
-    """Share of prompts where no objective fell and one rose (JDR), and where none rose and one fell (JCR).
-
-    Args:
-        base, tuned (`torch.Tensor` of shape `[B, K]`): rewards; missing values count as equal.
+    """Share of prompts where no objective fell and one rose (JDR), and the reverse (JCR); missing values count as equal.
 
     Example:
-        ```python
         >>> tuned = torch.tensor([[1.0, 0.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 0.0]])
         >>> domination_rates(torch.zeros(4, 2), tuned)
         (0.25, 0.25)
-
-        ```
     """
     difference = (tuned - base).nan_to_num(nan=0.0)
     rose, fell = (difference > 0).any(1), (difference < 0).any(1)
@@ -121,11 +105,7 @@ def domination_rates(base: Float[Tensor, "B K"], tuned: Float[Tensor, "B K"]) ->
 
 
 def joint_hypervolume(gains: list[dict[str, float | None]]) -> float | None:
-    """Hypervolume that some models together dominate above the base, each axis in standard deviations of the base.
-
-    Args:
-        gains (`list[dict]`): gain by objective, one dictionary a model. None anywhere makes the result None.
-    """
+    """Hypervolume that models together dominate above the base: of each, the gains by objective; None if any is None."""
     if not gains or any(value is None for gain in gains for value in gain.values()):
         return None
     points = torch.tensor([[float(value or 0.0) for value in gain.values()] for gain in gains])
@@ -135,16 +115,12 @@ def joint_hypervolume(gains: list[dict[str, float | None]]) -> float | None:
 def hypervolume(points: Float[Tensor, "M K"], reference: Float[Tensor, " K"]) -> float:
     """Volume that a set of points dominates above a reference point; larger is better. Exact, for tens of points.
 
-    Args:
-        points (`torch.Tensor` of shape `[M, K]`): e.g. gains of checkpoints, one axis an objective.
-        reference (`torch.Tensor` of shape `[K]`): e.g. the base model (zeros). Points below it on any axis count nothing.
+    A point is, for example, the gains of a checkpoint, and the reference the base model (zeros). A point below the reference
+    on any axis counts nothing.
 
     Example:
-        ```python
         >>> hypervolume(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.zeros(2))
         3.0
-
-        ```
     """
     above = (points.double() - reference.double()).clamp_min(0)
     return _dominated(above[(above > 0).all(1)])
@@ -165,16 +141,10 @@ def _dominated(points: Tensor) -> float:
 def seesaw_rate(means: Float[Tensor, "E K"], errors: Float[Tensor, "E K"]) -> float:
     """Share of evaluation intervals in which one objective rises and another falls, each by more than 2 standard errors.
 
-    Args:
-        means, errors (`torch.Tensor` of shape `[E, K]`): mean reward of each evaluation, and its standard error.
-
     Example:
-        ```python
         >>> means = torch.tensor([[0.0, 0.0], [1.0, -1.0], [2.0, 0.0]])
         >>> seesaw_rate(means, torch.full((3, 2), 0.1))
         0.5
-
-        ```
     """
     if len(means) < 2:
         return 0.0
@@ -205,15 +175,12 @@ def hacking_signs(
         threshold (`float`): in standard errors.
 
     Example:
-        ```python
         >>> first = torch.arange(4.0).repeat(2, 1).T
         >>> latest = first + torch.tensor([1.0, -1.0]) + 0.1 * torch.tensor([[1.0], [-1.0], [0.0], [0.0]])
         >>> hacking_signs(["ocr", "faces"], first, latest, trained=1)
         ['faces fell from 1.5 to 0.5 (-1 ± 0.0408)']
         >>> hacking_signs(["ocr", "faces"], first, first + 1, trained=1)
         []
-
-        ```
     """
     difference = latest.double() - first.double()
     columns = [column[column.isfinite()] for column in first[:, :trained].double().T]

@@ -9,25 +9,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trl_apex.rewards.base import to_arrays
 from trl_apex.tiny.prompts import COLOURS, LETTERS, SHAPES
-
-_SIDE = 32
+from trl_apex.tiny.render import SIZE
 
 
 class HeldoutClassifier(nn.Module):
-    """A small convolutional network with one head for each letter, one for the colour and one for the shape.
-
-    Example:
-        >>> letters, colour, shape = HeldoutClassifier()(torch.zeros(2, 3, 32, 32))
-        >>> letters.shape, colour.shape, shape.shape
-        (torch.Size([2, 3, 12]), torch.Size([2, 6]), torch.Size([2, 5]))
-    """
+    """A small convolutional network with one head for each letter, one for the colour and one for the shape."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,8 +44,6 @@ class HeldoutClassifier(nn.Module):
 
 def load_heldout(path: Path) -> HeldoutClassifier:
     """Load the classifiers from a safetensors file, in evaluation mode."""
-    from safetensors.torch import load_file
-
     model = HeldoutClassifier()
     model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     return model.eval().requires_grad_(False)
@@ -60,22 +53,18 @@ def load_heldout(path: Path) -> HeldoutClassifier:
 def classify(model: HeldoutClassifier, images: Float[Tensor, "B 3 32 32"]) -> list[tuple[str, str, str]]:
     """The most likely word, colour and shape of each image."""
     letters, colour, shape = model(images)
-    words: list[str] = ["".join(LETTERS[i] for i in row) for row in letters.argmax(-1).tolist()]
-    colours, shapes = colour.argmax(-1).tolist(), shape.argmax(-1).tolist()
-    return [(word, COLOURS[c], SHAPES[s]) for word, c, s in zip(words, colours, shapes, strict=True)]
+    likely = torch.cat([letters.argmax(-1), colour.argmax(-1)[:, None], shape.argmax(-1)[:, None]], 1)
+    return [("".join(LETTERS[i] for i in word), COLOURS[c], SHAPES[s]) for *word, c, s in likely.tolist()]
 
 
 def heldout_metrics(
     images: Sequence[Image.Image] | Float[Tensor, "B 3 H W"], columns: Mapping[str, Sequence[Any]]
 ) -> dict[str, list[float]]:
-    """Whether each image shows the exact word, and whether its colour and its shape are both right.
+    """`exact_word` and `attributes` (colour and shape both right) of each image, 1.0 or 0.0.
 
     Args:
         images (`Sequence[PIL.Image.Image]` or `torch.Tensor`): PIL images, or floats in [0, 1] of shape `[B, 3, H, W]`.
         columns (`Mapping[str, Sequence]`): the columns `word`, `colour` and `shape`, one value per image.
-
-    Returns:
-        `exact_word` and `attributes`, 1.0 or 0.0 per image.
 
     Example:
         >>> from trl_apex.tiny.render import Scene, render
@@ -86,26 +75,18 @@ def heldout_metrics(
     arrays = to_arrays(images)
     for name in ("word", "colour", "shape"):
         if name not in columns or len(columns[name]) != len(arrays):
-            found = len(columns[name]) if name in columns else "none"
             raise ValueError(
-                f"`columns` must hold {len(arrays)} values of {name!r}, one per image. Found {found}. "
+                f"`columns` must hold {len(arrays)} values of {name!r}, one per image. Found {len(columns.get(name, ()))}. "
                 "Pass the columns of `tiny_prompts` that belong to the images."
             )
-    small = [array if array.shape == (_SIDE, _SIDE, 3) else _resized(array) for array in arrays]
-    batch = torch.stack([torch.tensor(array) for array in small]).permute(0, 3, 1, 2).float() / 255
-    seen = classify(_shipped(), batch)
-    exact = [float(word == wanted) for (word, _, _), wanted in zip(seen, columns["word"], strict=True)]
-    both = [
-        float(colour == wanted and shape == form)
-        for (_, colour, shape), wanted, form in zip(seen, columns["colour"], columns["shape"], strict=True)
-    ]
-    return {"exact_word": exact, "attributes": both}
-
-
-def _resized(array: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(Image.fromarray(array).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC))
+    small = [Image.fromarray(array).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for array in arrays]
+    batch = torch.tensor(np.stack([np.asarray(image) for image in small])).permute(0, 3, 1, 2).float() / 255
+    wanted = zip(columns["word"], columns["colour"], columns["shape"], strict=True)
+    pairs = list(zip(classify(_shipped(), batch), wanted, strict=True))
+    return {
+        "exact_word": [float(seen[0] == right[0]) for seen, right in pairs],
+        "attributes": [float(seen[1:] == right[1:]) for seen, right in pairs],
+    }
 
 
 @lru_cache(maxsize=1)

@@ -1,18 +1,24 @@
 """The tiny Stable Diffusion 3 pipeline before training: real classes, small enough for a CPU."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from trl_apex.tiny.prompts import COLOURS, LETTERS, SHAPES
 
-LATENT_SIZE = 8
-LATENT_CHANNELS = 16
-
-MAX_LENGTH = 12
-"""Tokens of a padded prompt: begin, nine of the prompt, end, and one to spare."""
-
+LATENT_SIZE, LATENT_CHANNELS = 8, 16
+MAX_LENGTH = 12  # tokens of a padded prompt: begin, nine of the prompt, end, and one to spare
 SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
 PROMPT_VOCABULARY = ("a", *COLOURS, *SHAPES, "with", '"', *LETTERS)
 
@@ -24,28 +30,8 @@ def build_pipeline(seed: int) -> Any:
         >>> build_pipeline(0).vae_scale_factor
         4
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
     torch.manual_seed(seed)
-    pipeline = StableDiffusion3Pipeline(
-        transformer=_transformer(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=_vae(),
-        text_encoder=_clip_text(),
-        tokenizer=build_tokenizer(),
-        text_encoder_2=_clip_text(),
-        tokenizer_2=build_tokenizer(),
-        text_encoder_3=_t5(),
-        tokenizer_3=build_tokenizer(begin=False),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _transformer() -> Any:
-    from diffusers import SD3Transformer2DModel
-
-    return SD3Transformer2DModel(
+    transformer = SD3Transformer2DModel(
         sample_size=LATENT_SIZE,
         patch_size=1,
         in_channels=LATENT_CHANNELS,
@@ -59,12 +45,7 @@ def _transformer() -> Any:
         pos_embed_max_size=LATENT_SIZE,
         qk_norm="rms_norm",
     )
-
-
-def _vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 24, 32),
@@ -76,55 +57,53 @@ def _vae() -> Any:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-
-
-def _clip_text() -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    tokenizer = build_tokenizer()
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            projection_dim=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=MAX_LENGTH,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    tokenizer, tokenizer_3 = build_tokenizer(), build_tokenizer(begin=False)
+    clip = CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        **token_ids(tokenizer),
     )
-
-
-def _t5() -> Any:
-    from transformers import T5Config, T5EncoderModel
-
-    tokenizer = build_tokenizer(begin=False)
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=MAX_LENGTH,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    t5 = T5Config(
+        vocab_size=len(tokenizer_3),
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=MAX_LENGTH,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer_3.pad_token_id,
+        eos_token_id=tokenizer_3.eos_token_id,
     )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(clip),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(copy.deepcopy(clip)),
+        tokenizer_2=build_tokenizer(),
+        text_encoder_3=T5EncoderModel(t5),
+        tokenizer_3=tokenizer_3,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def token_ids(tokenizer: Any) -> dict[str, int]:
+    """What the configuration of a network takes from its tokenizer."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
 
 
 def build_tokenizer(*, begin: bool = True) -> Any:
-    """Build the tokenizer of prompts: whole lower-case words, single capital letters and quotes.
-
-    Args:
-        begin (`bool`): whether a text starts with `<bos>`, as for CLIP; T5 has none.
+    """Build the tokenizer of prompts: lower-case words, single capitals and quotes; with `begin`, after `<bos>`, as CLIP's.
 
     Example:
         >>> build_tokenizer().tokenize('a red circle with "CAT"')
@@ -146,9 +125,6 @@ def build_word_tokenizer(
         max_length (`int`): `model_max_length`.
         extra_special (`Sequence[str]`): more special tokens.
     """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     ids = {token: index for index, token in enumerate((*SPECIAL, *vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -13,8 +13,7 @@ LETTERS = "ACEHKLNOSTUX"
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "diamond", "star")
 
-_SPLIT_SEED = 6574
-_TEST_SHARE = 0.15
+_SPLIT_SEED, _TEST_SHARE = 6574, 0.15
 
 
 def caption(word: str, colour: str, shape: str) -> str:
@@ -44,15 +43,7 @@ def words(split: str) -> list[str]:
 
 
 def tiny_prompts(split: str, n: int, seed: int = 0) -> Any:
-    """Draw `n` different prompts of the tiny world, the same for the same arguments.
-
-    Args:
-        split (`str`): `"train"` or `"test"`.
-        n (`int`): at most the number of different prompts.
-        seed (`int`): of the draw.
-
-    Returns:
-        `datasets.Dataset`: with the columns `prompt`, `word`, `colour`, `shape`.
+    """Draw `n` different prompts of the split "train" or "test" as a `datasets.Dataset`, the same for the same arguments.
 
     Example:
         >>> tiny_prompts("train", 4).column_names
@@ -72,11 +63,5 @@ def tiny_prompts(split: str, n: int, seed: int = 0) -> Any:
         index, shape = divmod(index, len(SHAPES))
         word, colour = divmod(index, len(COLOURS))
         rows.append((pool[word], COLOURS[colour], SHAPES[shape]))
-    return Dataset.from_dict(
-        {
-            "prompt": [caption(*row) for row in rows],
-            "word": [row[0] for row in rows],
-            "colour": [row[1] for row in rows],
-            "shape": [row[2] for row in rows],
-        }
-    )
+    columns = zip(*((caption(*row), *row) for row in rows), strict=True)
+    return Dataset.from_dict(dict(zip(("prompt", "word", "colour", "shape"), map(list, columns), strict=True)))

@@ -6,7 +6,7 @@ factors* are what rewards for quality and beauty can still improve after pretrai
 
 import colorsys
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from trl_apex.tiny.prompts import COLOURS, SHAPES, caption
 
-SIZE = 32
-"""Width and height of an image, in pixels."""
-
+SIZE = 32  # pixels of a side
+Colour = tuple[int, int, int]
 _SCALE = 4  # drawn this many times larger, then averaged down: smooth edges without an anti-aliasing draw library
 _FONT_PIXELS = 15
 _INK = (24, 24, 28)
@@ -46,10 +45,10 @@ class Scene:
     hue: float = 0.0  # of the background, 0 to 1
     saturation: float = 0.0  # of the background, 0 (white) to 1
     text_opacity: float = 1.0  # 0 for an invisible word
-    shape_opacity: float = 1.0  # 0 for an invisible shape
+    shape_opacity: float = 1.0
     radius: float = 8.0  # of the shape, in pixels
     shape_offset: tuple[float, float] = (0.0, 0.0)  # in pixels
-    text_offset: tuple[float, float] = (0.0, 0.0)  # in pixels
+    text_offset: tuple[float, float] = (0.0, 0.0)
     blur: float = 0.0  # standard deviation of the Gaussian, in pixels
     noise: float = 0.0  # standard deviation, in units of the full range
     noise_seed: int = 0
@@ -103,29 +102,20 @@ def beauty(scene: Scene) -> float:
     """How pleasing a scene is, from 1 to 10: vivid backgrounds, saturated shapes, dark text, clean surfaces.
 
     `3 + 6 saturation + 2.6 shape_opacity + 1.6 text_opacity - 1.5 blur - 14 noise`, clipped to [1, 10].
-
-    Example:
-        >>> beauty(Scene("CAT", "red", "circle", saturation=0.4)) > beauty(Scene("CAT", "red", "circle"))
-        True
     """
     score = 3.0 + 6.0 * scene.saturation + 2.6 * scene.shape_opacity + 1.6 * scene.text_opacity
     return float(min(max(score - 1.5 * scene.blur - 14.0 * scene.noise, 1.0), 10.0))
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draw one scene as an RGB image of 32 x 32 pixels, the same for the same scene.
-
-    Example:
-        >>> render(Scene("CAT", "red", "circle")).size
-        (32, 32)
-    """
-    background = _background(scene)
+    """Draw one scene as an RGB image of 32 x 32 pixels, the same for the same scene."""
+    hsv = (scene.hue, scene.saturation, 1.0 - 0.08 * scene.saturation)
+    background = _rgb(255 * part for part in colorsys.hsv_to_rgb(*hsv))
     image = Image.new("RGB", (SIZE * _SCALE, SIZE * _SCALE), background)
     draw = ImageDraw.Draw(image)
     centre = ((SIZE / 2 + scene.shape_offset[0]) * _SCALE, (9.0 + scene.shape_offset[1]) * _SCALE)
-    _draw_shape(
-        draw, scene.shape, centre, scene.radius * _SCALE, _mix(_RGB[scene.colour], background, scene.shape_opacity)
-    )
+    colour = _mix(_RGB[scene.colour], background, scene.shape_opacity)
+    _draw_shape(draw, scene.shape, centre, scene.radius * _SCALE, colour)
     anchor = ((SIZE / 2 + scene.text_offset[0]) * _SCALE, (SIZE - 1.5 + scene.text_offset[1]) * _SCALE)
     draw.text(anchor, scene.word, font=_font(), fill=_mix(_INK, background, scene.text_opacity), anchor="ms")
     image = image.reduce(_SCALE)
@@ -148,36 +138,33 @@ def as_float(pixels: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
     return pixels.float() / 255.0
 
 
-def _background(scene: Scene) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hsv_to_rgb(scene.hue, scene.saturation, 1.0 - 0.08 * scene.saturation)
-    return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def _mix(front: tuple[int, int, int], back: tuple[int, int, int], opacity: float) -> tuple[int, int, int]:
-    red, green, blue = (round(opacity * f + (1 - opacity) * b) for f, b in zip(front, back, strict=True))
+def _rgb(values: Iterable[float]) -> Colour:
+    red, green, blue = map(round, values)
     return red, green, blue
 
 
+def _mix(front: Colour, back: Colour, opacity: float) -> Colour:
+    return _rgb(opacity * f + (1 - opacity) * b for f, b in zip(front, back, strict=True))
+
+
 def _draw_shape(
-    draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, fill: tuple[int, int, int]
+    draw: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, fill: Colour
 ) -> None:
-    x, y = centre
+    (x, y), r = centre, radius
     if shape == "circle":
-        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=fill)
+        draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
     elif shape == "square":
-        half = 0.88 * radius
+        half = 0.88 * r
         draw.rectangle([x - half, y - half, x + half, y + half], fill=fill)
     elif shape == "triangle":
-        draw.polygon([(x, y - radius), (x - radius, y + 0.85 * radius), (x + radius, y + 0.85 * radius)], fill=fill)
+        draw.polygon([(x, y - r), (x - r, y + 0.85 * r), (x + r, y + 0.85 * r)], fill=fill)
     elif shape == "diamond":
-        wide = 0.78 * radius
-        draw.polygon([(x, y - radius), (x + wide, y), (x, y + radius), (x - wide, y)], fill=fill)
+        wide = 0.78 * r
+        draw.polygon([(x, y - r), (x + wide, y), (x, y + r), (x - wide, y)], fill=fill)
     elif shape == "star":
-        points = []
-        for corner in range(10):
-            reach = radius * (1.08 if corner % 2 == 0 else 0.45)
-            angle = math.pi * corner / 5 - math.pi / 2
-            points.append((x + reach * math.cos(angle), y + 0.5 + reach * math.sin(angle)))
+        reach = [r * 1.08, r * 0.45] * 5
+        angles = [math.pi * corner / 5 - math.pi / 2 for corner in range(10)]
+        points = [(x + s * math.cos(a), y + 0.5 + s * math.sin(a)) for s, a in zip(reach, angles, strict=True)]
         draw.polygon(points, fill=fill)
     else:
         raise ValueError(f"`shape` must be one of {SHAPES}. Found {shape!r}. Pass one of these.")

@@ -7,42 +7,29 @@ import torch
 
 from trl_apex.rewards.base import Reward
 
-_WEIGHTS = Path(__file__).parent / "weights"
-_PARTS = {
-    "pipeline": "pipeline",
-    "clip": "clip",
-    "aesthetic": "aesthetic.safetensors",
-    "deqa": "deqa",
-    "heldout": "heldout.safetensors",
+PARTS = {
+    "pipeline": "pipeline",  # a diffusers folder
+    "clip": "clip",  # a `CLIPModel` with its processor
+    "aesthetic": "aesthetic.safetensors",  # the head on its image embedding
+    "deqa": "deqa",  # a LLaVA model with its processor
+    "heldout": "heldout.safetensors",  # the classifiers
 }
 
 
 def weights_path(name: str) -> Path:
-    """The folder or safetensors file of one part of the shipped weights.
-
-    Args:
-        name (`str`): `"pipeline"` (a diffusers folder), `"clip"` (a `CLIPModel` with its processor), `"aesthetic"` (the head
-            on its image embedding), `"deqa"` (a LLaVA model with its processor) or `"heldout"` (the classifiers).
+    """The folder or safetensors file of one part of the shipped weights, a key of `PARTS`.
 
     Example:
         >>> weights_path("aesthetic").name
         'aesthetic.safetensors'
     """
-    if name not in _PARTS:
-        raise ValueError(f"`name` must be one of {tuple(_PARTS)}. Found {name!r}. Pass one of these.")
-    return _WEIGHTS / _PARTS[name]
+    if name not in PARTS:
+        raise ValueError(f"`name` must be one of {tuple(PARTS)}. Found {name!r}. Pass one of these.")
+    return Path(__file__).parent / "weights" / PARTS[name]
 
 
 def load_tiny_pipeline(dtype: torch.dtype = torch.float32) -> Any:
-    """Load the pretrained tiny pipeline, a `StableDiffusion3Pipeline` for images of 32 x 32 pixels, on the CPU.
-
-    Args:
-        dtype (`torch.dtype`): of the weights, which are stored in bfloat16.
-
-    Example:
-        >>> type(load_tiny_pipeline()).__name__
-        'StableDiffusion3Pipeline'
-    """
+    """Load the pretrained `StableDiffusion3Pipeline` for images of 32 x 32 pixels, on the CPU; it is stored in bfloat16."""
     from diffusers import StableDiffusion3Pipeline
 
     from trl_apex.diffusion.families import dtype_argument
