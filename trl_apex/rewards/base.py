@@ -1,5 +1,6 @@
 """What a reward is: the base class, its images and its weights."""
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,19 +34,14 @@ class Reward:
     """Base of this package's rewards: a name, loading at the first call, batches, pickling and unloading.
 
     A subclass implements `_load()`, which returns whatever it must hold in memory, and
-    `_score(loaded, images, prompts, columns)`, which scores one batch. Networks are not thread-safe, so one instance
-    scores one batch at a time.
+    `_score(loaded, images, prompts, columns)`, which scores one batch. One instance scores one batch at a time.
 
     Args:
         name (`str`, *optional*): Name of the objective. Defaults to the class's own.
         device (`str` or `torch.device`, *optional*): Where the network runs; without an index, the current device of
             the thread that loads it. Defaults to the GPU if there is one.
-        dtype (`torch.dtype`, *optional*): Precision of the network. Defaults to float32, so that numbers are
-            comparable between machines.
-        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass.
-
-    Raises:
-        ValueError: If `batch_size` is below 1.
+        dtype (`torch.dtype`, *optional*): Precision of the network. Defaults to float32.
+        batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass, at least 1.
     """
 
     default_name: ClassVar[str] = "reward"
@@ -75,23 +71,18 @@ class Reward:
         images: Float[Tensor, "B 3 H W"] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Score a batch.
+        """Score a batch: one reward per image, None where the reward does not apply.
 
         Args:
             prompts (`Sequence[str]`): One prompt per image.
-            completions (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]`): The images; a
-                tensor is in [0, 1].
-            images (`Tensor` of shape `[B, 3, H, W]`, *optional*): The same images as floats in [0, 1]; used instead
-                of `completions` where given.
+            completions (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]` in [0, 1]): The images.
+            images (`Tensor` of shape `[B, 3, H, W]` in [0, 1], *optional*): The images, used instead of `completions`.
             columns: Every other keyword that TRL passes; a list holds one entry per image.
-
-        Returns:
-            `list[float | None]`: One reward per image; None where the reward does not apply.
 
         Raises:
             ValueError: If there is not one image per prompt.
         """
-        batch = one_per_prompt(self.__name__, prompts, images if images is not None else completions)
+        batch = one_per_prompt(self.__name__, prompts, completions, images)
         columns = {key: value for key, value in columns.items() if is_column(value, len(prompts))}
         rewards: list[float | None] = []
         with self._lock, torch.inference_mode():
@@ -112,7 +103,7 @@ class Reward:
         with self._lock:
             if self._loaded is None:
                 try:
-                    self.device = with_index(self.device)
+                    self.device = torch.empty(0, device=self.device).device  # "cuda" becomes this thread's "cuda:1"
                     with _LOADING:
                         self._loaded = self._load()
                 except (ImportError, RewardLoadError):
@@ -132,7 +123,7 @@ class Reward:
                 torch.accelerator.empty_cache()
 
     def _load(self) -> Any:
-        raise NotImplementedError
+        return True  # nothing to hold in memory
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list[float | None]:
         raise NotImplementedError
@@ -149,13 +140,12 @@ class Reward:
 
 
 class RewardList(list):
-    """Rewards of a batch, with the cause of each missing one.
+    """Rewards of a batch, with the cause of each one that is missing because something broke.
 
-    A reward function may return a plain list. This one also tells a sample that could not be scored because something
-    broke (`errors[i]` is a string) from one that the reward does not apply to (`errors[i]` is None).
+    A reward function may return a plain list, in which a missing reward is one that does not apply to the sample.
 
     Args:
-        rewards (`Sequence[float | None]`): One number or None per sample.
+        rewards (`Sequence[float | None]`): One number per sample, None or NaN where it is missing.
         errors (`Sequence[str | None]`, *optional*): One cause or None per sample.
 
     Example:
@@ -167,6 +157,11 @@ class RewardList(list):
     def __init__(self, rewards: Sequence[float | None], errors: Sequence[str | None] | None = None) -> None:
         super().__init__(rewards)
         self.errors: list[str | None] = list(errors) if errors is not None else [None] * len(rewards)
+
+    @property
+    def failures(self) -> int:
+        """How many are missing because something broke."""
+        return sum(error is not None for error in self.errors)
 
 
 class RewardLoadError(ValueError):
@@ -187,13 +182,12 @@ class TransientRewardError(ConnectionError):
 
 
 def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Callable:
-    """Adapt `reward_function(images, prompts, metadata) -> (rewards, reward_metadata)`.
+    """Adapt `reward_function(images, prompts, metadata) -> (rewards, reward_metadata)` of `trl.DDPOTrainer`.
 
     Args:
-        reward_function (`Callable`): as in `trl.DDPOTrainer`: takes images as a float tensor of shape `[B, 3, H, W]` in
-            [0, 1], a tuple of B prompts and a tuple of B metadata, and returns B rewards and something that is dropped.
-            The metadata are dictionaries of the dataset's columns, or the column `prompt_metadata` if there is one.
-        name (`str`, *optional*): of the objective; by default the function's own.
+        reward_function (`Callable`): Takes a float tensor `[B, 3, H, W]` in [0, 1], a tuple of B prompts and a tuple of
+            B metadata: dictionaries of the dataset's columns, or the column `prompt_metadata` if there is one.
+        name (`str`, *optional*): Name of the objective. Defaults to the function's own.
 
     Example:
         >>> def brightness(images, prompts, metadata):
@@ -218,12 +212,15 @@ def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Call
     return reward
 
 
-def one_per_prompt(name: str, prompts: Sequence[str], batch: Images | None) -> Images:
-    """The images of a call of the reward `name`.
+def one_per_prompt(
+    name: str, prompts: Sequence[str], completions: Images | None, images: Images | None = None
+) -> Images:
+    """The images of a call of the reward `name`: `images`, else `completions`.
 
     Raises:
         ValueError: If there is not one image per prompt.
     """
+    batch = completions if images is None else images
     if batch is None or len(batch) != len(prompts):
         found = "no images" if batch is None else f"{len(batch)} images"
         raise ValueError(
@@ -241,19 +238,6 @@ def is_column(value: Any, size: int) -> bool:
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def with_index(device: torch.device) -> torch.device:
-    """The device with the index that it has in this thread, so that it is the same one in every other thread.
-
-    Example:
-        >>> with_index(torch.device("cpu")), with_index(torch.device("cuda:1"))
-        (device(type='cpu'), device(type='cuda', index=1))
-    """
-    accelerator = torch.accelerator.current_accelerator()
-    if device.index is not None or accelerator is None or device.type != accelerator.type:
-        return device
-    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
@@ -281,24 +265,14 @@ def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
 
 
 def to_arrays(images: Images) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """The images as RGB byte arrays, channels last, the form that PIL and OpenCV share.
-
-    Example:
-        >>> to_arrays([Image.new("L", (4, 2), 7)])[0].shape
-        (2, 4, 3)
-    """
+    """The images as RGB byte arrays, channels last, the form that PIL and OpenCV share."""
     if isinstance(images, Tensor):
         return list(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
     return [np.asarray(to_rgb(image)) for image in images]
 
 
 def to_pil(images: Images) -> list[Image.Image]:
-    """The images as RGB PIL images.
-
-    Example:
-        >>> to_pil(torch.ones(1, 3, 2, 4))[0].size
-        (4, 2)
-    """
+    """The images as RGB PIL images."""
     if isinstance(images, Tensor):
         return [Image.fromarray(array) for array in to_arrays(images)]
     return [to_rgb(image) for image in images]
@@ -324,40 +298,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def find_weights(source: str, keyword: str) -> Path:
-    """A local file as it is, or the file downloaded from the hub.
+def read_weights(source: str, keyword: str) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, in float32; a nested `"state_dict"` is unwrapped.
 
     Args:
-        source (`str`): A local file, or `"owner/repo:FILE"`, or `"owner/repo"` with one weights file in it.
+        source (`str`): A local file, `"owner/repo:FILE"` on the hub, or `"owner/repo"` with one weights file in it.
         keyword (`str`): The argument that it came from.
 
     Raises:
-        RewardLoadError: If the repository does not hold exactly one weights file and none is named.
+        RewardLoadError: If the file is not named and not the only one, or holds something other than tensors.
     """
-    if Path(source).is_file():
-        return Path(source)
-    from huggingface_hub import HfApi, hf_hub_download
-
-    repo, _, filename = str(source).partition(":")
-    if not filename:
-        names = [name for name in HfApi().list_repo_files(repo) if name.endswith((".safetensors", ".pth", ".pt"))]
-        if len(names) != 1:
-            raise RewardLoadError(
-                f"`{keyword}` must name one weights file. Found {len(names)} in {repo}: {names}. "
-                f'Pass "{repo}:FILE" with one of them.'
-            )
-        filename = names[0]
-    return Path(hf_hub_download(repo, filename))
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, in float32.
-
-    A file other than `.safetensors` is read with `weights_only=True`; a nested `"state_dict"` is unwrapped.
-
-    Raises:
-        RewardLoadError: If the file holds something other than tensors.
-    """
+    path = Path(source)
+    if not path.is_file():
+        path = _download(str(source), keyword)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -370,8 +323,35 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
+def _download(source: str, keyword: str) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    repo, _, filename = source.partition(":")
+    if not filename:
+        names = [name for name in HfApi().list_repo_files(repo) if name.endswith((".safetensors", ".pth", ".pt"))]
+        if len(names) != 1:
+            raise RewardLoadError(
+                f"`{keyword}` must name one weights file. Found {len(names)} in {repo}: {names}. "
+                f'Pass "{repo}:FILE" with one of them.'
+            )
+        filename = names[0]
+    return Path(hf_hub_download(repo, filename))
+
+
+def renamed(key: str, patterns: Sequence[tuple[str, str]]) -> str:
+    """The name of a tensor after each pattern is replaced in turn.
+
+    Example:
+        >>> renamed("ln_1.bias", [(r"ln_(\\d)", r"layer_norm\\1")])
+        'layer_norm1.bias'
+    """
+    for pattern, replacement in patterns:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict from the file `source`; a missing tensor would leave random weights behind.
+    """Load a state dict that was read from `source`.
 
     Raises:
         RewardLoadError: If tensors are missing or left over, buffers of positions aside.

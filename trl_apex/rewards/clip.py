@@ -20,9 +20,9 @@ from trl_apex.rewards.base import (
     Images,
     Reward,
     RewardLoadError,
-    find_weights,
     load_strictly,
     read_weights,
+    renamed,
     to_arrays,
     to_pil,
 )
@@ -34,11 +34,8 @@ CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 class CLIPScoreReward(Reward):
     """CLIPScore: the image-text cosine of CLIP, in hundredths.
 
-    `r = 100 cos(e_text, e_image)`
-
-    Range: -100 to 100, in practice 10 to 40, larger is better. Weights: `openai/clip-vit-large-patch14`, MIT. The
-    article's own score is `2.5 max(cos, 0)` with ViT-B/32. A negative cosine is not clipped here, so that the reward
-    keeps a slope everywhere.
+    `r = 100 cos(e_text, e_image)`, -100 to 100, in practice 10 to 40. The article's own score is `2.5 max(cos, 0)` with
+    ViT-B/32; a negative cosine is not clipped here, so that the reward keeps a slope everywhere.
 
     Args:
         model (`str`, *optional*): Hub id or local folder of a `CLIPModel`. [`AestheticReward`] has the same one.
@@ -75,11 +72,8 @@ class CLIPScoreReward(Reward):
 class PickScoreReward(CLIPScoreReward):
     """PickScore: the scaled image-text cosine of a CLIP-H that was tuned on human picks.
 
-    `r = exp(logit_scale) cos(e_text, e_image)`
-
-    Range: raw scale, about 15 to 26 (Stable Diffusion 3.5 medium scores 21.72 on Pick-a-Pic's test prompts), larger
-    is better. Weights: `yuvalkirstain/PickScore_v1`, MIT. Flow-GRPO trains on the value divided by 26, which gives the
-    same advantages.
+    `r = exp(logit_scale) cos(e_text, e_image)`, about 15 to 26 (Stable Diffusion 3.5 medium scores 21.72 on Pick-a-Pic's
+    test prompts). Flow-GRPO trains on the value divided by 26, which gives the same advantages.
 
     Args:
         model (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
@@ -111,11 +105,8 @@ class PickScoreReward(CLIPScoreReward):
 class HPSv2Reward(Reward):
     """HPSv2: the image-text cosine of a CLIP-H that was tuned on human choices.
 
-    `r = cos(e_text, e_image)`
-
-    Range: raw cosine, about 0.15 to 0.35, larger is better; tables often show it times 100. Weights: `xswu/HPSv2`,
-    Apache-2.0, in open_clip's layout; they are converted to transformers' `CLIPModel` when they load. An image that is
-    not square is fitted into a black square, as the authors' code does; other CLIP rewards cut its centre out.
+    `r = cos(e_text, e_image)`, about 0.15 to 0.35; tables often show it times 100. An image that is not square is fitted
+    into a black square, as the authors' code does; other CLIP rewards cut its centre out.
 
     Args:
         weights (`str`, *optional*): A local file in open_clip's layout, or `"owner/repo:FILE"` on the hub.
@@ -148,9 +139,8 @@ class HPSv2Reward(Reward):
     def _load_clip(self, weights: str) -> Any:
         from transformers import CLIPConfig, CLIPModel
 
-        path = find_weights(weights, "weights")
         model = CLIPModel(CLIPConfig.from_pretrained(self.clip))
-        load_strictly(model, from_open_clip(read_weights(path)), path.name)
+        load_strictly(model, from_open_clip(read_weights(weights, "weights")), weights)
         return model
 
     def _score(self, loaded: "CLIPTower", images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
@@ -161,15 +151,11 @@ class HPSv2Reward(Reward):
 class AestheticReward(Reward):
     """LAION's aesthetic predictor: a linear head on the normalized CLIP-L image embedding.
 
-    `r = head(e / ||e||)`
-
-    Range: raw, about 1 to 10 (Stable Diffusion 3.5 medium: about 5.4), larger is better. Weights:
-    `openai/clip-vit-large-patch14`, MIT; head `sac+logos+ava1-l14-linearMSE`, Apache-2.0.
+    `r = head(e / ||e||)`, about 1 to 10 (Stable Diffusion 3.5 medium: about 5.4).
 
     Args:
         clip (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
-        head (`str`, *optional*): The head's weights: a local `.safetensors` or `.pth` file, or a hub id, optionally
-            with a file name after a colon (`"owner/repo:file.safetensors"`).
+        head (`str`, *optional*): The head's weights: a local file, `"owner/repo:FILE"` or `"owner/repo"` on the hub.
         processor (`str`, *optional*): Hub id or local folder of CLIP's processor. Defaults to `clip`.
         dtype (`torch.dtype`, *optional*): Precision of CLIP, float32 by default; the head is always float32.
         name, device, batch_size: See [`Reward`].
@@ -197,7 +183,15 @@ class AestheticReward(Reward):
 
     def _load(self) -> tuple["CLIPTower", "AestheticHead"]:
         tower = shared_tower(self.clip, self.processor, self.device, self.dtype)
-        return tower, load_head(find_weights(self.head, "head")).to(self.device)
+        state = read_weights(self.head, "head")
+        shapes = [state[key].shape for key in sorted(state) if re.fullmatch(r"layers\.\d\.weight", key)]
+        if not shapes:
+            raise RewardLoadError(
+                f"{self.head} must hold `layers.N.weight`. Found {sorted(state)}. Pass the head's file."
+            )
+        head = AestheticHead(shapes[0][1], tuple(outputs for outputs, _ in shapes))
+        load_strictly(head, state, self.head)
+        return tower, head.to(self.device).eval().requires_grad_(False)
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         tower, head = loaded
@@ -205,22 +199,16 @@ class AestheticReward(Reward):
 
 
 class CLIPTower:
-    """A CLIP model with its processor; embeddings come out L2-normalized, in float32, on the model's device.
+    """A `CLIPModel` with its processor; embeddings come out L2-normalized, in float32, on the model's device."""
 
-    Args:
-        model (`CLIPModel`): The model, on its device.
-        processor (`str`): Hub id or local folder of its processor.
-        images_kept, prompts_kept (`int`, *optional*, default to `1024`, `65536`): Embeddings kept.
-    """
-
-    def __init__(self, model: Any, processor: str, images_kept: int = 1024, prompts_kept: int = 65536) -> None:
+    def __init__(self, model: Any, processor: str) -> None:
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(processor)
         self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor)
-        self.image_embeddings = EmbeddingCache(images_kept)
-        self.text_embeddings = EmbeddingCache(prompts_kept)
+        self.image_embeddings = EmbeddingCache(1024)
+        self.text_embeddings = EmbeddingCache(65536)
         self._lock = threading.RLock()
 
     @property
@@ -265,15 +253,7 @@ class CLIPTower:
 
 
 class EmbeddingCache:
-    """The `size` embeddings that were used last, by a key of their content.
-
-    Example:
-        >>> cache = EmbeddingCache(size=2)
-        >>> cache.get(["a", "b", "a"], lambda missing: torch.tensor([[float(i)] for i in missing])).flatten().tolist()
-        [0.0, 1.0, 0.0]
-        >>> cache.misses
-        2
-    """
+    """The `size` embeddings that were used last, by a key of their content."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -296,7 +276,6 @@ class EmbeddingCache:
 
 
 _towers: "weakref.WeakValueDictionary[tuple, CLIPTower]" = weakref.WeakValueDictionary()
-_towers_lock = threading.Lock()
 
 
 def shared_tower(
@@ -308,30 +287,27 @@ def shared_tower(
 ) -> CLIPTower:
     """The one tower of this process for a model, device and precision; it goes when its last user unloads.
 
-    `load` makes a `CLIPModel` of `model`, by default [`load_clip`]; the processor is `model`'s own by default.
+    `load` makes a `CLIPModel` of `model`; without it, `model` is a hub id or a local folder.
     """
-    key = (str(model), str(processor or model), str(device), dtype, load is None)
-    with _towers_lock:
-        tower = _towers.get(key)
-        if tower is None:
-            network = (load or load_clip)(str(model)).to(device, dtype)
-            tower = _towers[key] = CLIPTower(network, str(processor or model))
-        return tower
+    model, processor = str(model), str(processor or model)
+    key = (model, processor, str(device), dtype, load is None)
+    tower = _towers.get(key)  # one thread at a time comes here, from `Reward.load`
+    if tower is None:
+        tower = _towers[key] = CLIPTower((load or _load_clip)(model).to(device, dtype), processor)
+    return tower
 
 
-def load_clip(model: str) -> Any:
-    """A `CLIPModel` from the hub or from a local folder, which must hold safetensors."""
+def _load_clip(model: str) -> Any:
     from transformers import CLIPModel
 
-    folder = Path(model)
-    if not folder.is_dir():
+    if not Path(model).is_dir():
         return CLIPModel.from_pretrained(model)  # pickled weights of the hub are read with `weights_only`
-    if not list(folder.glob("*.safetensors")):
+    if not list(Path(model).glob("*.safetensors")):
         raise RewardLoadError(
             f"A local model folder must hold safetensors weights. Found none in {model}. "
             "Save the model again with `save_pretrained`."
         )
-    return CLIPModel.from_pretrained(folder, use_safetensors=True)
+    return CLIPModel.from_pretrained(model, use_safetensors=True)
 
 
 def fit_square(image: Image.Image, side: int) -> Image.Image:
@@ -356,13 +332,9 @@ DROPOUT = {0: 0.2, 1: 0.2, 2: 0.1}
 
 
 class AestheticHead(nn.Module):
-    """The predictor's head: five linear layers with dropout between them and no activations.
+    """Five linear layers with dropout between them and no activations: `r = W_5 W_4 W_3 W_2 W_1 e` with biases.
 
-    `r = W_5 W_4 W_3 W_2 W_1 e` with biases; `e = embeddings`, of unit length and size `width`.
-
-    Example:
-        >>> list(AestheticHead(width=8).state_dict())[::2]
-        ['layers.0.weight', 'layers.2.weight', 'layers.4.weight', 'layers.6.weight', 'layers.7.weight']
+    The names of the tensors are those of the published weights, `layers.0.weight` to `layers.7.bias`.
     """
 
     def __init__(self, width: int = 768, hidden: tuple[int, ...] = HIDDEN) -> None:
@@ -377,21 +349,6 @@ class AestheticHead(nn.Module):
     def forward(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
         """Score normalized image embeddings."""
         return self.layers(embeddings).squeeze(-1)
-
-
-def load_head(path: Path) -> AestheticHead:
-    """Read a head; the layer sizes come from the weights.
-
-    Raises:
-        RewardLoadError: If the file's keys are not those of the head.
-    """
-    state = read_weights(path)
-    weights = [state[key] for key in sorted(state) if re.fullmatch(r"layers\.\d\.weight", key)]
-    if not weights:
-        raise RewardLoadError(f"{path.name} must hold `layers.N.weight`. Found {sorted(state)}. Pass the head's file.")
-    head = AestheticHead(weights[0].shape[1], tuple(weight.shape[0] for weight in weights))
-    load_strictly(head, state, path.name)
-    return head.eval().requires_grad_(False)
 
 
 OPEN_CLIP_NAMES = (
@@ -420,15 +377,14 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         >>> sorted(from_open_clip({"transformer.resblocks.0.attn.in_proj_bias": torch.zeros(6)}))[0]
         'text_model.encoder.layers.0.self_attn.k_proj.bias'
     """
-    renamed: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for key, value in state.items():
-        for pattern, replacement in OPEN_CLIP_NAMES:
-            key = re.sub(pattern, replacement, key)
+        key = renamed(key, OPEN_CLIP_NAMES)
         if key.endswith("_projection.weight"):
-            renamed[key] = value.T.contiguous()
+            converted[key] = value.T.contiguous()
         elif ".in_proj_" in key:
             for part, tensor in zip("qkv", value.chunk(3), strict=True):
-                renamed[key.replace("in_proj_", f"{part}_proj.")] = tensor.clone()
+                converted[key.replace("in_proj_", f"{part}_proj.")] = tensor.clone()
         elif key != "attn_mask":
-            renamed[key] = value
-    return renamed
+            converted[key] = value
+    return converted

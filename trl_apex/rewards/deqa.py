@@ -15,27 +15,23 @@ ANSWER = "The quality of the image is"
 
 
 class DeQAReward(Reward):
-    """Image quality on five levels, as DeQA-Score reads it from a vision-language model.
+    """Image quality on five levels, 1 (bad) to 5 (excellent), as DeQA-Score reads it from a vision-language model.
 
     The model is asked `question` about the image and given the start of the answer, `answer`; the reward is
     [`level_score`] of the logits of the five level words as the next token. The prompt plays no part.
 
-    Range: 1 (bad) to 5 (excellent), larger is better. Licence: that of the model you pass. The published weights,
-    `zhiyuanyou/DeQA-Score-Mix3` (mPLUG-Owl2, 7B; Apache-2.0 by their authors' metadata, on a LLaMA-2 base with Meta's
-    community licence), need an older environment of their own: serve them behind the reward server and use
-    [`RemoteReward`], as the documentation shows.
+    The published weights, `zhiyuanyou/DeQA-Score-Mix3` (mPLUG-Owl2, 7B; Apache-2.0 by their authors' metadata, on a
+    LLaMA-2 base with Meta's community licence), need an older environment: use [`RemoteReward`], as docs/rewards.md shows.
 
     Args:
         model (`str`): Hub id or local folder of a model that `AutoModelForImageTextToText` loads.
         question (`str`, *optional*): The question about the image.
         answer (`str`, *optional*): The start of the answer, which a level word continues.
-        template (`str`, *optional*): The whole text, with the fields `{image}`, `{question}` and `{answer}`. By
-            default the processor's chat template where it has one, else
-            `"USER: {image}\\n{question}\\nASSISTANT: {answer}"`.
+        template (`str`, *optional*): The whole text, with the fields `{image}`, `{question}` and `{answer}`. Defaults
+            to the processor's chat template, else `"USER: {image}\\n{question}\\nASSISTANT: {answer}"`.
         levels (`tuple[str, ...]`, *optional*): The level words, best first; each must be one token.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
-        dtype (`torch.dtype`, *optional*): Defaults to bfloat16 on an accelerator (7 B parameters take 14 GB), float32 on
-            the CPU.
+        dtype (`torch.dtype`, *optional*): Defaults to bfloat16 on an accelerator, float32 on the CPU.
         name, device, batch_size: See [`Reward`].
 
     Raises:
@@ -84,15 +80,13 @@ class DeQAReward(Reward):
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         model, processor, text, level_ids = loaded
-        pictures = to_pil(images)
-        inputs = processor(images=pictures, text=[text] * len(pictures), return_tensors="pt", padding=True)
-        inputs = inputs.to(self.device)
+        texts = [text] * len(prompts)
+        inputs = processor(images=to_pil(images), text=texts, return_tensors="pt", padding=True).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs["logits_to_keep"] = 1  # the other positions' logits would fill the memory for nothing
-        logits = model(**inputs).logits[:, -1]
-        return level_score(logits[:, level_ids]).tolist()
+        return level_score(model(**inputs).logits[:, -1, level_ids]).tolist()
 
 
 def level_score(level_logits: Float[Tensor, "B L"]) -> Float[Tensor, "B"]:
@@ -111,10 +105,8 @@ def level_score(level_logits: Float[Tensor, "B L"]) -> Float[Tensor, "B"]:
 def build_text(processor: Any, question: str, answer: str, template: str | None = None) -> str:
     """The text that the model continues with a level word; the arguments are those of [`DeQAReward`]."""
     if template is None and getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        head = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        head = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         tokenizer = processor.tokenizer
         if tokenizer.bos_token and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
             head = head.removeprefix(tokenizer.bos_token)  # the tokenizer puts it there itself

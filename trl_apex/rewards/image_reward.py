@@ -1,13 +1,12 @@
 """ImageReward: a BLIP that people's rankings of generated images taught to score them."""
 
-import re
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_apex.rewards.base import Images, Reward, RewardLoadError, find_weights, load_strictly, read_weights, to_pil
+from trl_apex.rewards.base import Images, Reward, RewardLoadError, load_strictly, read_weights, renamed, to_pil
 from trl_apex.rewards.clip import AestheticHead
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -19,11 +18,7 @@ class ImageReward(Reward):
     """ImageReward: an MLP on the first token of BLIP's image-grounded text encoder, standardized.
 
     `r = (mlp(h_0) - 0.167) / 1.033`, `h` = the text encoder's last hidden state over the prompt, with cross-attention
-    to the image.
-
-    Range: raw, about -2.5 to 2, mean 0 and deviation 1 on the authors' data, larger is better. Weights:
-    `THUDM/ImageReward`, Apache-2.0, in the authors' layout; they are mapped onto transformers' `BlipVisionModel` and
-    `BlipTextModel` when they load.
+    to the image. About -2.5 to 2, mean 0 and deviation 1 on the authors' data.
 
     Args:
         weights (`str`, *optional*): A local file in the authors' layout, or `"owner/repo:FILE"` on the hub.
@@ -54,8 +49,7 @@ class ImageReward(Reward):
     def _load(self) -> tuple["ImageRewardModel", Any, Any]:
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-        path = find_weights(self.weights, "weights")
-        model = ImageRewardModel.from_state(from_authors_layout(read_weights(path)), path.name)
+        model = ImageRewardModel.from_state(from_authors_layout(read_weights(self.weights, "weights")), self.weights)
         model.vision_model.to(self.dtype)
         model.text_encoder.to(self.dtype)
         side = model.vision_model.config.image_size
@@ -97,7 +91,7 @@ class ImageRewardModel(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], source: str) -> "ImageRewardModel":
-        """Build the model whose sizes the tensors tell, and fill it; `source` is the file's name in error messages.
+        """Build the model whose sizes the tensors tell, and fill it; `source` is where they were read.
 
         Raises:
             RewardLoadError: If tensors are missing or left over.
@@ -111,13 +105,17 @@ class ImageRewardModel(nn.Module):
                 )
             return state[key].shape
 
+        def count(layers: str) -> int:
+            return len({key.removeprefix(layers).split(".")[0] for key in state if key.startswith(layers)})
+
+        seen, read = "vision_model.encoder.layers.", "text_encoder.encoder.layer."
         width, _, _, patch = shape("vision_model.embeddings.patch_embedding.weight")
         words, text_width = shape("text_encoder.embeddings.word_embeddings.weight")
         patches = shape("vision_model.embeddings.position_embedding")[1] - 1
         vision = BlipVisionConfig(
             hidden_size=width,
-            intermediate_size=shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
-            num_hidden_layers=_layers(state, "vision_model.encoder.layers."),
+            intermediate_size=shape(f"{seen}0.mlp.fc1.weight")[0],
+            num_hidden_layers=count(seen),
             num_attention_heads=width // HEAD_WIDTH,
             patch_size=patch,
             image_size=round(patches**0.5) * patch,
@@ -127,15 +125,15 @@ class ImageRewardModel(nn.Module):
             vocab_size=words,
             hidden_size=text_width,
             encoder_hidden_size=width,
-            intermediate_size=shape("text_encoder.encoder.layer.0.intermediate.dense.weight")[0],
-            num_hidden_layers=_layers(state, "text_encoder.encoder.layer."),
+            intermediate_size=shape(f"{read}0.intermediate.dense.weight")[0],
+            num_hidden_layers=count(read),
             num_attention_heads=text_width // HEAD_WIDTH,
             max_position_embeddings=shape("text_encoder.embeddings.position_embeddings.weight")[0],
             layer_norm_eps=1e-12,
             is_decoder=True,  # makes the cross-attention layers; the forward pass itself is not causal
         )
-        head = [shape(f"mlp.layers.{i}.weight") for i in (0, 2, 4, 6, 7)]
-        mlp = AestheticHead(head[0][1], tuple(outputs for outputs, _ in head))
+        layers = [shape(f"mlp.layers.{i}.weight") for i in (0, 2, 4, 6, 7)]
+        mlp = AestheticHead(layers[0][1], tuple(outputs for outputs, _ in layers))
         model = cls(BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False), mlp)
         load_strictly(model, state, source)
         return model.eval().requires_grad_(False)
@@ -156,20 +154,7 @@ NAMES = (
 
 
 def from_authors_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the authors' tensors to those of [`ImageRewardModel`], and leave out what scoring does not use.
-
-    Example:
-        >>> list(from_authors_layout({"blip.visual_encoder.blocks.0.norm1.bias": torch.zeros(2)}))
-        ['vision_model.encoder.layers.0.layer_norm1.bias']
-    """
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
-        for pattern, replacement in NAMES:
-            key = re.sub(pattern, replacement, key)
-        if key.startswith(("text_encoder.", "vision_model.", "mlp.")):
-            renamed[key] = value
-    return renamed
-
-
-def _layers(state: dict[str, Tensor], prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
+    """Rename the authors' tensors to those of [`ImageRewardModel`], and leave out what scoring does not use."""
+    converted = {renamed(key, NAMES): value for key, value in state.items()}
+    parts = ("text_encoder.", "vision_model.", "mlp.")
+    return {key: value for key, value in converted.items() if key.startswith(parts)}

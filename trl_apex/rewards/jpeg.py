@@ -11,11 +11,7 @@ QUALITY = 95
 
 
 class JPEGCompressibilityReward(Reward):
-    """Rewards images that compress well: minus the kilobytes of the JPEG file.
-
-    `r = -kB`, 1 kB = 1,000 bytes, JPEG quality 95, in memory.
-
-    Range: below 0, larger (closer to 0) is better. No weights.
+    """Rewards images that compress well: minus the kilobytes of the JPEG file, `r = -kB`, 1 kB = 1,000 bytes.
 
     Args:
         quality (`int`, *optional*, defaults to `95`): JPEG quality, 1 to 95.
@@ -41,20 +37,12 @@ class JPEGCompressibilityReward(Reward):
         super().__init__(name=name, device="cpu", batch_size=64)
         self.quality = quality
 
-    def _load(self) -> bool:
-        return True
-
-    def _score(self, loaded: bool, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         return [self.sign * jpeg_kilobytes(image, self.quality) for image in to_pil(images)]
 
 
 class JPEGIncompressibilityReward(JPEGCompressibilityReward):
-    """Rewards images that compress badly: the kilobytes of the JPEG file.
-
-    `r = kB`, 1 kB = 1,000 bytes, JPEG quality 95, in memory.
-
-    Range: above 0, larger is better. No weights. The arguments are those of [`JPEGCompressibilityReward`].
-    """
+    """Rewards images that compress badly: the kilobytes of the JPEG file; see [`JPEGCompressibilityReward`]."""
 
     default_name = "jpeg_incompressibility"
     range = "kB, above 0, larger is better"
@@ -62,12 +50,7 @@ class JPEGIncompressibilityReward(JPEGCompressibilityReward):
 
 
 def jpeg_kilobytes(image: Image.Image, quality: int = QUALITY) -> float:
-    """Size of an RGB image as JPEG, in kB of 1,000 bytes.
-
-    Example:
-        >>> jpeg_kilobytes(Image.new("RGB", (64, 64))) < jpeg_kilobytes(Image.effect_noise((64, 64), 90).convert("RGB"))
-        True
-    """
+    """Size of an RGB image as JPEG, in kB of 1,000 bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality)
     return len(buffer.getbuffer()) / 1000

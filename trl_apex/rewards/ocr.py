@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -27,19 +27,25 @@ SINGLE = re.compile(
     r"(?<!\w)['\u2018](?!\d\ds\b|n['\u2019])((?:[^'\u2018\u2019]|(?<=\w)['\u2019](?=\w))+)['\u2019](?!\w)"
 )
 
+# RapidOCR on one CPU thread, with the detector at the image's own size.
+ENGINE = {
+    "Global.log_level": "error",
+    "Det.limit_side_len": 128,
+    "Det.limit_type": "min",
+    "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+    "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+}
+
 
 class OCRReward(Reward):
     """How well the text in the image matches the text that the prompt quotes, read by PP-OCR through RapidOCR.
 
-    `r = text_similarity(text in the image, target)`, times the recognizer's confidence where `confidence` is set; None
-    for a prompt that asks for no text.
-
-    Range: 0 to 1, larger is better. Weights: PP-OCR detection and recognition, inside the `rapidocr` package,
-    Apache-2.0.
+    `r = text_similarity(text in the image, target)`, 0 to 1, times the recognizer's confidence where `confidence` is
+    set; None for a prompt that asks for no text.
 
     Args:
-        target_column (`str`, *optional*): Dataset column with the target: a text, a number, or a list of them. By
-            default the column `target`, else `text`, is used where the dataset has one, else the prompt's quoted text.
+        target_column (`str`, *optional*): Dataset column with the target: a text, a number, or a list of them. Defaults
+            to the column `target`, else `text`, else the prompt's quoted text.
         several (`"first"` or `"mean"`, *optional*, defaults to `"first"`): With several targets, score the first one,
             as Flow-GRPO does, or the mean over all.
         min_side (`int`, *optional*, defaults to `128`): Images whose shorter side is below this many pixels are
@@ -47,16 +53,12 @@ class OCRReward(Reward):
         confidence (`bool`, *optional*, defaults to `False`): Multiply by the recognizer's confidence in [0, 1]. Short
             targets otherwise give few different values (four for three letters), and groups without a difference.
         workers (`int`, *optional*, defaults to `2`): Images read at the same time.
-        pool (`"thread"` or `"process"`, *optional*, defaults to `"thread"`): Kind of workers. Threads are enough, as
-            the OCR engine works outside the interpreter lock.
+        pool (`"thread"` or `"process"`, *optional*, defaults to `"thread"`): Kind of workers. The OCR engine works
+            outside the interpreter lock.
         engine_params (`dict`, *optional*): Settings of RapidOCR by their dotted names, over the ones used here. With
             `{"Rec.rec_img_shape": [3, 48, 96]}` the recognizer does not pad short words to 320 pixels, which is twice
             as fast on them and gives slightly other confidences.
-        name (`str`, *optional*, defaults to `"ocr"`): Name of the objective.
-
-    Raises:
-        ValueError: If an option has an unknown value.
-        ImportError: At the first call, if `rapidocr` is not installed.
+        name, batch_size: See [`Reward`].
 
     Example:
         >>> from trl_apex.rewards import OCRReward
@@ -91,7 +93,7 @@ class OCRReward(Reward):
         super().__init__(name=name, device="cpu", batch_size=batch_size)
         self.target_column, self.several, self.min_side = target_column, several, min_side
         self.confidence, self.workers, self.pool = confidence, workers, pool
-        self._reader = partial(_read_text, min_side=min_side, engine_params=engine_params or {})
+        self._read = partial(_read_text, min_side=min_side, engine_params=engine_params or {})
 
     def targets(self, prompts: Sequence[str], columns: dict[str, Any]) -> list[list[str]]:
         """The target texts of each sample; an empty list where there is none."""
@@ -115,9 +117,8 @@ class OCRReward(Reward):
         return ThreadPoolExecutor(self.workers, thread_name_prefix="ocr")
 
     def _score(self, loaded: Executor, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
-        targets = self.targets(prompts, columns)
-        arrays = to_arrays(images)
-        futures = {i: loaded.submit(self._reader, arrays[i]) for i, texts in enumerate(targets) if texts}
+        targets, arrays = self.targets(prompts, columns), to_arrays(images)
+        futures = {i: loaded.submit(self._read, arrays[i]) for i, texts in enumerate(targets) if texts}
         rewards: list[float | None] = [None] * len(prompts)
         for i, future in futures.items():
             text, confidence = future.result()
@@ -142,8 +143,6 @@ def quoted_targets(prompt: str) -> list[str]:
         ['Open', '24 h']
         >>> quoted_targets("the baker's sign 'Don't wait', 90s style")
         ["Don't wait"]
-        >>> quoted_targets("a red bird")
-        []
     """
     found = ["".join(groups) for groups in QUOTED.findall(prompt)]
     return [text for text in found or SINGLE.findall(prompt) if normalize_text(text)]
@@ -153,8 +152,8 @@ def column_targets(value: Any) -> list[str]:
     """The texts in one row of a dataset's column: a string, a number, or a list of them; none for None and NaN.
 
     Example:
-        >>> column_targets("Open"), column_targets(2024), column_targets(2024.0), column_targets(["24 h"]), column_targets(None)
-        (['Open'], ['2024'], ['2024'], ['24 h'], [])
+        >>> column_targets("Open"), column_targets(2024.0), column_targets(["24 h"]), column_targets(None)
+        (['Open'], ['2024'], ['24 h'], [])
     """
     if isinstance(value, list | tuple):
         return [text for item in value for text in column_targets(item)]
@@ -189,12 +188,7 @@ def normalize_text(text: str) -> str:
 
 
 def levenshtein(first: str, second: str) -> int:
-    """The least number of insertions, deletions and substitutions that turn one text into the other.
-
-    Example:
-        >>> levenshtein("kitten", "sitting")
-        3
-    """
+    """The least number of insertions, deletions and substitutions that turn one text into the other."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, start=1):
         diagonal, row[0] = row[0], i
@@ -203,13 +197,15 @@ def levenshtein(first: str, second: str) -> int:
     return row[-1]
 
 
-_engines = threading.local()
+_engines = threading.local()  # one RapidOCR for each worker
 
 
 def _read_text(image: np.ndarray, min_side: int, engine_params: dict[str, Any]) -> tuple[str, float]:
     """Read one RGB image with this thread's own engine: its lines joined, and the mean confidence of the characters."""
     if not hasattr(_engines, "engine"):
-        _engines.engine = _make_engine(engine_params)
+        from rapidocr import RapidOCR
+
+        _engines.engine = RapidOCR(params={**ENGINE, **engine_params})
     height, width = image.shape[:2]
     if min(height, width) < min_side:
         scale = min_side / min(height, width)
@@ -227,11 +223,6 @@ def reading_order(boxes: Float[np.ndarray, "N 4 2"]) -> list[int]:
     """The indices of text boxes, row by row and from left to right.
 
     A box belongs to a row if its middle is less than half a box's height below the middle of the row's first box.
-
-    Example:
-        >>> corners = np.array([[0.0, 0.0], [40.0, 0.0], [40.0, 20.0], [0.0, 20.0]])
-        >>> reading_order(np.stack([corners + [60, 0], corners + [0, 6], corners + [0, 30]]))
-        [1, 0, 2]
     """
     top, bottom, left = boxes[..., 1].min(1), boxes[..., 1].max(1), boxes[..., 0].min(1)
     middle = (top + bottom) / 2
@@ -242,19 +233,3 @@ def reading_order(boxes: Float[np.ndarray, "N 4 2"]) -> list[int]:
             rows.append([])
         rows[-1].append(i)
     return [i for row in rows for i in sorted(row, key=lambda i: left[i])]
-
-
-def _make_engine(engine_params: dict[str, Any]) -> Callable:
-    """One RapidOCR engine on one CPU thread, with the detector at the image's own size."""
-    from rapidocr import RapidOCR
-
-    return RapidOCR(
-        params={
-            "Global.log_level": "error",
-            "Det.limit_side_len": 128,
-            "Det.limit_type": "min",
-            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
-            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-            **engine_params,
-        }
-    )

@@ -27,14 +27,7 @@ def load_rewards(rewards: Iterable[Any]) -> list[Any]:
     """Make the reward functions that strings name; functions pass unchanged.
 
     Args:
-        rewards (`Iterable[str | Callable]`): each as in [`load_reward`], or `"tiny"` for the tiny world's four.
-
-    Raises:
-        ValueError: as in [`load_reward`].
-
-    Example:
-        >>> [reward.__name__ for reward in load_rewards(["jpeg_compressibility", "jpeg_incompressibility"])]
-        ['jpeg_compressibility', 'jpeg_incompressibility']
+        rewards (`Iterable[str | Callable]`): Each as in [`load_reward`], or `"tiny"` for the tiny world's four.
     """
     functions: list[Any] = []
     for reward in rewards:
@@ -51,17 +44,15 @@ def load_reward(spec: str) -> Callable:
     """Make the reward function that `spec` names.
 
     Args:
-        spec (`str`): a name (`"ocr"`), a name with arguments (`'deqa(model="path")'`), or `"module:attribute"` for a
+        spec (`str`): A name (`"ocr"`), a name with arguments (`'deqa(model="path")'`), or `"module:attribute"` for a
             function, instance or class of your own, with arguments as well.
 
     Raises:
-        ValueError: for a name that is not known, a module that cannot be imported, or arguments that do not fit.
+        ValueError: For a name that is not known, a module that cannot be imported, or arguments that do not fit.
 
     Example:
         >>> load_reward("jpeg_compressibility(quality=50)").quality
         50
-        >>> load_reward("trl_apex.rewards.jpeg:JPEGIncompressibilityReward").__name__
-        'jpeg_incompressibility'
     """
     name, arguments = parse_spec(spec)
     module, colon, attribute = REWARDS.get(name, name).partition(":")
@@ -95,8 +86,6 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     Example:
         >>> parse_spec('deqa(model="org/name", batch_size=4)')
         ('deqa', {'model': 'org/name', 'batch_size': 4})
-        >>> parse_spec("my_rewards:Brightness")
-        ('my_rewards:Brightness', {})
     """
     name, bracket, rest = spec.strip().partition("(")
     if not bracket:

@@ -1,4 +1,7 @@
-"""Call reward functions: in threads or an event loop, side by side, with timeouts, retries and counted failures."""
+"""Call reward functions side by side, with timeouts, retries and counted failures.
+
+[`RewardScorer`] starts a batch, its [`Lane`]s call the functions, and [`as_numbers`] reads what they return.
+"""
 
 import asyncio
 import functools
@@ -22,11 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from trl_apex.redact import redacted
-from trl_apex.rewards.base import RewardLoadError, TransientRewardError
+from trl_apex.rewards.base import RewardList, RewardLoadError, TransientRewardError
 
 logger = logging.getLogger(__name__)
 
-BACKOFF = 0.5
 LONGEST_WAIT = 30.0
 LARGEST = torch.finfo(torch.float32).max  # rewards travel as float32
 Returned = TypeVar("Returned")
@@ -45,11 +47,9 @@ class ScoredBatch:
     """The rewards of a batch.
 
     Args:
-        rewards (`Tensor` of shape `[B, K]`): float32, one column per reward function in their order; NaN for a
-            missing reward.
+        rewards (`Tensor` of shape `[B, K]`): float32, one column per reward function; NaN for a missing reward.
         seconds (`dict[str, float]`): Time inside each reward function, all tries together.
-        failures (`dict[str, int]`): Samples per reward function whose reward is missing because something broke. A
-            reward that does not apply to a sample (None) is no failure.
+        failures (`dict[str, int]`): Samples per reward function whose reward is missing because something broke.
     """
 
     rewards: Float[Tensor, "B K"]
@@ -60,15 +60,15 @@ class ScoredBatch:
 class RewardScorer:
     """Runs reward functions side by side in the background.
 
-    Each blocking function has a thread of its own and gets one batch at a time, in order, since networks are not
-    thread-safe. Async functions share one event loop. Each function gets its own copy of the lists, PIL images and
-    tensors. A function that fails, whatever it raises, loses its own rewards of that batch; the others go on.
+    Each blocking function has a thread of its own and gets one batch at a time, in order. Async functions share one
+    event loop. Each function gets its own copy of the lists, PIL images and tensors. A function that fails, whatever it
+    raises, loses its own rewards of that batch; the others go on.
 
     Args:
         reward_funcs (`Sequence[Callable]`): The reward functions, blocking or async.
         names (`Sequence[str]`, *optional*): One objective name per function. Defaults to [`reward_name`] of each.
         timeout (`float` or `Sequence[float | None]`, *optional*): Seconds that one call may take, for all functions
-            or one per function; None for no limit.
+            or one per function. Defaults to no limit.
         max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`].
         max_failure_rate, failure_window: Deprecated, without effect.
 
@@ -79,14 +79,9 @@ class RewardScorer:
         >>> from trl_apex.rewards import RewardScorer
         >>> def brightness(completions, **kwargs):
         ...     return [0.5, None]
-        >>> scorer = RewardScorer([brightness])
-        >>> scored = scorer.submit(prompts=["a", "b"], completions=[], columns={}).result()
-        >>> scored.rewards
-        tensor([[0.5000],
-                [   nan]])
-        >>> scored.failures
-        {'brightness': 0}
-        >>> scorer.close()
+        >>> with RewardScorer([brightness]) as scorer:
+        ...     scorer.submit(prompts=["a", "b"], completions=[]).result().rewards.tolist()
+        [[0.5], [nan]]
     """
 
     def __init__(
@@ -96,7 +91,7 @@ class RewardScorer:
         *,
         timeout: float | int | Sequence[float | int | None] | None = None,
         max_retries: int = 2,
-        backoff: float | int = BACKOFF,
+        backoff: float | int = 0.5,
         max_failure_rate: float | int | None = None,
         failure_window: int | None = None,
     ) -> None:
@@ -111,9 +106,8 @@ class RewardScorer:
             raise ValueError(
                 f"`max_retries` and `backoff` must not be negative. Found {max_retries} and {backoff}. Pass 0."
             )
-        count = len(self.reward_funcs)
-        self.timeouts: list[Any] = list(timeout) if isinstance(timeout, Sequence) else [timeout] * count
-        if len(self.timeouts) != count or any(t is not None and t <= 0 for t in self.timeouts):
+        self.timeouts: list[Any] = list(timeout) if isinstance(timeout, Sequence) else [timeout] * len(self.names)
+        if len(self.timeouts) != len(self.names) or any(t is not None and t <= 0 for t in self.timeouts):
             raise ValueError(
                 f"`timeout` must be a positive number of seconds, or one per reward function. Found {timeout}. "
                 "Pass None for no limit."
@@ -150,8 +144,8 @@ class RewardScorer:
             trl_keywords: `trainer_state`, `log_extra`, `log_metric` and what else TRL passes.
 
         Returns:
-            `concurrent.futures.Future` of a [`ScoredBatch`]. Its `result()` raises ValueError for a function that
-            returns no proper list of numbers, and RewardLoadError or ImportError for one that cannot work at all.
+            A future, whose `result()` raises ValueError for a function that returns no proper list of numbers, and
+            RewardLoadError or ImportError for one that cannot work at all.
         """
         if self._closed:
             raise RuntimeError("The scorer must be open to take a batch. Found it closed. Make a new RewardScorer.")
@@ -160,7 +154,7 @@ class RewardScorer:
         return asyncio.run_coroutine_threadsafe(self._score_batch(keywords, images, len(prompts)), self._loop)
 
     def check(self) -> None:
-        """Ask every reward that has a `check()` whether it can work, such as a remote one for its server's health.
+        """Ask every reward that has a `check()` whether it can work; a remote one asks its server.
 
         Raises:
             RewardLoadError: With the name of the reward and what is wrong, in one line.
@@ -174,9 +168,8 @@ class RewardScorer:
             except (RewardLoadError, ImportError, KeyboardInterrupt):
                 raise
             except BaseException as error:
-                raise RewardLoadError(
-                    f"The reward `{name}` must pass its `check()`. Found {describe(error)}."
-                ) from error
+                found = describe(error)
+                raise RewardLoadError(f"The reward `{name}` must pass its `check()`. Found {found}.") from error
 
     def close(self) -> None:
         """Stop the background threads; batches under way are cancelled. Closing twice is harmless."""
@@ -209,48 +202,49 @@ class RewardScorer:
             self._loop.close()
 
     async def _score_batch(self, keywords: dict[str, Any], images: Tensor | None, size: int) -> ScoredBatch:
-        calls = [self._score(i, keywords, images, size) for i in range(len(self.reward_funcs))]
+        calls = [
+            self._score(lane, timeout, keywords, images, size)
+            for lane, timeout in zip(self._lanes, self.timeouts, strict=True)
+        ]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)  # all of them end, whichever raises
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-        results: dict[str, Any] = dict(zip(self.names, outcomes, strict=True))
-        columns = [torch.tensor(rewards, dtype=torch.float32) for rewards, _, _ in results.values()]
+        scored: dict[str, Any] = dict(zip(self.names, outcomes, strict=True))
+        rewards = [rewards for rewards, _ in scored.values()]
         return ScoredBatch(
-            rewards=torch.stack(columns, dim=1) if columns else torch.empty(size, 0),
-            seconds={name: seconds for name, (_, seconds, _) in results.items()},
-            failures={name: failed for name, (_, _, failed) in results.items()},
+            rewards=torch.tensor(rewards, dtype=torch.float32).reshape(len(rewards), size).T.contiguous(),
+            seconds={name: seconds for name, (_, seconds) in scored.items()},
+            failures={name: rewards.failures for name, (rewards, _) in scored.items()},
         )
 
     async def _score(
-        self, index: int, keywords: dict[str, Any], images: Tensor | None, size: int
-    ) -> tuple[list[float], float, int]:
-        """One function's rewards, its seconds and its failed samples."""
-        lane, timeout, name = self._lanes[index], self.timeouts[index], self.names[index]
+        self, lane: "Lane", timeout: float | int | None, keywords: dict[str, Any], images: Tensor | None, size: int
+    ) -> tuple[RewardList, float]:
+        """One function's rewards of a batch, and its seconds."""
         if images is not None and takes_images(lane.func):
             keywords = keywords | {"images": images}
-        seconds: list[float] = []
         edits_nothing = type(lane.func).__module__.startswith("trl_apex.")
         own = functools.partial(dict if edits_nothing else own_copies, keywords)
+        seconds: list[float] = []
         try:
             returned = await retrying(lambda: lane.call(own, timeout, seconds), self.max_retries, self.backoff)
         except (RewardLoadError, ImportError):
             raise
         except Exception as error:  # a reward function may fail in any way
-            causes: list[str | None] = [describe(error)] * size
-            rewards = [math.nan] * size
+            rewards = RewardList([math.nan] * size, [describe(error)] * size)
         else:
-            rewards, causes = as_numbers(returned, name, size)
-        failed = sum(cause is not None for cause in causes)
-        if failed and name not in self._warned:
-            self._warned.add(name)
+            rewards = as_numbers(returned, lane.name, size)
+        if rewards.failures and lane.name not in self._warned:
+            self._warned.add(lane.name)
             warnings.warn(
-                f"The reward `{name}` failed on {failed} of {size} samples: {next(filter(None, causes))}. They count as "
-                f"missing. Further failures are counted in `reward_failures/{name}` without a warning.",
+                f"The reward `{lane.name}` failed on {rewards.failures} of {size} samples: "
+                f"{next(filter(None, rewards.errors))}. They count as missing. Further failures are counted in "
+                f"`reward_failures/{lane.name}` without a warning.",
                 RewardFailureWarning,
                 stacklevel=2,
             )
-        return rewards, math.fsum(seconds), failed
+        return rewards, math.fsum(seconds)
 
 
 class RewardTimeoutError(RuntimeError):
@@ -268,10 +262,9 @@ class Lane:
     def __init__(self, func: Callable, name: str) -> None:
         self.func, self.name, self.is_async = func, name, is_async(func)
         self._calls: queue.SimpleQueue = queue.SimpleQueue()
-        self._order = asyncio.Lock()
+        self._turn = asyncio.Lock()
         self._overrun: asyncio.Future | None = None
-        self._thread: threading.Thread | None = None
-        self._target = on_this_device(self._work)
+        self._thread = threading.Thread(target=on_this_device(self._work), name=f"reward-{name}", daemon=True)
 
     @property
     def stuck(self) -> bool:
@@ -294,12 +287,11 @@ class Lane:
         """
         if self.is_async and func is None:
             return await self._timed(_contained(self.func, keywords), timeout, seconds)
-        async with self._order:
+        async with self._turn:
             if self._overrun is not None:
                 await asyncio.wait([self._overrun], timeout=timeout)
                 if self.stuck:
                     raise RewardTimeoutError(f"an earlier call is still running after another {timeout:g} s")
-                self._overrun = None
             return await self._timed(self._in_thread(func or self.func, keywords), timeout, seconds)
 
     def close(self) -> None:
@@ -320,8 +312,7 @@ class Lane:
                 seconds.append(time.perf_counter() - started)
 
     async def _in_thread(self, func: Callable, keywords: Callable[[], dict[str, Any]]) -> Any:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._target, name=f"reward-{self.name}", daemon=True)
+        if self._thread.ident is None:
             self._thread.start()
         done: Future = Future()
         done.set_running_or_notify_cancel()
@@ -333,7 +324,7 @@ class Lane:
             self._overrun = waiting
             raise
         if error is not None:
-            raise error if isinstance(error, Exception) and not isinstance(error, StopIteration) else _plain(error)
+            raise error if isinstance(error, Exception) else RuntimeError(f"the function raised {describe(error)}")
         return returned
 
     def _work(self) -> None:
@@ -371,30 +362,13 @@ async def _contained(func: Callable, keywords: Callable[[], dict[str, Any]]) -> 
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
-        raise _plain(error) from error
+        raise RuntimeError(f"the function raised {describe(error)}") from error
 
 
-def _plain(error: BaseException) -> RuntimeError:
-    """StopIteration, SystemExit and their like as an error that an event loop can carry."""
-    return RuntimeError(f"the function raised {describe(error)}")
-
-
-async def retrying(
-    call: Callable[[], Awaitable[Returned]], max_retries: int, backoff: float | int = BACKOFF
-) -> Returned:
+async def retrying(call: Callable[[], Awaitable[Returned]], max_retries: int, backoff: float | int) -> Returned:
     """Await `call()`, and again, at most `max_retries` times, after a `ConnectionError` or a transport error of httpx.
 
     Waits `backoff`, `2 backoff`, `4 backoff` ... seconds, longer where the other side asks for it, and at most 30.
-
-    Example:
-        >>> tries = []
-        >>> async def ask():
-        ...     tries.append(1)
-        ...     if len(tries) < 3:
-        ...         raise ConnectionError("busy")
-        ...     return "scored"
-        >>> asyncio.run(retrying(ask, max_retries=2, backoff=0.0)), len(tries)
-        ('scored', 3)
     """
     httpx = sys.modules.get("httpx")  # if it is not loaded, nothing can raise its errors
     passing = (ConnectionError, httpx.TransportError) if httpx else (ConnectionError,)
@@ -408,14 +382,7 @@ async def retrying(
 
 
 def own_copies(value: Any) -> Any:
-    """A copy that shares nothing that is likely to be edited in place: lists, dicts, PIL images, tensors and arrays.
-
-    Example:
-        >>> batch = {"target": [["cat"]]}
-        >>> own_copies(batch)["target"][0].append("dog")
-        >>> batch
-        {'target': [['cat']]}
-    """
+    """A copy that shares nothing that is likely to be edited in place: lists, dicts, PIL images, tensors and arrays."""
     if type(value) in (list, tuple):
         return type(value)(map(own_copies, value))
     if type(value) is dict:
@@ -449,15 +416,15 @@ def takes_images(func: Callable) -> bool:
     return "images" in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def as_numbers(returned: Any, name: str, size: int) -> tuple[list[float], list[str | None]]:
-    """What the reward `name` returned for `size` samples: floats, NaN for missing, and the cause of each failure or None.
+def as_numbers(returned: Any, name: str, size: int) -> RewardList:
+    """What the reward `name` returned for `size` samples: floats, NaN for missing, and the cause of each failure.
 
     Raises:
         ValueError: If there is not one number or None per sample.
 
     Example:
-        >>> as_numbers([1, None], "ocr", 2)
-        ([1.0, nan], [None, None])
+        >>> as_numbers([1, None, math.inf], "ocr", 3).errors
+        [None, None, 'the reward is inf']
     """
     try:
         values = returned.tolist() if hasattr(returned, "tolist") else returned
@@ -466,18 +433,17 @@ def as_numbers(returned: Any, name: str, size: int) -> tuple[list[float], list[s
             f"The reward `{name}` must return numbers or None. Found a {type(returned).__name__} that cannot be read: "
             f"{describe(error)}. Return a list of floats."
         ) from error
-    if not isinstance(values, (list, tuple)) or len(values) != size:
-        found = f"{len(values)}" if isinstance(values, (list, tuple)) else f"a {type(returned).__name__}"
+    if not isinstance(values, list | tuple) or len(values) != size:
+        found = f"{len(values)}" if isinstance(values, list | tuple) else f"a {type(returned).__name__}"
         raise ValueError(
             f"The reward `{name}` must return one number or None per sample, {size} here. Found {found}. "
             "Return a list as long as `prompts`."
         )
-    numbers = [_as_number(value, name) for value in values]
-    causes: list[str | None] = list(getattr(returned, "errors", None) or [None] * size)
-    for i, number in enumerate(numbers):
-        if abs(number) > LARGEST:
-            numbers[i], causes[i] = math.nan, causes[i] or f"the reward is {number:g}"
-    return numbers, causes
+    rewards = RewardList([_as_number(value, name) for value in values], getattr(returned, "errors", None))
+    for i, reward in enumerate(rewards):
+        if abs(reward) > LARGEST:
+            rewards[i], rewards.errors[i] = math.nan, rewards.errors[i] or f"the reward is {reward:g}"
+    return rewards
 
 
 def _as_number(value: Any, name: str) -> float:
@@ -495,12 +461,7 @@ def _as_number(value: Any, name: str) -> float:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line, without secrets.
-
-    Example:
-        >>> describe(KeyError("target"))
-        "KeyError: 'target'"
-    """
+    """An error in one line, without secrets: `KeyError: 'target'`."""
     try:
         text = redacted(" ".join(str(error).split()))
     except Exception:  # a `__str__` that fails itself
@@ -508,7 +469,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def numbered_names(names: list[str]) -> list[str]:
+def numbered_names(names: list[str], warn: bool = False) -> list[str]:
     """The names with the repeated ones numbered, since priorities and logs are kept by name.
 
     Example:
@@ -522,15 +483,11 @@ def numbered_names(names: list[str]) -> list[str]:
             number += 1
             new = f"{name}_{number}"
         result.append(new)
-    return result
-
-
-def warn_of_numbers(names: list[str], numbered: list[str]) -> None:
-    """Warn where rewards had to be numbered."""
-    if names != numbered:
+    if warn and result != names:
         warnings.warn(
-            f"Reward names should differ, since priorities and logs are kept by name. Found {names}, named {numbered} here. "
+            f"Reward names should differ, since priorities and logs are kept by name. Found {names}, named {result} here. "
             "Give each reward its own `name=` (or a function its own `__name__`).",
             UserWarning,
             stacklevel=3,
         )
+    return result

@@ -27,23 +27,18 @@ PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 class VLMJudgeReward:
     """The score that a vision-language model gives in words, asked over an OpenAI-compatible endpoint.
 
-    One request per image to `{url}/chat/completions`, with the image as a PNG data URL and temperature 0; the answer
-    is read by [`parse_score`], as for UnifiedReward. An answer without a score gives None and counts as a failure.
-    It is an async reward function.
-
-    Range: `low` to `high`, larger is better. Licence: that of the model behind the endpoint.
+    An async reward function: one request per image to `{url}/chat/completions`, with the image as a PNG data URL and
+    temperature 0. [`parse_score`] reads the answer, as for UnifiedReward; one without a score counts as a failure.
 
     Args:
-        url (`str`): The endpoint up to and without `/chat/completions`, such as `"http://127.0.0.1:8000/v1"`.
+        url (`str`): The endpoint without `/chat/completions`, such as `"http://127.0.0.1:8000/v1"`.
         model (`str`): The model's name at the endpoint.
         instruction (`str`, *optional*): What the judge is told, with the fields `{prompt}`, `{low}` and `{high}`.
-        low (`float`, *optional*, defaults to `1`): The worst score.
-        high (`float`, *optional*, defaults to `5`): The best score.
+        low, high (`float`, *optional*, default to `1`, `5`): The worst and the best score.
         api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable with the key, read at
             each call and never stored.
         max_concurrency (`int`, *optional*, defaults to `16`): Requests under way at the same time.
-        max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): How often one image is tried again
-            after a failure that may pass, and the seconds before the first retry, which then double.
+        max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`]; for each image.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one request.
         max_tokens (`int`, *optional*, defaults to `512`): Length of the answer.
         name (`str`, *optional*, defaults to `"vlm_judge"`): Name of the objective.
@@ -93,7 +88,7 @@ class VLMJudgeReward:
         """Judge a batch; the arguments are those of [`Reward`], and each image that could not be judged has a cause."""
         import httpx
 
-        pictures = to_pil(one_per_prompt(self.__name__, prompts, images if images is not None else completions))
+        pictures = to_pil(one_per_prompt(self.__name__, prompts, completions, images))
         gate = asyncio.Semaphore(self.max_concurrency)
         key = secret_from(self.api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -101,25 +96,19 @@ class VLMJudgeReward:
         verify = self.url.startswith("https://")
         async with httpx.AsyncClient(timeout=self.timeout, headers=headers, verify=verify) as client:
 
-            async def judge(prompt: str, picture: Image.Image) -> float | Exception:
+            async def judge(prompt: str, picture: Image.Image) -> float:
                 async with gate:
-                    try:
-                        return await self._judge(client, prompt, picture)
-                    except Exception as error:  # one image's failure is not the batch's
-                        return error
+                    return await retrying(lambda: self._judge(client, prompt, picture), self.max_retries, self.backoff)
 
-            answers = await asyncio.gather(*map(judge, prompts, pictures))
-        errors = [answer if isinstance(answer, Exception) else None for answer in answers]
-        if errors and all(isinstance(error, TransientRewardError) for error in errors):
-            raise RuntimeError(f"no image could be judged: {errors[0]}") from errors[0]
-        return RewardList(
-            [None if isinstance(answer, Exception) else answer for answer in answers],
-            [None if error is None else describe(error) for error in errors],
-        )
+            answers = await asyncio.gather(*map(judge, prompts, pictures), return_exceptions=True)
+        errors = [answer if isinstance(answer, BaseException) else None for answer in answers]
+        causes = [None if error is None else describe(error) for error in errors]
+        if errors and all(isinstance(error, TransientRewardError | httpx.TransportError) for error in errors):
+            raise RuntimeError(f"no image could be judged: {causes[0]}") from errors[0]
+        return RewardList([None if isinstance(answer, BaseException) else answer for answer in answers], causes)
 
     async def _judge(self, client: Any, prompt: str, picture: Image.Image) -> float:
-        import httpx
-
+        """One image's score. Plain httpx: the openai package has no `backoff`, and always sends a key."""
         instruction = self.instruction.format(prompt=prompt, low=self.low, high=self.high)
         content = [
             {"type": "image_url", "image_url": {"url": await asyncio.to_thread(data_url, picture)}},
@@ -131,18 +120,9 @@ class VLMJudgeReward:
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-
-        # Plain httpx: the openai package would be no less code, has no `backoff`, and always sends a key.
-        async def ask() -> Any:
-            try:
-                response = await client.post(f"{self.url}/chat/completions", json=body)
-            except httpx.TransportError as error:
-                raise TransientRewardError(describe(error)) from error
-            if response.status_code in PASSING:
-                raise TransientRewardError(f"the endpoint answers {response.status_code}")
-            return response
-
-        response = await retrying(ask, self.max_retries, self.backoff)
+        response = await client.post(f"{self.url}/chat/completions", json=body)
+        if response.status_code in PASSING:
+            raise TransientRewardError(f"the endpoint answers {response.status_code}")
         if response.status_code != 200:
             raise RuntimeError(f"the endpoint answers {response.status_code}: {response.text[:200]}")
         answer = response.json()["choices"][0]["message"]["content"]
@@ -166,12 +146,7 @@ def parse_score(text: str, low: float | int, high: float | int) -> float | None:
 
 
 def data_url(image: Image.Image) -> str:
-    """An image as a PNG data URL, lossless.
-
-    Example:
-        >>> data_url(Image.new("RGB", (1, 1)))[:22]
-        'data:image/png;base64,'
-    """
+    """An image as a PNG data URL, lossless."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 
 from ..diffusion.families import dtype_argument
 from ..prompts.datasets import check_dataset
-from ..rewards.scoring import numbered_names, reward_name, takes_images, warn_of_numbers
+from ..rewards.scoring import numbered_names, reward_name, takes_images
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward call gets, beside dataset columns and, where it takes them, `images`."""
@@ -41,10 +41,7 @@ def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:
                 "`OCRReward()`, or a function `f(prompts, completions, **kwargs)` that returns one number per image."
             )
         names.append(reward_name(func))
-    numbered = numbered_names(names)
-    if warn:
-        warn_of_numbers(names, numbered)
-    return numbered
+    return numbered_names(names, warn)
 
 
 def upgraded(args: Any, config_class: Any) -> Any:

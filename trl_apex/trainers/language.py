@@ -14,7 +14,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..distributed import local_slice
-from ..rewards.scoring import numbered_names, warn_of_numbers
+from ..rewards.scoring import numbered_names
 from .checkpoint import AGGREGATOR_FILE
 from .config import APEXGRPOConfig
 from .inputs import upgraded
@@ -81,8 +81,7 @@ class APEXGRPOTrainer(GRPOTrainer):
             args = APEXGRPOConfig(f"{name.split('/')[-1]}-APEX")
         args = upgraded(args, APEXGRPOConfig)
         super().__init__(model, reward_funcs, args, *positional, **kwargs)
-        names, self.reward_func_names = self.reward_func_names, numbered_names(self.reward_func_names)
-        warn_of_numbers(names, self.reward_func_names)
+        self.reward_func_names = numbered_names(self.reward_func_names, warn=True)
         rule = args.multi_objective_aggregation
         # TRL computes advantages of its own before ours replace them, and stops at a rule that it does not know.
         self.multi_objective_aggregation = rule if rule in TRL_RULES else "sum_then_normalize"
