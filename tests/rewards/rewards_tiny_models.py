@@ -15,7 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+TEXT = "How would you rate the quality of this image ? The is USER : ASSISTANT"
 LEVELS = ["excellent", "good", "fair", "poor", "bad"]
+BODY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 COLOURS = ["a", "red", "green", "blue", "circle", "square", "with"]
 
 
@@ -45,15 +47,14 @@ def image_processor(side: int = 16) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
-def save_clip(folder: Path, seed: int = 0, projection: int = 16) -> Path:
+def save_clip(folder: Path, projection: int = 16, **body: str) -> Path:
     """A CLIP of two layers on 16 px images."""
     tokenizer = save_tokenizer(folder, COLOURS)
-    torch.manual_seed(seed)
-    body = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
     text |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     vision = {"image_size": 16, "patch_size": 8}
-    config = CLIPConfig(text_config=body | text, vision_config=body | vision, projection_dim=projection)
+    config = CLIPConfig(text_config=BODY | text | body, vision_config=BODY | vision | body, projection_dim=projection)
     model = CLIPModel(config)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # otherwise all texts are nearly the same
@@ -64,29 +65,11 @@ def save_clip(folder: Path, seed: int = 0, projection: int = 16) -> Path:
 
 def save_llava(folder: Path, levels: list[str] = LEVELS, chat_template: str | None = None, wrap: bool = False) -> Path:
     """A LLaVA of one layer on 16 px images."""
-    words = [
-        "How",
-        "would",
-        "you",
-        "rate",
-        "the",
-        "quality",
-        "of",
-        "this",
-        "image",
-        "?",
-        "The",
-        "is",
-        "USER",
-        ":",
-        "ASSISTANT",
-    ]
-    tokenizer = save_tokenizer(folder, words + levels, length=64, wrap=wrap)
+    tokenizer = save_tokenizer(folder, TEXT.split() + levels, length=64, wrap=wrap)
     torch.manual_seed(0)
-    body = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
-        text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **body),
-        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8} | body,
+        text_config=LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **BODY),
+        vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8} | BODY,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         image_seq_length=4,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rewards_tiny_models import save_tokenizer
+from rewards_tiny_models import save_clip
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoTokenizer, CLIPModel
 
 from trl_apex.rewards import AestheticReward, CLIPScoreReward, HPSv2Reward, PickScoreReward, RewardLoadError
 from trl_apex.rewards.clip import AestheticHead, _towers
@@ -59,17 +59,15 @@ def close(rewards, expected):
     return rewards == pytest.approx(expected.tolist(), rel=1e-5, abs=1e-5)
 
 
-def test_pickscore(clip_folder, images, by_hand):
+@pytest.mark.parametrize("cls", [PickScoreReward, CLIPScoreReward])
+def test_scaled_cosine(cls, clip_folder, images, tensor, by_hand):
     pictures, texts, scale = by_hand
-    rewards = PickScoreReward(str(clip_folder), processor=None, batch_size=3)(prompts=PROMPTS, completions=images)
+    reward = cls(str(clip_folder), processor=None, batch_size=3)
+    rewards = reward(prompts=PROMPTS, completions=images)
     assert scale > 10 and np.std(rewards) > 0.1
-    assert close(rewards, scale * (pictures * texts).sum(-1))
-
-
-def test_clip_score(clip_folder, images, by_hand):
-    pictures, texts, _ = by_hand
-    rewards = CLIPScoreReward(str(clip_folder))(prompts=PROMPTS, completions=images)
-    assert close(rewards, 100 * (pictures * texts).sum(-1))
+    assert close(rewards, (scale if cls is PickScoreReward else 100) * (pictures * texts).sum(-1))
+    reward.unload()  # and with it the embeddings
+    assert reward(prompts=PROMPTS, completions=[], images=tensor) == rewards, "tensors and pictures agree to the bit"
 
 
 @pytest.fixture(scope="module")
@@ -99,27 +97,18 @@ def test_published_head_has_the_shapes_of_the_definition():
     assert [module.p for module in AestheticHead().layers if isinstance(module, nn.Dropout)] == [0.2, 0.2, 0.1]
 
 
-def test_wrong_heads_are_refused(clip_folder, tmp_path):
+def test_wrong_weights_are_refused(clip_folder, tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(RewardLoadError, match=r"layers\.N\.weight"):
-        AestheticReward(str(clip_folder), str(tmp_path / "a.safetensors")).load()
     torch.save(nn.Linear(2, 2), tmp_path / "module.pth")  # a pickled object, not tensors
-    with pytest.raises(RewardLoadError, match="[Ww]eights"):
-        AestheticReward(str(clip_folder), str(tmp_path / "module.pth")).load()
-
-
-def test_pickled_model_folders_are_refused(tmp_path, clip_folder):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    for file, message in (("a.safetensors", r"layers\.N\.weight"), ("module.pth", "[Ww]eights")):
+        with pytest.raises(RewardLoadError, match=message):
+            AestheticReward(str(clip_folder), str(tmp_path / file)).load()
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(RewardLoadError, match="safetensors"):
-        PickScoreReward(str(tmp_path), processor=str(clip_folder)).load()
-
-
-@pytest.mark.parametrize("cls", [PickScoreReward, CLIPScoreReward])
-def test_tensors_and_pictures_agree_to_the_bit(cls, clip_folder, images, tensor):
-    reward = cls(str(clip_folder), processor=None)
-    expected = reward(prompts=PROMPTS, completions=images)
-    reward.unload()
-    assert reward(prompts=PROMPTS, completions=[], images=tensor) == expected
+        PickScoreReward(str(tmp_path / "pickled"), processor=str(clip_folder)).load()
+    with pytest.raises(RewardLoadError, match="`pickscore` must be able to load its weights"):
+        PickScoreReward("nowhere/nothing", processor=None).load()
 
 
 def test_towers_are_shared_and_embeddings_kept(clip_folder, images, head):
@@ -164,19 +153,14 @@ def test_half_precision_and_no_gradient(clip_folder, images, by_hand):
 
 def test_wrong_batches_are_refused(clip_folder, images):
     reward = PickScoreReward(str(clip_folder), processor=None)
-    with pytest.raises(ValueError, match="one image per prompt. Found 4 images for 1 prompts"):
-        reward(prompts=["a"], completions=images)
-    with pytest.raises(ValueError, match="Found no images"):
-        reward(prompts=["a"])
-    with pytest.raises(ValueError, match=r"must have shape \[B, 3, H, W\]"):
-        reward(prompts=["a"], completions=torch.rand(1, 4, 8, 8))
-    with pytest.raises(ValueError, match="floats in"):
-        reward(prompts=["a"], completions=torch.ones(1, 3, 8, 8, dtype=torch.int64))
-
-
-def test_a_missing_model_is_one_clear_error(images):
-    with pytest.raises(RewardLoadError, match="`pickscore` must be able to load its weights"):
-        PickScoreReward("nowhere/nothing", processor=None)(prompts=["a"] * 4, completions=images)
+    for completions, message in (
+        (images, "one image per prompt. Found 4 images for 1 prompts"),
+        (None, "Found no images"),
+        (torch.rand(1, 4, 8, 8), r"must have shape \[B, 3, H, W\]"),
+        (torch.ones(1, 3, 8, 8, dtype=torch.int64), "floats in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reward(prompts=["a"], completions=completions)
 
 
 class OpenCLIPBlock(nn.Module):
@@ -236,16 +220,9 @@ class OpenCLIP(nn.Module):
         return x[torch.arange(len(x)), ids.argmax(-1)] @ self.text_projection
 
 
-def test_hpsv2_reads_the_open_clip_layout(tmp_path, clip_folder, images):
-    words = ["a", "red", "green", "blue", "circle", "square", "with"]
-    tokenizer = save_tokenizer(tmp_path, words)
-    CLIPConfig.from_pretrained(clip_folder)
-    body = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    body |= {"hidden_act": "gelu"}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 12, "eos_token_id": tokenizer.eos_token_id}
-    vision = {"image_size": 16, "patch_size": 8}
-    CLIPConfig(text_config=body | text, vision_config=body | vision, projection_dim=12).save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_bytes((clip_folder / "preprocessor_config.json").read_bytes())
+def test_hpsv2_reads_the_open_clip_layout(tmp_path, images):
+    save_clip(tmp_path, projection=12, hidden_act="gelu")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     torch.manual_seed(0)
     original = OpenCLIP(len(tokenizer)).eval()
     torch.save({"state_dict": original.state_dict()}, tmp_path / "weights.pt")

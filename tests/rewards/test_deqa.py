@@ -39,9 +39,11 @@ def by_hand(folder, images, text):
 
 def test_score_is_the_expected_level(llava_folder, images):
     text = f"USER: <image>\n{QUESTION}\nASSISTANT: The quality of the image is"
-    rewards = DeQAReward(str(llava_folder), batch_size=2)(prompts=["x"] * 3, completions=images)
+    reward = DeQAReward(str(llava_folder), batch_size=2)
+    rewards = reward(prompts=["x"] * 3, completions=images)
     assert len(set(rewards)) == 3
     assert rewards == pytest.approx(by_hand(llava_folder, images, text), abs=1e-5)
+    assert reward.load()[1].tokenizer.padding_side == "left", "padding keeps the answer at the end"
 
 
 def test_chat_template(tmp_path, images):
@@ -60,33 +62,25 @@ def test_own_template(llava_folder, images):
 
 @pytest.mark.parametrize(
     ("logits", "score"),
-    [([1e4, 0, 0, 0, 0], 5), ([0, 0, 0, 0, 1e4], 1), ([0] * 5, 3), ([0, 7, 7, -1e4, -1e4], 3.5)],
+    [([1e4, 0, 0, 0, 0], 5), ([0, 0, 0, 0, 1e4], 1), ([0] * 5, 3), ([-1e4, 7, 7, -1e4, -1e4], 3.5)],
 )
 def test_level_score(logits, score):
-    if score == 3.5:
-        logits[0] = -1e4
     assert level_score(torch.tensor([logits], dtype=torch.float32)).item() == pytest.approx(score)
 
 
-@pytest.mark.parametrize("levels", [LEVELS[:4], ["excellent", "good", "fair", "poor"]])
-def test_unknown_level_words_are_refused(tmp_path, levels):
-    folder = save_llava(tmp_path, levels=levels)
+def test_unknown_level_words_are_refused(tmp_path):
+    folder = save_llava(tmp_path, levels=LEVELS[:4])
     with pytest.raises(RewardLoadError, match="one known token of its own.*'bad'"):
         DeQAReward(str(folder)).load()
 
 
-def test_split_and_shared_level_words_are_refused(llava_folder):
-    with pytest.raises(RewardLoadError, match="'very good'"):
-        DeQAReward(str(llava_folder), levels=("excellent", "very good")).load()
-    with pytest.raises(RewardLoadError, match="'good'"):
-        DeQAReward(str(llava_folder), levels=("good", "good")).load()
+@pytest.mark.parametrize("levels", [("excellent", "very good"), ("good", "good")])
+def test_split_and_shared_level_words_are_refused(llava_folder, levels):
+    with pytest.raises(RewardLoadError, match=f"'{levels[1]}'"):
+        DeQAReward(str(llava_folder), levels=levels).load()
 
 
 def test_a_start_token_is_not_doubled(tmp_path):
     folder = save_llava(tmp_path, chat_template="<s>" + CHAT, wrap=True)
     text = build_text(AutoProcessor.from_pretrained(folder), QUESTION, "is")
     assert text == f"USER: <image> {QUESTION} ASSISTANT: is"
-
-
-def test_left_padding_keeps_the_answer_at_the_end(llava_folder):
-    assert DeQAReward(str(llava_folder)).load()[1].tokenizer.padding_side == "left"

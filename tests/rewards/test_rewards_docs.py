@@ -8,6 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
+import trl_apex.rewards
+
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
@@ -46,30 +48,27 @@ print(make_server([zero, "jpeg_compressibility"]).config.port)
 """
 
 
-def test_server_needs_no_training_stack():
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT],
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+def output_of(code: str) -> str:
+    """What a new process prints."""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["8000"]
+    return run.stdout.strip()
+
+
+def test_server_needs_no_training_stack():
+    assert output_of(WITHOUT) == "8000"
 
 
 def test_nothing_heavy_at_import():
     code = "import sys, trl_apex.rewards; print([m for m in ('torch', 'transformers', 'fastapi') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert run.stdout.strip() == "[]", run.stderr
+    assert output_of(code) == "[]"
 
 
 @pytest.mark.parametrize(
     "name", ["AestheticReward", "DeQAReward", "HPSv2Reward", "ImageReward", "OCRReward", "PickScoreReward"]
 )
 def test_each_reward_states_range_and_licence(name, pytestconfig):
-    import trl_apex.rewards
-
     reward = getattr(trl_apex.rewards, name)
     assert "larger is better" in reward.range and reward.weights_licence
     assert f"| `{name}` | `{reward.default_name}` |" in (pytestconfig.rootpath / "docs" / "rewards.md").read_text()

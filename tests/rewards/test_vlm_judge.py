@@ -84,7 +84,7 @@ def pictures(*reds):
 
 
 def test_scores(url, monkeypatch):
-    monkeypatch.setenv("JUDGE_KEY", "s3cret")
+    monkeypatch.setenv("JUDGE_KEY", "s3cret\n")  # a newline, as files end with one, is left out
     Judge.seen.clear()
     judge = VLMJudgeReward(url, "unified", api_key_env="JUDGE_KEY")
     assert b"s3cret" not in pickle.dumps(judge)
@@ -120,12 +120,8 @@ def test_options():
     VLMJudgeReward("http://x", "m", instruction='{prompt} {{"score": 1 to 5}}')
 
 
-def test_a_key_with_a_newline_is_sent_without_it_and_others_are_refused(url, monkeypatch):
-    monkeypatch.setenv("JUDGE_KEY", "my-own-key-0123456789\n")
-    Judge.seen.clear()
+def test_a_key_that_cannot_be_sent_is_refused_without_its_value(url, monkeypatch):
     judge = VLMJudgeReward(url, "unified", api_key_env="JUDGE_KEY")
-    assert asyncio.run(judge(prompts=["a"], completions=pictures(50))) == [1.0]
-    assert Judge.seen[0]["key"] == "Bearer my-own-key-0123456789"
     monkeypatch.setenv("JUDGE_KEY", "my-own-key\n0123456789")
     with RewardScorer([judge]) as scorer, pytest.warns(UserWarning, match="JUDGE_KEY must be printable") as caught:
         assert scorer.submit(prompts=["x"], completions=pictures(1)).result(timeout=20).failures == {"vlm_judge": 1}

@@ -212,9 +212,7 @@ def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Call
     return reward
 
 
-def one_per_prompt(
-    name: str, prompts: Sequence[str], completions: Images | None, images: Images | None = None
-) -> Images:
+def one_per_prompt(name: str, prompts: Sequence[str], completions: Any, images: Images | None = None) -> Images:
     """The images of a call of the reward `name`: `images`, else `completions`.
 
     Raises:

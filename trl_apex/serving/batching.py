@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trl_apex.rewards.base import Reward, to_arrays
+from trl_apex.rewards.base import Reward, RewardList, to_arrays
 from trl_apex.rewards.scoring import Lane, RewardTimeoutError, as_numbers, describe, takes_images
 
 ASYNC_CALLS = 8  # of one async reward at the same time
@@ -26,7 +26,7 @@ class Job:
     arrays: list[np.ndarray]
     columns: dict[str, list]
     floats: bool  # whether the reward may get the images as a float tensor too
-    done: asyncio.Future = field(init=False)
+    done: asyncio.Future[RewardList] = field(init=False)
 
     @property
     def kind(self) -> tuple:
@@ -85,9 +85,8 @@ class ServedReward:
 
     async def load(self) -> None:
         """Load the weights in the reward's own thread."""
-        load = getattr(self.func, "load", None)
         try:
-            if callable(load):
+            if callable(load := getattr(self.func, "load", None)):
                 await self.lane.call(dict, func=load)
             self._state = "ready"
         except Exception as error:
@@ -103,7 +102,7 @@ class ServedReward:
                 warnings.warn(f"The reward `{self.name}` did not unload: {describe(error)}", stacklevel=2)
         self.lane.close()
 
-    async def score(self, job: Job) -> tuple[list[float], list[str | None]]:
+    async def score(self, job: Job) -> RewardList:
         """A job's rewards, NaN for missing, and the cause of each failure."""
         job.done = asyncio.get_running_loop().create_future()
         self._waiting.append(job)
@@ -131,7 +130,7 @@ class ServedReward:
             if self.lane.stuck:
                 raise RewardTimeoutError(self.state)
             returned = await self.lane.call(lambda: self._keywords(jobs), self.timeout)
-            rewards, errors = as_numbers(returned, self.name, size)
+            scored = as_numbers(returned, self.name, size)
         except asyncio.CancelledError:  # the server stops
             for job in jobs:
                 job.done.cancel()
@@ -141,18 +140,16 @@ class ServedReward:
                 for job in jobs:  # one client's images must not cost another's
                     await self._call([job])
                 return
-            rewards, errors = [math.nan] * size, [describe(error)] * size
+            scored = RewardList([math.nan] * size, [describe(error)] * size)
+        end = 0
         for job in jobs:
-            size = len(job.prompts)
+            start, end = end, end + len(job.prompts)
             if not job.done.done():
-                job.done.set_result((rewards[:size], errors[:size]))
-            rewards, errors = rewards[size:], errors[size:]
+                job.done.set_result(RewardList(scored[start:end], scored.errors[start:end]))
 
     def _keywords(self, jobs: list[Job]) -> dict[str, Any]:
         arrays = [array for job in jobs for array in job.arrays]
-        keywords: dict[str, Any] = {
-            key: [value for job in jobs for value in job.columns[key]] for key in jobs[0].columns
-        }
+        keywords: dict[str, Any] = {key: [x for job in jobs for x in job.columns[key]] for key in jobs[0].columns}
         keywords |= {"prompts": [prompt for job in jobs for prompt in job.prompts], "completion_ids": None}
         rounded = arrays[0].dtype == np.uint8
         if jobs[0].floats and takes_images(self.func) and not (rounded and isinstance(self.func, Reward)):
@@ -162,5 +159,4 @@ class ServedReward:
             keywords["images"] = torch.from_numpy(images)
         if not rounded:
             arrays = [to_arrays(torch.from_numpy(array.copy())[None].permute(0, 3, 1, 2))[0] for array in arrays]
-        keywords["completions"] = [Image.fromarray(array) for array in arrays]
-        return keywords
+        return keywords | {"completions": [Image.fromarray(array) for array in arrays]}

@@ -4,6 +4,7 @@ import asyncio
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,11 +21,11 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 REQUEST_BYTES = 32 * 2**20  # larger parts are split further; the server takes twice as much
 
 
+@dataclass(eq=False, repr=False)
 class RemoteReward:
     """A reward on a reward server, as an async reward function.
 
-    Images travel as uint8, which every reward of this package rounds to anyway, so the numbers are those of the same
-    reward run locally. A batch is sent in small requests; a server that is busy or loading is waited for.
+    A batch is sent in small requests; a server that is busy or loading is waited for.
 
     Args:
         url (`str`): Address of the server, such as `"http://127.0.0.1:8000"`.
@@ -32,64 +33,55 @@ class RemoteReward:
         token_env (`str`, *optional*, defaults to `"TRL_APEX_REWARD_TOKEN"`): Environment variable with the bearer
             token, read at each call and never stored.
         timeout (`float`, *optional*, defaults to `300`): Seconds for one request, waiting for a busy server included.
-        startup_timeout (`float`, *optional*, defaults to `120`): Seconds that `check` waits for a server that is
-            still loading.
+        startup_timeout (`float`, *optional*, defaults to `120`): Seconds that `check` waits for a loading server.
         batch_size (`int`, *optional*, defaults to `8`): Images per request. The server joins requests again.
-        as_uint8 (`bool`, *optional*, defaults to `True`): Round float images to bytes. False sends float32, four times
-            the size, for a reward that reads more than 8 bits.
-        max_retries, backoff (`int`, `float`, *optional*, default to `0`, `0.5`): How often a request is tried again after
-            a failure that may pass, and the seconds before the first retry. The scorer has retries of its own.
+        as_uint8 (`bool`, *optional*, defaults to `True`): Round float images to bytes, as the rewards of this package do.
+            False sends float32, four times the size, for a reward that reads more than 8 bits.
+        max_retries, backoff (`int`, `float`, *optional*, default to `0`, `0.5`): See [`retrying`]; for each request. The
+            scorer has retries of its own.
         max_concurrency (`int`, *optional*, defaults to `8`): Requests of a call under way at the same time.
-
-    Raises:
-        ValueError: If `url` is no HTTP address, or a number is below 1.
 
     Example:
         >>> RemoteReward("http://127.0.0.1:8000", "deqa").__name__
         'deqa'
     """
 
-    def __init__(
-        self,
-        url: str,
-        name: str,
-        token_env: str = TOKEN_VARIABLE,
-        timeout: float | int = 300.0,
-        startup_timeout: float | int = 120.0,
-        batch_size: int = 8,
-        as_uint8: bool = True,
-        max_retries: int = 0,
-        backoff: float | int = 0.5,
-        max_concurrency: int = 8,
-    ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"`url` must start with http:// or https://. Found {url!r}. Pass the server's address.")
-        if batch_size < 1 or max_concurrency < 1:
+    url: str
+    name: str
+    token_env: str = TOKEN_VARIABLE
+    timeout: float | int = 300.0
+    startup_timeout: float | int = 120.0
+    batch_size: int = 8
+    as_uint8: bool = True
+    max_retries: int = 0
+    backoff: float | int = 0.5
+    max_concurrency: int = 8
+    _warned: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
             raise ValueError(
-                f"`batch_size` and `max_concurrency` must be at least 1. Found {batch_size} and {max_concurrency}. "
-                "Pass the images per request, and the requests at a time."
+                f"`url` must start with http:// or https://. Found {self.url!r}. Pass the server's address."
             )
-        self.__name__, self.url = name, url.rstrip("/")
-        self.token_env, self.timeout, self.startup_timeout = token_env, timeout, startup_timeout
-        self.batch_size, self.as_uint8, self.max_concurrency = batch_size, as_uint8, max_concurrency
-        self.max_retries, self.backoff = max_retries, backoff
-        self._warned = False
+        if self.batch_size < 1 or self.max_concurrency < 1:
+            raise ValueError(
+                f"`batch_size` and `max_concurrency` must be at least 1. Found {self.batch_size} and "
+                f"{self.max_concurrency}. Pass the images per request, and the requests at a time."
+            )
+        self.__name__, self.url = self.name, self.url.rstrip("/")
 
     async def __call__(
         self, prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
     ) -> RewardList:
         """Have a batch scored; the arguments are those of [`Reward`], and the columns of JSON values are sent.
 
-        Returns:
-            [`RewardList`], with the server's cause for each image that it could not score.
-
         Raises:
             TransientRewardError: If the server is away.
-            RuntimeError: If it refuses the request, or does not answer in time.
+            RuntimeError: If it refuses the whole batch, or does not answer in time.
         """
         import httpx
 
-        batch = one_per_prompt(self.__name__, prompts, images if images is not None else completions)
+        batch = one_per_prompt(self.__name__, prompts, completions, images)
         sent = json_columns(columns, len(prompts))
         gate = asyncio.Semaphore(self.max_concurrency)
         limits = httpx.Limits(keepalive_expiry=2)  # less than the server's 5 s
@@ -127,34 +119,29 @@ class RemoteReward:
         while True:
             try:
                 with httpx.Client(timeout=10, **self._client_options()) as client:
-                    health = client.get(f"{self.url}/health")
-                    listing = client.get(f"{self.url}/v1/rewards")
-                problem, loading = self._problem(health, listing)
+                    state = self._state(client.get(f"{self.url}/health"), client.get(f"{self.url}/v1/rewards"))
             except httpx.HTTPError as error:
-                problem, loading = f"no server answers ({describe(error)}). Start it, or check the address", False
-            if problem is None:
+                state = f"no server answers ({describe(error)}). Start it, or check the address"
+            if state == "ready":
                 return
-            if not loading or time.monotonic() > deadline:
-                raise RewardLoadError(f"The reward `{self.__name__}` at {self.url} must be ready. Found: {problem}.")
+            if state != "loading" or time.monotonic() > deadline:
+                raise RewardLoadError(f"The reward `{self.__name__}` at {self.url} must be ready. Found: {state}.")
             time.sleep(0.2)
 
-    def _problem(self, health: Any, listing: Any) -> tuple[str | None, bool]:
-        """What is wrong, and whether waiting may help."""
+    def _state(self, health: Any, listing: Any) -> str:
+        """The reward's state on the server, or what is wrong and what to do."""
         if listing.status_code == 401:
-            return f"the server refuses the token. Set {self.token_env} to the server's", False
+            return f"the server refuses the token. Set {self.token_env} to the server's"
         if listing.status_code == 403:
-            return "the server has no token and answers programs on its own machine alone. Give it a token", False
+            return "the server has no token and answers programs on its own machine alone. Give it a token"
         try:
             protocol = health.json()["protocol"]
             states = {reward["name"]: reward["state"] for reward in listing.json()}
         except (ValueError, KeyError, TypeError):
-            return f"this is no reward server (it answers {health.status_code}). Check the address", False
+            return f"this is no reward server (it answers {health.status_code}). Check the address"
         if protocol != PROTOCOL:
-            return f"the server speaks version {protocol}, this is {PROTOCOL}. Use one release on both", False
-        if self.__name__ not in states:
-            return f"the server has {', '.join(states)}, not this one. Check the name", False
-        state = states[self.__name__]
-        return (None, False) if state == "ready" else (state, state == "loading")
+            return f"the server speaks version {protocol}, this is {PROTOCOL}. Use one release on both"
+        return states.get(self.__name__, f"the server has {', '.join(states)}, not this one. Check the name")
 
     def _parts(self, batch: Images) -> list[slice]:
         """The batch in requests of `batch_size` images, fewer where they are very large."""
@@ -192,10 +179,9 @@ class RemoteReward:
         if response.status_code != 200:
             raise RuntimeError(f"{self.url} answers {response.status_code}: {detail(response)}")
         answer = response.json()
-        rewards, errors = answer["rewards"], answer["errors"]
-        if len(rewards) != size or len(errors) != size:
-            raise RuntimeError(f"{self.url} answers with {len(rewards)} rewards for {size} images")
-        return RewardList([None if reward is None else float(reward) for reward in rewards], errors)
+        if not len(answer["rewards"]) == len(answer["errors"]) == size:
+            raise RuntimeError(f"{self.url} answers with {len(answer['rewards'])} rewards for {size} images")
+        return RewardList(answer["rewards"], answer["errors"])
 
     def _client_options(self) -> dict[str, Any]:
         import httpx
@@ -212,7 +198,7 @@ class RemoteReward:
         return {
             "headers": {"Authorization": f"Bearer {token}"} if token else {},
             "trust_env": False,
-            # Certificates are read for https alone, since that takes longer than a request; SSL_CERT_FILE may name them.
+            # Read for https alone, since that takes longer than a request; SSL_CERT_FILE may name certificates.
             "verify": httpx.create_ssl_context() if address.scheme == "https" else False,
         }
 

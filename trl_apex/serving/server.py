@@ -15,6 +15,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
@@ -43,36 +44,22 @@ RESERVED = {"prompts", "completions", "images", "completion_ids", "trainer_state
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what clients may send.
+    """Bounds on what clients may send; each must be positive. `max_queue` and `header_timeout` have no effect any more.
 
-    Args:
-        max_body (`int`): Bytes of one request.
-        max_memory (`int`): Bytes of the bodies that are held for one reward, so `max_memory // max_body` requests are
-            read at a time. The others wait, unread.
-        max_images (`int`): Images of one request.
-        max_pixels (`int`): Pixels of one image.
-        max_prompt (`int`): Characters of one prompt.
-        max_metadata (`int`): Bytes of the header line.
-        max_connections (`int`): Open connections; while there are more, requests are answered 503.
-        body_timeout (`float`): Seconds a client may take to send the body, once it is its turn.
-        score_timeout (`float`): Seconds one call of a reward may take.
-        max_queue, header_timeout: Deprecated, without effect.
-
-    Raises:
-        ValueError: If a bound is not positive.
+    `max_memory // max_body` requests are read at a time for one reward; the others wait, unread.
     """
 
-    max_body: int = 64 * MEBI
-    max_memory: int = 1024 * MEBI
-    max_images: int = 64
-    max_pixels: int = 2048 * 2048
-    max_prompt: int = 10_000
-    max_metadata: int = 4 * MEBI
+    max_body: int = 64 * MEBI  # bytes of one request
+    max_memory: int = 1024 * MEBI  # bytes of the bodies that are held for one reward
+    max_images: int = 64  # of one request
+    max_pixels: int = 2048 * 2048  # of one image
+    max_prompt: int = 10_000  # characters of one prompt
+    max_metadata: int = 4 * MEBI  # bytes of the header line
     max_queue: int | None = None
-    max_connections: int = 512
+    max_connections: int = 512  # while more are open, requests are answered 503
     header_timeout: float | int | None = None
-    body_timeout: float | int = 60.0
-    score_timeout: float | int = 300.0
+    body_timeout: float | int = 60.0  # seconds that a client may take to send the body, once it is its turn
+    score_timeout: float | int = 300.0  # seconds that one call of a reward may take
 
     def __post_init__(self) -> None:
         for bound in fields(self):
@@ -92,9 +79,6 @@ def serve(
     rewards: Mapping[str, Callable] | Sequence[Callable | str],
     host: str = "127.0.0.1",
     port: int = 8000,
-    token: str | None = None,
-    token_file: str | Path | None = None,
-    limits: Limits | None = None,
     **options: Any,
 ) -> None:
     """Serve rewards until interrupted (`Ctrl-C` or SIGTERM); requests under way are finished first.
@@ -102,12 +86,11 @@ def serve(
     Modules named in `rewards` are looked for in the current folder as well. The arguments are those of [`make_server`].
 
     Raises:
-        ValueError: As [`make_server`].
         RuntimeError: If the server cannot listen on the address.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    server = make_server(rewards, host, port, token, token_file, limits, **options)
+    server = make_server(rewards, host, port, **options)
     scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
     print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
     server.run()
@@ -132,13 +115,11 @@ def make_server(
     """The server, bound to nothing yet; `run()` serves until it is told to stop.
 
     Args:
-        rewards: See [`build_app`].
+        rewards, limits, options: See [`build_app`].
         host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on; other than loopback needs a token.
         port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for any free one.
         token, token_file (`str`, *optional*): Bearer token, or the file that holds it; see [`read_token`].
-        limits ([`Limits`], *optional*): Bounds on what clients may send.
         ssl_certfile, ssl_keyfile (`str`, *optional*): Certificate, to serve https, and its key where it is another file.
-        options: Further options of [`build_app`].
 
     Raises:
         ValueError: If the address is not loopback and there is no token, or a reward is unknown.
@@ -172,8 +153,6 @@ def make_server(
 def read_token(token: str | None = None, token_file: str | Path | None = None) -> str | None:
     """The bearer token: as given, else from the file, else from the variable `TRL_APEX_REWARD_TOKEN`, else None.
 
-    White space around it is dropped.
-
     Raises:
         ValueError: If the token is shorter than 16 characters or not plain ASCII.
     """
@@ -181,10 +160,10 @@ def read_token(token: str | None = None, token_file: str | Path | None = None) -
         found = checked_secret(token, "`token`")
     elif token_file is not None:
         found = checked_secret(Path(token_file).read_text(), f"the file {token_file}")
-    elif TOKEN_VARIABLE in os.environ:
-        found = secret_from(TOKEN_VARIABLE) or ""
-    else:
+    elif TOKEN_VARIABLE not in os.environ:
         return None
+    else:
+        found = secret_from(TOKEN_VARIABLE) or ""
     if len(found) < SHORTEST_TOKEN:
         raise ValueError(
             f"The token must have at least {SHORTEST_TOKEN} ASCII characters and no spaces. Found {len(found)} "
@@ -210,8 +189,7 @@ def build_app(
             functions and of what [`load_reward`] takes.
         token (`str`, *optional*): Bearer token that every request but `GET /health` must carry.
         limits ([`Limits`], *optional*): Bounds on what clients may send.
-        max_batch (`int`, *optional*, defaults to `64`): Images of several requests joined into one call.
-        batch_wait (`float`, *optional*, defaults to `0.002`): Seconds to wait for further requests.
+        max_batch, batch_wait: See [`ServedReward`].
 
     Raises:
         ValueError: If two rewards have one name, or there are none.
@@ -256,13 +234,13 @@ def build_app(
         openapi_url=None,
     )
     app.state.rewards = served
-    strangers: dict[int | str, dict[str, Any]] = {status: REFUSALS[status] for status in (401, 403)}
+    strangers = refusals(401, 403)
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> dict[str, Any]:
         return app.openapi()
 
-    @app.get("/health", responses={503: {"description": "Not ready."}, 403: REFUSALS[403]})
+    @app.get("/health", responses=refusals(403, 503))
     async def health(request: Request) -> JSONResponse:
         """Version and states; 503 until every reward is ready. Needs no token, and with it tells causes and models."""
         states = [reward.describe(trusted(request)) for reward in served.values()]
@@ -281,7 +259,7 @@ def build_app(
         """The rewards that this server has."""
         return [reward.describe(True) for reward in served.values()]
 
-    @app.post("/v1/rewards/{name}", responses=REFUSALS, openapi_extra={"requestBody": BODY})
+    @app.post("/v1/rewards/{name}", responses=refusals(*REFUSALS), openapi_extra={"requestBody": BODY})
     async def score(name: str, request: Request) -> RewardAnswer:
         """Score images against their prompts."""
         if name not in served:
@@ -309,27 +287,17 @@ class RewardAnswer(BaseModel):
     seconds: float = Field(description="Time from the turn of the request to its answer.")
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"description": description}
-    for status, description in {
-        400: "The header line is no JSON, or the client left.",
-        401: "The bearer token is missing or wrong.",
-        403: "Without a token: not from this machine, or from a web page.",
-        404: "No such reward.",
-        408: "The body came too slowly.",
-        411: "No Content-Length.",
-        413: "Too large.",
-        415: f"Not {MEDIA_TYPE}.",
-        422: "Not a request for rewards.",
-        500: "The reward has failed.",
-        503: "Loading, or too many connections: come again.",
-    }.items()
-}
+REFUSALS = (400, 401, 403, 404, 408, 411, 413, 415, 422, 500, 503)
 BODY = {
     "required": True,
     "description": "A line of JSON, then the raw RGB bytes of all images; see `trl_apex/serving/wire.py`.",
     "content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}},
 }
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Refusals for the OpenAPI document."""
+    return {status: {"description": HTTPStatus(status).phrase} for status in statuses}
 
 
 def refuse(status: int, detail: str, **headers: str) -> HTTPException:
@@ -353,12 +321,9 @@ async def answer_request(reward: ServedReward, request: Request, limits: Limits)
         check_state(reward)
         started = time.perf_counter()
         job = parse_body(await read_body(request, int(length), limits), limits)
-        rewards, errors = await reward.score(job)
-    return RewardAnswer(
-        rewards=[None if math.isnan(value) else value for value in rewards],
-        errors=errors,
-        seconds=time.perf_counter() - started,
-    )
+        scored = await reward.score(job)
+    rewards = [None if math.isnan(value) else value for value in scored]
+    return RewardAnswer(rewards=rewards, errors=scored.errors, seconds=time.perf_counter() - started)
 
 
 def check_state(reward: ServedReward) -> None:
@@ -448,14 +413,12 @@ def parse_body(body: bytearray, limits: Limits) -> Job:
 
 def named_rewards(rewards: Mapping[str, Callable] | Sequence[Callable | str]) -> dict[str, Callable]:
     """Reward functions by objective name."""
-    if isinstance(rewards, Mapping):
-        functions = dict(rewards)
-    else:
-        loaded = load_rewards(rewards)
-        functions = {reward_name(func): func for func in loaded}
-        if len(functions) < len(loaded):
-            names = [reward_name(func) for func in loaded]
+    if not isinstance(rewards, Mapping):
+        functions = load_rewards(rewards)
+        names = [reward_name(func) for func in functions]
+        if len(set(names)) < len(names):
             raise ValueError(f"Each reward must have a name of its own. Found {names}. Pass `name=` to one of them.")
-    if not functions:
+        rewards = dict(zip(names, functions, strict=True))
+    if not rewards:
         raise ValueError("A reward server must have a reward. Found none. Pass `--reward ocr`, for example.")
-    return functions
+    return dict(rewards)

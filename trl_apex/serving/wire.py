@@ -27,13 +27,9 @@ DTYPES: dict[str, np.dtype] = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4
 
 
 def encode_request(prompts: Sequence[str], images: Images, columns: dict[str, list], as_uint8: bool = True) -> bytes:
-    """The body of a request.
+    """The body of a request; `columns` are of JSON values.
 
-    Args:
-        prompts, images: As in [`Reward`].
-        columns (`dict[str, list]`): Further columns, of JSON values.
-        as_uint8 (`bool`, *optional*, defaults to `True`): Round floats to bytes, as saving an image does, instead of
-            sending float32, four times the size.
+    With `as_uint8`, floats are rounded to bytes, as saving an image does, instead of sent as float32.
 
     Example:
         >>> import torch
@@ -60,11 +56,6 @@ def encode_request(prompts: Sequence[str], images: Images, columns: dict[str, li
 def decode_images(pixels: memoryview, dtype: str, sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """The images behind the header line, as arrays of shape `[H, W, 3]` that are views of `pixels`.
 
-    Args:
-        pixels (`memoryview`): Their raw bytes.
-        dtype (`str`): `"uint8"` or `"float32"`.
-        sizes (`Sequence[Sequence[int]]`): Height and width of each image.
-
     Raises:
         ValueError: If the bytes do not fill the sizes.
 
@@ -88,7 +79,7 @@ def json_columns(columns: dict[str, Any], size: int) -> dict[str, list]:
         >>> json_columns({"target": ["cat"], "log_metric": print, "photo": [object()], "seed": 3}, size=1)
         {'target': ['cat']}
     """
-    return {key: list(value) for key, value in columns.items() if is_column(value, size) and _is_json(list(value))}
+    return {key: list(value) for key, value in columns.items() if is_column(value, size) and _is_json(value)}
 
 
 def _is_json(value: Any) -> bool:
