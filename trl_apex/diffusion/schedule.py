@@ -109,8 +109,7 @@ def sde_window(
         num_steps: T. The last step is always noise-free, since its noise would stay in the image.
         size: steps in the window; None for all but the last.
         window_range: the first step that a window may hold, and one past the last; by default the first half of the
-            steps, or as many as the size needs.
-        seed, iteration: draw the window's start.
+            steps, or as many as the size needs. The start is drawn by `seed` and `iteration`.
 
     Raises:
         ValueError: if the window does not fit.

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from ..nouns import Embeddings, Schedule
 from .base import JOINT_ATTENTION, DiffusionPolicy, flow_schedule
@@ -43,23 +44,20 @@ class FluxPolicy(DiffusionPolicy):
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float
     ) -> Tensor:
-        rows, channels, height, width = latents.shape
-        packed = latents.reshape(rows, channels, height // 2, 2, width // 2, 2)
-        packed = packed.permute(0, 2, 4, 1, 3, 5).reshape(rows, height * width // 4, channels * 4)
-        grid = torch.zeros(height // 2, width // 2, 3)
-        grid[..., 1], grid[..., 2] = torch.arange(height // 2)[:, None], torch.arange(width // 2)[None, :]
+        patches = pixel_unshuffle(latents, 2)  # [R, 4 C, H / 2, W / 2]
+        packed = patches.flatten(2).transpose(1, 2)
+        places = torch.cartesian_prod(*(torch.arange(size, device=latents.device) for size in patches.shape[2:]))
         guidance = None
         if self.denoiser.config.guidance_embeds:
-            guidance = torch.full((rows,), guidance_scale, device=latents.device)
+            guidance = torch.full((len(latents),), guidance_scale, device=latents.device)
         embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
         prediction = model(
             hidden_states=packed.to(self.dtype),
             timestep=timesteps / 1000,
             guidance=guidance,
             txt_ids=torch.zeros(embeddings["encoder_hidden_states"].shape[1], 3, device=latents.device),
-            img_ids=grid.reshape(-1, 3).to(latents.device),
+            img_ids=pad(places, (1, 0)).float(),
             return_dict=False,
             **embeddings,
         )[0]
-        unpacked = prediction.reshape(rows, height // 2, width // 2, channels, 2, 2)
-        return unpacked.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels, height, width)
+        return pixel_shuffle(prediction.transpose(1, 2).reshape(patches.shape), 2)
