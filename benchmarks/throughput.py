@@ -85,7 +85,7 @@ def same_mathematics(loop: ExchangedLoop, run: TrainerRun) -> dict[str, float]:
     pairs = zip(run.gradients, loop.gradients, strict=True)
     found = {
         "latents": float((rollout["latents"] - loop.latents).abs().max()),
-        "old_log_prob": float((rollout["old_log_prob"] - loop.log_probs).abs().max()),
+        "old_log_prob": float((rollout["old"] - loop.log_probs).abs().max()),
         "advantages": float((rollout["advantages"] - loop.advantages).abs().max()),
         "gradient_of_largest": max(float((a - b).abs().max()) for a, b in pairs) / scale,
     }

@@ -527,7 +527,7 @@ def count_passes(settings: PlanSettings, batched_guidance: bool) -> dict[str, tu
     branches = 2 if batched_guidance and c.guidance_scale != 1.0 else 1
     chunks = -(-s.images // s.chunk)
     passes = {"rollout forwards": (chunks * c.num_inference_steps, s.images * c.num_inference_steps * branches)}
-    before = (rows // s.rows, rows) if c.flow_matching else (chunks * c.rows_per_image, rows * branches)
+    before = (rows // s.rows, rows * branches)
     if c.flow_matching and s.updates > 1:
         passes["old policy forwards"] = before
     passes["update forwards"] = update = (rows * c.num_iterations // s.rows, rows * c.num_iterations * branches)

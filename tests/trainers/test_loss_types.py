@@ -186,10 +186,9 @@ def test_a_better_image_becomes_more_likely(pipeline, dataset, lora, make_args):
         trainer.train()
 
         def errors(network, t=trainer, r=run):
-            samples, levels = (x.flatten() for x in torch.meshgrid(torch.arange(8), torch.arange(3), indexing="ij"))
-            rows = t._level_rows(r, samples, levels) | {"embeddings": t._embeddings_of(r, samples)}
+            rows = t._rows(r, torch.cartesian_prod(torch.arange(8), torch.arange(3)))
             with torch.no_grad():
-                return (t._velocity(network, rows) - rows["target"]).square().mean((1, 2, 3)).view(8, 3).mean(1)
+                return (t._predict(network, rows) - rows["target"]).square().mean((1, 2, 3)).view(8, 3).mean(1)
 
         change = errors(trainer.model) - errors(model)
         assert (change * run["advantages"]).sum() < 0, loss_type

@@ -98,7 +98,7 @@ def test_one_iteration_equals_the_formulas(pipeline, lora, make_args):
         decoded = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor)[0]
         images = (decoded / 2 + 0.5).clamp(0, 1)
     assert_close(run["latents"], torch.stack(path, 1))
-    assert_close(run["old_log_prob"], torch.stack(old, 1))
+    assert_close(run["old"], torch.stack(old, 1))
 
     # Rewards and advantages
     total = 2 * 100 * images.std((1, 2, 3)) + images[:, 0].mean((1, 2))
@@ -109,7 +109,7 @@ def test_one_iteration_equals_the_formulas(pipeline, lora, make_args):
     assert_close(run["advantages"], advantages)
 
     # Loss and gradients of both updates, from what was just found right to 1e-5: an error of rounding there is none here
-    path, old, advantages = run["latents"].unbind(1), run["old_log_prob"].unbind(1), run["advantages"]
+    path, old, advantages = run["latents"].unbind(1), run["old"].unbind(1), run["advantages"]
     parameters = [p for p in model.parameters() if p.requires_grad]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for update in range(2):

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 from ..diffusion.families import dtype_argument, load_policy
-from ..diffusion.rollout import evaluation_noise, sample
+from ..diffusion.rollout import sample
 from ..diffusion.schedule import Sampler
 from ..prompts import PromptEmbeddings, load_prompts
 from ..prompts.embeddings import unload_encoders
 from ..report.figures import image_grid, save_samples
-from ..rewards.base import default_device, to_pil
+from ..rewards.base import default_device
 from ..rewards.scoring import RewardScorer, reward_name
+from ..trainers.evaluation import draw_and_score, reward_means
+from ..trainers.inputs import as_list
 from ..trainers.weights import adapted, check_adapter
-from .measures import compare, joint_hypervolume, mean_and_error
+from .measures import compare, joint_hypervolume
 
 BASE = "base"
 Record = dict[str, Any]
@@ -89,7 +91,7 @@ def run_evaluation(
         Writes `results.json`, `results.md`, `grid.png` (a row a prompt, a column a model), `{name}_grid.png` for each model,
         and with one adapter also `summary.json` and `samples/`, which `trl-apex report` reads.
     """
-    rewards, monitors = _listed(rewards), _listed(monitors)
+    rewards, monitors = as_list(rewards), as_list(monitors)
     names = [reward_name(func) for func in [*rewards, *monitors]]
     named = _named(adapters)
     if not rewards:
@@ -128,25 +130,26 @@ def run_evaluation(
     negative = embeddings.negative(guidance_scale) if policy.batched_guidance else None
     unload_encoders(policy, own_pipeline=False)
     rows = [row for row in dataset for _ in range(images_per_prompt)]
-    pictures = grid_prompts * images_per_prompt
+    pictures = grid_prompts * images_per_prompt  # the files show no more
+
+    def draw(texts: list[str], noise: Tensor) -> Tensor:
+        return sample(policy, policy.denoiser, sampler, embeddings(texts), negative, guidance_scale, noise).images
 
     def evaluate(name: str) -> list[Record]:
         """Draw and score every row with the policy as it is now."""
-        found: list[Record] = []
         with closing(RewardScorer([*rewards, *monitors], names)) as scorer:
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
+
+            def submit(batch: list[dict[str, Any]], images: Tensor, drawn: list) -> Any:
                 texts = [row["prompt"] for row in batch]
-                noise = evaluation_noise(seed, range(start, start + len(batch)), shape)
-                prompt = embeddings(texts)
-                images = sample(policy, policy.denoiser, sampler, prompt, negative, guidance_scale, noise).images
-                drawn = to_pil(images)
                 columns = {key: [row[key] for row in batch] for key in batch[0] if key != "prompt"}
-                scored = scorer.submit(prompts=texts, completions=drawn, images=images, columns=columns).result()
-                for text, image, values in zip(texts, drawn, scored.rewards.tolist(), strict=True):
-                    shown = image if len(found) < pictures else None  # the files show no more
-                    found.append({"prompt": text, "image": shown, "rewards": dict(zip(names, values, strict=True))})
-        report(_line(name, found, names))
+                return scorer.submit(prompts=texts, completions=drawn, images=images, columns=columns)
+
+            found = draw_and_score(
+                rows, range(len(rows)), draw, submit, names,
+                seed=seed, shape=shape, batch_size=batch_size, pictures=pictures,
+            )  # fmt: skip
+        means = reward_means(_by_prompt(found, names), names)
+        report(f"{name}: " + ", ".join(f"{k} {_plus_minus(v['mean'], v['se'])}" for k, v in means.items()))
         return found
 
     records = {BASE: evaluate(BASE)}
@@ -178,7 +181,7 @@ def summarize_models(records: dict[str, list[Record]], names: list[str], objecti
     comparisons = {name: compare(names, tables[base], tables[name], objectives) for name in tuned}
     gains = [{k: row["gain"] for k, row in part["objectives"].items()} for part in comparisons.values()]
     return {
-        "models": {name: _means(table, names) for name, table in tables.items()},
+        "models": {name: reward_means(table, names) for name, table in tables.items()},
         "comparisons": comparisons,
         "hypervolume": joint_hypervolume(gains),
     }
@@ -190,15 +193,6 @@ def _by_prompt(records: list[Record], names: list[str]) -> Tensor:
     for record in records:
         rows.setdefault(record["prompt"], []).append([record["rewards"][name] for name in names])
     return torch.stack([torch.tensor(values, dtype=torch.float64).nanmean(0) for values in rows.values()])
-
-
-def _means(table: Tensor, names: list[str]) -> dict[str, dict[str, Any]]:
-    result = {}
-    for name, column in zip(names, table.T, strict=True):
-        values = column[column.isfinite()]
-        mean = values.mean().item() if len(values) else None
-        result[name] = {"mean": mean, "se": mean_and_error(values)[1] if len(values) > 1 else None, "n": len(values)}
-    return result
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -244,10 +238,6 @@ def _write(output: Path, results: dict[str, Any], records: dict[str, list[Record
         save_samples(output / "samples", records[base], records[tuned], pictures)
 
 
-def _listed(funcs: Callable | Sequence[Callable]) -> list[Callable]:
-    return [funcs] if callable(funcs) else list(funcs)
-
-
 def _named(adapters: Any) -> dict[str, str | Path]:
     if isinstance(adapters, Mapping):
         named = {str(name): source for name, source in adapters.items()}
@@ -267,8 +257,3 @@ def _plus_minus(value: float | None, error: float | None, sign: str = "") -> str
     if value is None:
         return "-"
     return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def _line(model: str, records: list[Record], names: list[str]) -> str:
-    means = _means(_by_prompt(records, names), names)
-    return f"{model}: " + ", ".join(f"{k} {_plus_minus(v['mean'], v['se'])}" for k, v in means.items())

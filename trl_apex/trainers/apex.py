@@ -1,19 +1,16 @@
 """APEX: the diffusion GRPO trainer with adaptive priorities."""
 
-import logging
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..aggregation.conflict import PopulationConflict
-from ..diffusion.transition import Transition
 from ..distributed import all_reduce_sum
 from .config import APEXConfig
 from .diffusion_grpo import DiffusionGRPOTrainer
 from .probe import GradientProbe
-
-logger = logging.getLogger(__name__)
 
 
 class APEXTrainer(DiffusionGRPOTrainer):
@@ -41,38 +38,9 @@ class APEXTrainer(DiffusionGRPOTrainer):
     _name = "APEX"
     config_class = APEXConfig
 
-    def __init__(
-        self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        reward_processing_classes=None,
-        callbacks=None,
-        optimizers=(None, None),
-        quantization_config=None,
-        peft_config=None,
-        *,
-        monitor_funcs=None,
-        adapter=None,
-    ):
-        super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            reward_processing_classes,
-            callbacks,
-            optimizers,
-            quantization_config,
-            peft_config,
-            monitor_funcs=monitor_funcs,
-            adapter=adapter,
-        )
+    @wraps(DiffusionGRPOTrainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.aggregator = MultiObjectiveRewardAggregator(
             self.reward_func_names,
             weights=self.reward_weights.tolist(),
@@ -92,9 +60,6 @@ class APEXTrainer(DiffusionGRPOTrainer):
             self._metrics["train"][name].append(value)
         return advantages, self.aggregator.normalized
 
-    def _name_absent_objectives(self, rewards: Tensor) -> None:
-        """The aggregator warns of objectives without any reward."""
-
     def training_step(self, model: nn.Module, inputs, num_items_in_batch=None) -> Tensor:
         if self.probe is None or not self.probe.due(self.state.global_step):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -110,18 +75,11 @@ class APEXTrainer(DiffusionGRPOTrainer):
             self.probe.rows(inputs["advantages"], inputs["normalized"], halves)
         return super()._compute_loss(model, inputs)
 
-    def _kl(self, model: nn.Module, inputs: dict[str, Any], transition: Transition) -> Tensor:
+    def _distance(self, model: nn.Module, prediction: Tensor, rows: dict[str, Any]) -> Tensor:
         if self.probe is None or not self.probe.due(self.state.global_step):
-            return super()._kl(model, inputs, transition)
+            return super()._distance(model, prediction, rows)
         with self.probe.paused():  # a graph of its own, so that the probed one holds the advantages' gradient alone
-            _, transition, _ = self._step_log_prob(model, inputs)
-            return super()._kl(model, inputs, transition)
-
-    def _velocity_penalty(self, model: nn.Module, inputs: dict[str, Any], velocity: Tensor) -> Tensor:
-        if self.probe is None or not self.probe.due(self.state.global_step):
-            return super()._velocity_penalty(model, inputs, velocity)
-        with self.probe.paused():
-            return super()._velocity_penalty(model, inputs, self._velocity(model, inputs))
+            return super()._distance(model, self._predict(model, rows), rows)
 
     def _read_probe(self, probe: GradientProbe) -> None:
         result = probe.result(reduce=all_reduce_sum)

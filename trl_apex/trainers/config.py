@@ -117,8 +117,19 @@ LEAST = {
 }  # fmt: skip
 
 
+Refusal = tuple[Any, Any, str, str]
+"""What is wrong if it is true, what was found, what must hold, what to do."""
+
+
 def _field(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def refuse(rows: list[Refusal]) -> None:
+    """Raise for the first row that is wrong."""
+    for wrong, found, rule, remedy in rows:
+        if wrong:
+            raise ValueError(f"{rule}. Found {found!r}. {remedy}")
 
 
 @dataclass
@@ -254,58 +265,51 @@ class DiffusionGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check_fields()
-        if self.num_generations is None or self.num_generations < 2:
-            raise ValueError(
-                "`num_generations` must be at least 2: an advantage compares the images of one prompt. "
-                f"Found {self.num_generations}. Use e.g. 8."
-            )
+        updates, accumulation = self.updates_per_iteration, self.gradient_accumulation_steps
+        refuse([
+            (self.num_generations is None or self.num_generations < 2, self.num_generations,
+             "`num_generations` must be at least 2: an advantage compares the images of one prompt", "Use e.g. 8."),
+            (updates is not None and (self.generation_batch_size is None or accumulation != 1),
+             {"generation_batch_size": self.generation_batch_size, "gradient_accumulation_steps": accumulation},
+             "`updates_per_iteration` needs `generation_batch_size`, and sets `gradient_accumulation_steps` itself",
+             "Pass the first and leave out the other."),
+        ])  # fmt: skip
         if self.bf16 is None and self.use_cpu:
             self.bf16 = False
         self._set_checkpointing()
         for name, value in LOSS_DEFAULTS[self.loss_type].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        updates = self.updates_per_iteration
-        if updates is not None and (self.generation_batch_size is None or self.gradient_accumulation_steps != 1):
-            raise ValueError(
-                "`updates_per_iteration` needs `generation_batch_size`, and sets `gradient_accumulation_steps` itself. "
-                f"Found generation_batch_size={self.generation_batch_size} and "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}. Pass the first and leave out the other."
-            )
-        best = self.load_best_model_at_end or self.save_strategy == "best"
         plateaus = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        if best or plateaus:
+        if self._picks_best or plateaus:
             self.metric_for_best_model: Any = self.metric_for_best_model or "reward"
         super().__post_init__()
         if plateaus:  # PyTorch's default waits for a loss that no longer falls
             mode = "max" if self.greater_is_better else "min"
             self.lr_scheduler_kwargs: Any = {"mode": mode, **(self.lr_scheduler_kwargs or {})}
-        self._check_combinations()
+        refuse(self._combinations())
         if updates is not None:
             self.gradient_accumulation_steps = self._accumulation_for(updates)
 
     def _check_fields(self) -> None:
         """Raise for values that are wrong by themselves, before TRL fills in the others."""
-        defaults = {f.name: _default(f) for f in dataclasses.fields(self)}
         ours = set(DiffusionGRPOConfig.__annotations__) - {"args"}
-        own = set(defaults) - {f.name for f in dataclasses.fields(GRPOConfig)}
+        own = {f.name for f in dataclasses.fields(self)} - {f.name for f in dataclasses.fields(GRPOConfig)}
         check_types(self, own | ours | TYPED_FIELDS, (ours | TYPED_FIELDS) - MAY_BE_INFINITE)
-        for name, default in defaults.items():
+        for field_ in dataclasses.fields(self):
+            name, default = field_.name, _default(field_)
             value, remedy = getattr(self, name), f"The default is {default!r}."
-            if name in CHOICES:
-                rule = f"`{name}` must be one of {', '.join(map(str, CHOICES[name]))}"
-                self._check(value in CHOICES[name], rule, value, remedy)
-            if value is None:
-                continue
-            if name in LEAST:
-                self._check(value >= LEAST[name], f"`{name}` must be at least {LEAST[name]}", value, remedy)
-            if name in POSITIVE:
-                self._check(value > 0, f"`{name}` must be positive", value, remedy)
-            if name in REFUSED_FIELDS:
-                reason, remedy = REASONS.get(name, NO_MEANING)
-                rule = f"`{name}` must stay at its default ({default!r}): {reason}"
-                same = value == default or (default == "no" and value is False)  # YAML reads `no` as false
-                self._check(same, rule, value, remedy)
+            choices, least = CHOICES.get(name, (value,)), LEAST.get(name, -math.inf)
+            reason, instead = REASONS.get(name, NO_MEANING)
+            same = value == default or (default == "no" and value is False)  # YAML reads `no` as false
+            there = value is not None
+            refuse([
+                (value not in choices, value, f"`{name}` must be one of {', '.join(map(str, choices))}", remedy),
+                (there and name in LEAST and value < least, value, f"`{name}` must be at least {least}", remedy),
+                (there and name in POSITIVE and value <= 0, value, f"`{name}` must be positive", remedy),
+                (there and name in REFUSED_FIELDS and not same, value,
+                 f"`{name}` must stay at its default ({default!r}): {reason}", instead),
+            ])  # fmt: skip
 
     def _set_checkpointing(self) -> None:
         """Gradient checkpointing is on by default; transformers' new name for it is `activation_checkpointing`."""
@@ -327,6 +331,10 @@ class DiffusionGRPOConfig(GRPOConfig):
         """Rows that one image contributes to a pass: trained denoising steps, or noise levels."""
         return self.timesteps_per_image or self.sde_window_size or self.num_inference_steps - 1
 
+    @property
+    def _picks_best(self) -> bool:
+        return self.load_best_model_at_end or self.save_strategy == "best"
+
     def _accumulation_for(self, updates: int) -> int:
         window = self.rows_per_image
         steps, rest = divmod(self.steps_per_generation * window, self.timestep_batch_size)
@@ -338,88 +346,47 @@ class DiffusionGRPOConfig(GRPOConfig):
             )
         return steps // updates
 
-    def _check_combinations(self) -> None:
-        """Raise for values that do not fit together; `super().__post_init__()` has filled in what was left out."""
-        rules = ", ".join(self.allowed_rules())
-        self._check(
-            self.multi_objective_aggregation in self.allowed_rules(),
-            f"`multi_objective_aggregation` must be one of {rules} for {type(self).__name__}",
-            self.multi_objective_aggregation,
-            "Pick one of these; `APEXConfig` has more.",
-        )
-        self._check(
-            not self.flow_matching or self.guidance_scale == 1.0,
-            f"`guidance_scale` must be 1 with loss_type={self.loss_type!r}: its target is the velocity of the image "
-            "itself, which a guided prediction does not predict",
-            self.guidance_scale,
-            "Leave it out; `eval_guidance_scale` is free.",
-        )
-        self._check(
-            not self.flow_matching or (self.sde_window_size is None and self.sde_window_range is None),
-            f"`sde_window_size` and `sde_window_range` need loss_type='grpo': with {self.loss_type!r} no step is stochastic",
-            f"{self.sde_window_size} and {self.sde_window_range}",
-            "Leave them out; `timesteps_per_image` and `timestep_range` choose what is trained.",
-        )
-        self._check(
-            not (self.flow_matching and self.share_initial_noise),
-            f"`share_initial_noise` needs loss_type='grpo': with {self.loss_type!r} the images of a group differ by their "
-            "initial noise alone",
-            self.share_initial_noise,
-            "Leave it out.",
-        )
-        self._check(
-            self.flow_matching or self.timesteps_per_image is None,
-            "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'",
-            self.timesteps_per_image,
-            "Use sde_window_size with 'grpo'.",
-        )
-        self._check(
-            len(self.timestep_range) == 2 and 0 <= self.timestep_range[0] < self.timestep_range[1] <= 1,
-            "`timestep_range` must be two rising numbers in [0, 1]",
-            self.timestep_range,
-            "Use e.g. [0.1, 1.0].",
-        )
-        self._check(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            "`ema_decay` must lie between 0 and 1",
-            self.ema_decay,
-            "Use e.g. 0.9, or None for no average.",
-        )
-        self._check(
-            0 <= self.max_reward_failure_rate <= 1,
-            "`max_reward_failure_rate` must lie between 0 and 1",
-            self.max_reward_failure_rate,
-            "Use e.g. 0.5; 1 never stops.",
-        )
-        self._check(
-            self.precompute_prompts or not self.unload_text_encoders,
-            "`unload_text_encoders` needs `precompute_prompts`, since prompts cannot be encoded later",
-            self.unload_text_encoders,
-            "Set precompute_prompts=True, or unload_text_encoders=False.",
-        )
-        self._check(
-            not (self.load_best_model_at_end or self.save_strategy == "best") or self.eval_strategy != "no",
-            "Picking the best model needs evaluations, set by `eval_strategy` and `eval_steps`",
-            f"eval_strategy={self.eval_strategy.value!r}",
-            "Use e.g. eval_strategy='steps' and eval_steps=10.",
-        )
-        accelerator: Any = self.accelerator_config
-        self._check(
-            not accelerator.split_batches and not accelerator.dispatch_batches,
-            "`accelerator_config` must leave `split_batches` and `dispatch_batches` off: every process samples its own prompts",
-            accelerator.to_dict(),
-            "Leave them out.",
-        )
+    def _combinations(self) -> list[Refusal]:
+        """Values that do not fit together; `super().__post_init__()` has filled in what was left out."""
+        rules, flow, range_ = self.allowed_rules(), self.flow_matching, self.timestep_range
+        loss, accelerator = f"loss_type={self.loss_type!r}", typing.cast(Any, self.accelerator_config)
+        return [
+            (self.multi_objective_aggregation not in rules, self.multi_objective_aggregation,
+             f"`multi_objective_aggregation` must be one of {', '.join(rules)} for {type(self).__name__}",
+             "Pick one of these; `APEXConfig` has more."),
+            (flow and self.guidance_scale != 1.0, self.guidance_scale,
+             f"`guidance_scale` must be 1 with {loss}: its target is the velocity of the image itself, which a guided "
+             "prediction does not predict", "Leave it out; `eval_guidance_scale` is free."),
+            (flow and (self.sde_window_size, self.sde_window_range) != (None, None),
+             (self.sde_window_size, self.sde_window_range),
+             f"`sde_window_size` and `sde_window_range` need loss_type='grpo': with {self.loss_type!r} no step is stochastic",
+             "Leave them out; `timesteps_per_image` and `timestep_range` choose what is trained."),
+            (flow and self.share_initial_noise, self.share_initial_noise,
+             f"`share_initial_noise` needs loss_type='grpo': with {self.loss_type!r} the images of a group differ by their "
+             "initial noise alone", "Leave it out."),
+            (not flow and self.timesteps_per_image is not None, self.timesteps_per_image,
+             "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'", "Use sde_window_size with 'grpo'."),
+            (len(range_) != 2 or not 0 <= range_[0] < range_[1] <= 1, range_,
+             "`timestep_range` must be two rising numbers in [0, 1]", "Use e.g. [0.1, 1.0]."),
+            (self.ema_decay is not None and not 0 < self.ema_decay < 1, self.ema_decay,
+             "`ema_decay` must lie between 0 and 1", "Use e.g. 0.9, or None for no average."),
+            (not 0 <= self.max_reward_failure_rate <= 1, self.max_reward_failure_rate,
+             "`max_reward_failure_rate` must lie between 0 and 1", "Use e.g. 0.5; 1 never stops."),
+            (self.unload_text_encoders and not self.precompute_prompts, self.unload_text_encoders,
+             "`unload_text_encoders` needs `precompute_prompts`, since prompts cannot be encoded later",
+             "Set precompute_prompts=True, or unload_text_encoders=False."),
+            (self._picks_best and self.eval_strategy == "no", "eval_strategy='no'",
+             "Picking the best model needs evaluations, set by `eval_strategy` and `eval_steps`",
+             "Use e.g. eval_strategy='steps' and eval_steps=10."),
+            (accelerator.split_batches or accelerator.dispatch_batches, accelerator.to_dict(),
+             "`accelerator_config` must leave `split_batches` and `dispatch_batches` off: every process samples its own prompts",
+             "Leave them out."),
+        ]  # fmt: skip
 
     @classmethod
     def allowed_rules(cls) -> tuple[str, ...]:
         """Values of `multi_objective_aggregation` that this trainer knows."""
         return STATIC_RULES
-
-    @staticmethod
-    def _check(holds: bool, rule: str, found: Any, remedy: str) -> None:
-        if not holds:
-            raise ValueError(f"{rule}. Found {found!r}. {remedy}")
 
     @classmethod
     def from_grpo_config(cls, config: GRPOConfig) -> "DiffusionGRPOConfig":
@@ -429,30 +396,24 @@ class DiffusionGRPOConfig(GRPOConfig):
             config (`trl.GRPOConfig`): or a subclass of it.
         """
         own = {f.name: f.default for f in dataclasses.fields(cls)}
-        values, replaced = {}, []
-        for f in dataclasses.fields(config):
-            if not f.init or f.name not in own:
-                continue
-            value = getattr(config, f.name)
-            if value != _default(f):
-                values[f.name] = value
-            elif value != own[f.name] and f.name in DiffusionGRPOConfig.__annotations__:
-                replaced.append(f.name)
-        values.pop("pad_to_multiple_of", None)  # TRL fills it in
-        if "generation_batch_size" in values:  # TRL fills in both; either one determines the other
-            values.pop("steps_per_generation", None)
+        given = {f.name: f for f in dataclasses.fields(config) if f.init and f.name in own}
+        values = {n: getattr(config, n) for n, f in given.items() if getattr(config, n) != _default(f)}
+        filled_in = {"pad_to_multiple_of"}  # by TRL, and not by the user
+        if "generation_batch_size" in values:  # either one determines the other
+            filled_in.add("steps_per_generation")
         if "updates_per_iteration" in values:
-            values.pop("gradient_accumulation_steps", None)
-        if not isinstance(config, DiffusionGRPOConfig):
-            if config.bf16 and not config.fp16 and config.use_cpu:  # filled in, so not the user's wish
-                values.pop("bf16", None)
-            if values.get("remove_unused_columns") is True:
-                del values["remove_unused_columns"]
-            if values.get("metric_for_best_model") == "loss":
-                del values["metric_for_best_model"]
-                values.pop("greater_is_better", None)
-        upgraded = cls(**values)
-        if replaced and not isinstance(config, DiffusionGRPOConfig):
+            filled_in.add("gradient_accumulation_steps")
+        plain = not isinstance(config, DiffusionGRPOConfig)
+        if plain and config.bf16 and not config.fp16 and config.use_cpu:
+            filled_in.add("bf16")
+        if plain and values.get("remove_unused_columns") is True:
+            filled_in.add("remove_unused_columns")
+        if plain and values.get("metric_for_best_model") == "loss":
+            filled_in |= {"metric_for_best_model", "greater_is_better"}
+        upgraded = cls(**{name: value for name, value in values.items() if name not in filled_in})
+        ours = [n for n in given if n in DiffusionGRPOConfig.__annotations__ and n not in values]
+        replaced = [n for n in ours if getattr(config, n) != own[n]]
+        if replaced and plain:
             new = {name: repr(getattr(upgraded, name)) for name in replaced}
             new["learning_rate"] = "3e-4, or 1e-5 without an adapter"
             changes = ", ".join(f"{name} {getattr(config, name)!r} -> {new[name]}" for name in replaced)
@@ -466,15 +427,9 @@ class DiffusionGRPOConfig(GRPOConfig):
 
 
 FLAT = (
-    "need_coef",
-    "need_mode",
-    "reward_targets",
-    "need_scale",
-    "warmup_iterations",
-    "ramp_iterations",
-    "priority_floor",
+    "need_coef", "need_mode", "reward_targets", "need_scale", "warmup_iterations", "ramp_iterations", "priority_floor",
     "normalize_objectives",
-)
+)  # fmt: skip
 OF_TRL = ("scale_rewards",)  # a field of trl.GRPOConfig, with its meaning and default
 NEW = ("gd2po_agreement",)  # never were fields
 # Fields of 0.1.0, hidden from `--help`: accepted with a warning for one release.
@@ -515,26 +470,23 @@ class AggregationFields(_OldFields):
             ValueError: for an unknown option, a value out of its range, or two values for one option.
         """
         given: Any = self.aggregation_options
-        if isinstance(given, str):
-            try:
-                given = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"`aggregation_options` must be JSON. Found {given!r} ({error}). "
-                    "Pass e.g. '{\"scale_blend\": 0.5}'."
-                ) from error
+        try:
+            given = json.loads(given) if isinstance(given, str) else given
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`aggregation_options` must be JSON. Found {given!r} ({error}). Pass e.g. '{{\"scale_blend\": 0.5}}'."
+            ) from error
         try:
             ApexOptions.read(given)
         except ValueError as error:
             raise ValueError(f"`aggregation_options` cannot be read. {error}") from error
         self.aggregation_options = given.changed() if isinstance(given, ApexOptions) else given
         options = self.apex_options()
-        old = [name for name in OLD if getattr(self, name) != AGGREGATION_OPTIONS[name][0]]
+        old = {name: getattr(self, name) for name in OLD if getattr(self, name) != AGGREGATION_OPTIONS[name][0]}
         if old:
-            values = ", ".join(f"{name!r}: {getattr(self, name)!r}" for name in old)
             warnings.warn(
                 f"Options of the aggregator that are set seldom go in `aggregation_options`. Found the fields "
-                f"{', '.join(old)}, which the next release will refuse. Pass aggregation_options={{{values}}}.",
+                f"{', '.join(old)}, which the next release will refuse. Pass aggregation_options={old}.",
                 FutureWarning,
                 stacklevel=4,
             )
@@ -542,17 +494,15 @@ class AggregationFields(_OldFields):
 
     def apex_options(self) -> ApexOptions:
         """The options of the aggregator, as one object."""
-        options: dict[str, Any] = {**typing.cast(dict, self.aggregation_options or {})}
-        for name in (*FLAT, *OF_TRL, *OLD):
-            value, default = getattr(self, name), AGGREGATION_OPTIONS[name][0]
-            if name not in options:
-                options[name] = value
-            elif value != default and value != options[name]:
+        fields = {name: getattr(self, name) for name in (*FLAT, *OF_TRL, *OLD)}
+        options = typing.cast(dict, self.aggregation_options or {})
+        for name, value in options.items():
+            if name in fields and fields[name] not in (AGGREGATION_OPTIONS[name][0], value):
                 raise ValueError(
-                    f"`{name}` must have one value. Found {value!r}, and {options[name]!r} in `aggregation_options`. "
+                    f"`{name}` must have one value. Found {fields[name]!r}, and {value!r} in `aggregation_options`. "
                     "Leave out one of the two."
                 )
-        return ApexOptions(**options)
+        return ApexOptions(**fields | options)
 
     def aggregator_options(self) -> dict[str, Any]:
         """The options of the aggregator, by name."""
@@ -562,10 +512,8 @@ class AggregationFields(_OldFields):
         """The configuration as plain values; fields of 0.1.0 are under `aggregation_options`."""
         values = super().to_dict()  # type: ignore[misc]
         rest = {name: value for name, value in self.apex_options().changed().items() if name in (*OLD, *NEW)}
-        return {
-            **{name: value for name, value in values.items() if name not in OLD},
-            "aggregation_options": {**typing.cast(dict, self.aggregation_options or {}), **rest} or None,
-        }
+        values["aggregation_options"] = typing.cast(dict, self.aggregation_options or {}) | rest or None
+        return {name: value for name, value in values.items() if name not in OLD}
 
 
 @dataclass
@@ -588,31 +536,23 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        options = self._read_aggregation_options()
+        source = self._read_aggregation_options().conflict_source
+        needed = source != "advantage" or self.multi_objective_aggregation in GRADIENT_RULES
         DiffusionGRPOConfig.__post_init__(self)
-        needed = options.conflict_source != "advantage" or self.multi_objective_aggregation in GRADIENT_RULES
-        self._check(
-            not (needed and self.gradient_probe is False),
-            "`gradient_probe` must not be False where gradients are asked for",
-            f"gradient_probe=False with conflict_source={options.conflict_source!r} and the rule "
-            f"{self.multi_objective_aggregation!r}",
-            "Leave it out.",
-        )
+        refuse([
+            (needed and self.gradient_probe is False, {"conflict_source": source, "rule": self.multi_objective_aggregation},
+             "`gradient_probe` must not be False where gradients are asked for", "Leave it out."),
+            (self.probe_every < 1, self.probe_every, "`probe_every` must be at least 1", "Use e.g. 10."),
+        ])  # fmt: skip
         if self.gradient_probe is None:
             self.gradient_probe = needed
-        self._check(self.probe_every >= 1, "`probe_every` must be at least 1", self.probe_every, "Use e.g. 10.")
-        self._check(
-            not (self.gradient_probe and self.loss_type == "nft"),
-            "The gradient probe needs a loss that is linear in the advantage",
-            "gradient_probe (or a rule that needs it) and loss_type='nft'",
-            "Use 'awm' or 'fpo', or turn the probe off.",
-        )
-        self._check(
-            not (self.gradient_probe and self.compile_denoiser),
-            "The gradient probe listens to layers that compiled code does not call",
-            "gradient_probe and compile_denoiser",
-            "Turn off one of the two.",
-        )
+        refuse([
+            (self.gradient_probe and self.loss_type == "nft", "loss_type='nft'",
+             "The gradient probe needs a loss that is linear in the advantage",
+             "Use 'awm' or 'fpo', or turn off the probe and what needs it."),
+            (self.gradient_probe and self.compile_denoiser, "compile_denoiser",
+             "The gradient probe listens to layers that compiled code does not call", "Turn off one of the two."),
+        ])  # fmt: skip
 
     @classmethod
     def allowed_rules(cls) -> tuple[str, ...]:
@@ -643,16 +583,12 @@ class APEXGRPOConfig(AggregationFields, GRPOConfig):
         GRPOConfig.__post_init__(self)
 
     def _check_aggregation(self, options: ApexOptions) -> None:
-        if self.multi_objective_aggregation not in RULES:
-            raise ValueError(
-                f"`multi_objective_aggregation` must be one of {', '.join(RULES)}. "
-                f"Found {self.multi_objective_aggregation!r}. Pass one of these."
-            )
-        if options.conflict_source != "advantage":
-            raise ValueError(
-                "`conflict_source` must be 'advantage' for APEXGRPOTrainer, which has no gradient probe. "
-                f"Found {options.conflict_source!r}. Remove it from the configuration."
-            )
+        refuse([
+            (self.multi_objective_aggregation not in RULES, self.multi_objective_aggregation,
+             f"`multi_objective_aggregation` must be one of {', '.join(RULES)}", "Pass one of these."),
+            (options.conflict_source != "advantage", options.conflict_source,
+             "`conflict_source` must be 'advantage' for APEXGRPOTrainer, which has no gradient probe", "Leave it out."),
+        ])  # fmt: skip
 
     @classmethod
     def from_grpo_config(cls, config: GRPOConfig) -> "APEXGRPOConfig":
@@ -676,24 +612,8 @@ class APEXGRPOConfig(AggregationFields, GRPOConfig):
 def check_types(config: Any, names: set[str], finite: set[str]) -> None:
     """Raise where a field holds something of another type than its annotation says, or NaN.
 
-    Args:
-        config (dataclass instance): its integers may stand for floats, and its tuples for lists.
-        names (`set[str]`): the fields to look at.
-        finite (`set[str]`): those that must not be infinite either.
-
-    Raises:
-        ValueError: names the field, the type and what was found.
-
-    Example:
-        ```python
-        >>> @dataclasses.dataclass
-        ... class Options:
-        ...     steps: int | None = 3
-        >>> check_types(Options(steps="many"), {"steps"}, set())
-        Traceback (most recent call last):
-        ValueError: `steps` must be of type int | None. Found 'many' (str). Pass one of that type.
-
-        ```
+    Integers may stand for floats, and tuples for lists. `names` are the fields to look at, `finite` those that must not be
+    infinite either.
     """
     hints = typing.get_type_hints(type(config))
     for name in sorted(names):

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 LIMITS = {"drift/mean_pixel": 0.15, "drift/latent_rms": 0.25, "drift/velocity_rms": 0.25}
 """Distance from the first iteration above which a drift is warned about: of the mean in [0, 1], relative for the others."""
 DEAD_ITERATIONS, DEAD_SHARE = 8, 0.5
+PATIENCE = 3
+"""Iterations without any score after which an objective is named in a warning."""
 SKETCH = 64
 """Numbers of the velocity that are kept to compare with, at most."""
 
@@ -27,7 +29,7 @@ class LearningDetectors(TrainerCallback):
     - The denoiser that samples gives another velocity for the same noise once its weights have changed.
     - The importance ratio of a first update is 1, up to rounding.
     - Pixels, latents and velocities keep the size that they had in the first iteration.
-    - Most training steps have an advantage.
+    - Most training steps have an advantage, and every objective scores some image.
     """
 
     def __init__(self, trainer):
@@ -36,6 +38,7 @@ class LearningDetectors(TrainerCallback):
         self._sketch: list[float] | None = None  # of the velocity in the last rollout
         self._warned: set[str] = set()
         self._dead: deque[bool] = deque(maxlen=DEAD_ITERATIONS)
+        self._scored: list[Tensor] = []  # of the first iterations, which objectives had a score
         self._ratios: list[Tensor] = []  # of the first update in progress
         self._probe: tuple[Tensor, Tensor, dict[str, Tensor]] | None = None  # latent, timestep, embeddings
         self._velocity: Tensor | None = None
@@ -49,6 +52,24 @@ class LearningDetectors(TrainerCallback):
         self._first = {name: float(value) for name, value in state["first"].items()}
         self._sketch = None if state["sketch"] is None else [float(value) for value in state["sketch"]]
         self._warned = set(state["warned"])
+
+    # Is there anything to learn from?
+
+    def see_rewards(self, rewards: Tensor) -> None:
+        """Take in an iteration's rewards `[B, K]`: warn of an objective that had no score in the first ones."""
+        if len(self._scored) == PATIENCE:
+            return
+        self._scored.append(rewards.isfinite().any(0))
+        if len(self._scored) < PATIENCE:
+            return
+        for name, scored in zip(self.trainer.reward_func_names, torch.stack(self._scored).any(0), strict=True):
+            if not scored:
+                logger.warning(
+                    "The reward %r has scored no image in %d iterations, so nothing is learned from it. It returns None "
+                    "or fails for every prompt: check the column it reads and the prompts it applies to.",
+                    name,
+                    PATIENCE,
+                )
 
     # Does the adapter reach the rollout?
 

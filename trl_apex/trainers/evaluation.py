@@ -1,16 +1,18 @@
-"""Evaluation during training: one image a prompt, deterministic, every reward and what is only watched."""
+"""Evaluation: images of a dataset's rows, deterministic, with every reward; during training and for `trl-apex evaluate`."""
 
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer
 
 from ..diffusion.rollout import evaluation_noise
-from ..diffusion.schedule import Sampler
 from ..distributed import gather_list
 from ..prompts.datasets import check_dataset
 from ..rewards.base import to_pil
@@ -20,27 +22,8 @@ from .logs import PICTURES, weighted_sum
 logger = logging.getLogger(__name__)
 
 
-def evaluate(trainer: Any, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-    """Sample one image per evaluation prompt, without noise on the way, and average every reward.
-
-    Deterministic: `eval_num_inference_steps` ODE steps from noise keyed by the prompt's row, with the averaged
-    weights where there are any. Each row counts once on any number of processes.
-
-    Args:
-        eval_dataset (`datasets.Dataset` or dict of them, or `str`, *optional*): instead of the trainer's own, or the
-            name of one of these.
-        ignore_keys: accepted for compatibility.
-        metric_key_prefix (`str`): of the metrics' names.
-
-    Returns:
-        `dict`: `{prefix}_rewards/{name}/mean` and `/se` (standard error over prompts) of each reward and monitored
-        function, `{prefix}_reward`, the weighted sum of means, and `{prefix}_reward_std`, the standard deviation of the
-        weighted sum over prompts. A mean of which no prompt has a score is left out. `eval_records` keeps row, prompt
-        and scores of every prompt, and on the main process the images of its first 64 (`"image"` is None elsewhere).
-
-    Raises:
-        ValueError: if there is no dataset, or one that the constructor would refuse.
-    """
+def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    """[`DiffusionGRPOTrainer.evaluate`]."""
     dataset = trainer.eval_dataset if eval_dataset is None else eval_dataset
     if isinstance(dataset, str):
         known = list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else []
@@ -53,7 +36,7 @@ def evaluate(trainer: Any, eval_dataset=None, ignore_keys=None, metric_key_prefi
     if isinstance(dataset, dict):
         metrics = {}
         for name, part in dataset.items():
-            metrics.update(trainer.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}"))
+            metrics.update(trainer.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}"))
         return metrics
     if dataset is None:
         raise ValueError(
@@ -64,26 +47,20 @@ def evaluate(trainer: Any, eval_dataset=None, ignore_keys=None, metric_key_prefi
     funcs = [*trainer.reward_funcs, *trainer.monitor_funcs]
     names = reward_names(funcs)
     records = _records(trainer, dataset, funcs, names)
-    metrics = {}
-    rewards = torch.tensor([[r["rewards"][name] for name in names] for r in records], dtype=torch.float64)
-    for name, column in zip(names, rewards.T, strict=True):
-        values = column[column.isfinite()]
-        if len(values):
-            metrics[f"{metric_key_prefix}_rewards/{name}/mean"] = values.mean().item()
-        elif name not in trainer._unscored:
+    rewards = torch.tensor([list(record["rewards"].values()) for record in records], dtype=torch.float64)
+    found: dict[str, float | None] = {}
+    for name, part in reward_means(rewards, names).items():
+        found |= {f"rewards/{name}/mean": part["mean"], f"rewards/{name}/se": part["se"]}
+        if part["mean"] is None and name not in trainer._unscored:
             trainer._unscored.add(name)
             logger.warning("The reward %r scored none of the %d images of an evaluation.", name, len(records))
-        if len(values) > 1:
-            metrics[f"{metric_key_prefix}_rewards/{name}/se"] = values.std().item() / len(values) ** 0.5
     trained, weights = rewards[:, : len(trainer.reward_funcs)], trainer.reward_weights.cpu()
-    total = weighted_sum(trained.nanmean(0, keepdim=True), weights).item()
-    if math.isfinite(total):
-        metrics[f"{metric_key_prefix}_reward"] = total
     totals = weighted_sum(trained, weights)
     totals = totals[totals.isfinite()]
-    if len(totals) > 1:
-        metrics[f"{metric_key_prefix}_reward_std"] = totals.std().item()
-    metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+    found["reward"] = weighted_sum(trained.nanmean(0, keepdim=True), weights).item()
+    found["reward_std"] = totals.std().item() if len(totals) > 1 else None
+    found["runtime"] = time.perf_counter() - started
+    metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items() if v is not None and math.isfinite(v)}
     trainer.eval_records = records
     if trainer.monitor_funcs:
         trainer._watch.see(metric_key_prefix, names, records, trainer.state.global_step)
@@ -95,41 +72,83 @@ def evaluate(trainer: Any, eval_dataset=None, ignore_keys=None, metric_key_prefi
     return metrics
 
 
-def _records(trainer: Any, dataset, funcs: list, names: list[str]) -> list[dict[str, Any]]:
-    """One record a row of `dataset`, in order: row, prompt, image or None, and rewards; on every rank."""
+def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[dict[str, Any]]:
+    """[`draw_and_score`] of every row of `dataset`, in order, with each rank's share; on every rank."""
     args, world, rank = trainer.args, trainer.accelerator.num_processes, trainer.accelerator.process_index
-    schedule = trainer.policy.schedule(args.eval_num_inference_steps, trainer.height, trainer.width)
-    sampler = Sampler(schedule, trainer.transition, args.noise_level)
+    sampler = trainer._sampler_of(args, args.eval_num_inference_steps)
     guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
     share = -(-len(dataset) // world)  # every rank makes as many forwards; what is beyond the end is not counted
     mine = [min(rank + i * world, len(dataset) - 1) for i in range(share)]
-    records: list[dict[str, Any]] = []
-    pictures: list[Any] = []  # of this rank's first rows; kept on the main process
+
+    def draw(prompts: list[str], initial: Tensor) -> Tensor:
+        empty = initial.new_zeros(len(initial), 0, *trainer.latent_shape)
+        return trainer._sample(trainer._conditions(prompts), initial, range(0), empty, sampler, guidance).images
+
     scorer = trainer._open_scorer(funcs, names)
     averaged = trainer._ema.averaged() if trainer._ema is not None else nullcontext()
     with averaged, closing(scorer):
-        for start in range(0, share, args.per_device_eval_batch_size):
-            indices = mine[start : start + args.per_device_eval_batch_size]
-            rows = [dataset[i] for i in indices]
-            initial = evaluation_noise(args.seed, indices, trainer.latent_shape)
-            empty = initial.new_zeros(len(rows), 0, *trainer.latent_shape)
-            prompts = [row["prompt"] for row in rows]
-            images = trainer._sample(trainer._conditions(prompts), initial, range(0), empty, sampler, guidance).images
-            scored = trainer._submit(scorer, rows, images).result().rewards.tolist()
-            if trainer.accelerator.is_main_process and len(pictures) < PICTURES:
-                pictures.extend(to_pil(images[: PICTURES - len(pictures)]))
-            for row, prompt, rewards in zip(indices, prompts, scored, strict=True):
-                record = {"row": row, "prompt": prompt, "image": None}
-                records.append({**record, "rewards": dict(zip(names, rewards, strict=True))})
-    by_row = {record["row"]: record for record in gather_list(records)}
-    for row, picture in zip(mine, pictures, strict=False):
-        by_row[row]["image"] = picture
-    return [by_row[i] for i in range(len(dataset))]
+        own = draw_and_score(
+            dataset,
+            mine,
+            draw,
+            partial(trainer._submit, scorer),
+            names,
+            seed=args.seed,
+            shape=trainer.latent_shape,
+            batch_size=args.per_device_eval_batch_size,
+            pictures=PICTURES if trainer.accelerator.is_main_process else 0,
+        )
+    own_images = {record["row"]: record["image"] for record in own}  # pictures are not gathered
+    by_row = {record["row"]: record for record in gather_list([{**record, "image": None} for record in own])}
+    return [by_row[i] | {"image": own_images.get(i)} for i in range(len(dataset))]
 
 
-def predict(trainer: Any, test_dataset=None, ignore_keys=None, metric_key_prefix: str = "test"):
-    """Not for this trainer: [`evaluate`] makes the images and scores them."""
-    raise NotImplementedError(
-        "An image model has no labels to predict. Call `evaluate(dataset)`: it returns the mean rewards, and "
-        "`eval_records` holds each prompt's rewards and the first images."
-    )
+def reward_means(rewards: Tensor, names: list[str]) -> dict[str, dict[str, Any]]:
+    """`mean`, `se` (its standard error) and `n` of each column of rewards `[P, K]`; None where too few are there."""
+    result = {}
+    for name, column in zip(names, rewards.T, strict=True):
+        values = column[column.isfinite()]
+        mean = values.mean().item() if len(values) else None
+        se = values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
+        result[name] = {"mean": mean, "se": se, "n": len(values)}
+    return result
+
+
+def draw_and_score(
+    dataset: Any,
+    rows: Sequence[int],
+    draw: Callable[[list[str], Tensor], Tensor],
+    submit: Callable[[list[dict[str, Any]], Tensor, list], Any],
+    names: list[str],
+    *,
+    seed: int,
+    shape: tuple[int, ...],
+    batch_size: int,
+    pictures: int,
+) -> list[dict[str, Any]]:
+    """Draw and score some rows of a dataset, each from the noise that its number has.
+
+    Args:
+        dataset, rows: a sequence of rows with a `prompt`, and the numbers of those to draw.
+        draw: `(prompts, initial noise [B, C, H, W]) -> images [B, 3, H, W]`.
+        submit: `(rows, images, PIL images) -> future of a ScoredBatch`.
+        names (`list[str]`): of the rewards.
+        seed, shape (`int`, `tuple`): of the noise; `(C, H, W)`.
+        batch_size (`int`): images at a time.
+        pictures (`int`): how many of the first images to keep.
+
+    Returns:
+        `list[dict]`: `row`, `prompt`, `image` (PIL, or None) and `rewards` by name.
+    """
+    records: list[dict[str, Any]] = []
+    for start in range(0, len(rows), batch_size):
+        numbers = rows[start : start + batch_size]
+        batch = [dataset[i] for i in numbers]
+        images = draw([row["prompt"] for row in batch], evaluation_noise(seed, numbers, shape))
+        drawn = to_pil(images)
+        scored = submit(batch, images, drawn).result().rewards.tolist()
+        for number, row, image, rewards in zip(numbers, batch, drawn, scored, strict=True):
+            kept = image if len(records) < pictures else None
+            values = dict(zip(names, rewards, strict=True))
+            records.append({"row": number, "prompt": row["prompt"], "image": kept, "rewards": values})
+    return records

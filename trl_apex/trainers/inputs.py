@@ -14,25 +14,14 @@ from trl import GRPOConfig
 from ..diffusion.families import dtype_argument
 from ..prompts.datasets import check_dataset
 from ..rewards.scoring import numbered_names, reward_name, takes_images
+from .checkpoint import check_writable
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward call gets, beside dataset columns and, where it takes them, `images`."""
 
 
 def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:
-    """One name per reward function, for logs and priorities; repeated ones are numbered.
-
-    Raises:
-        ValueError: if something is not callable.
-
-    Example:
-        ```python
-        >>> def brightness(completions, **kwargs): ...
-        >>> reward_names([brightness])
-        ['brightness']
-
-        ```
-    """
+    """One name per reward function, for logs and priorities; repeated ones are numbered."""
     names = []
     for func in reward_funcs:
         if not callable(func):
@@ -45,11 +34,7 @@ def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:
 
 
 def upgraded(args: Any, config_class: Any) -> Any:
-    """The configuration as a `config_class`; a plain `trl.GRPOConfig` is upgraded.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """The configuration as a `config_class`; a plain `trl.GRPOConfig` is upgraded, anything else refused."""
     if isinstance(args, config_class):
         return args
     if not isinstance(args, GRPOConfig):
@@ -60,8 +45,16 @@ def upgraded(args: Any, config_class: Any) -> Any:
     return config_class.from_grpo_config(args)
 
 
-def check_arguments(reward_funcs: list, callbacks: Any, quantization_config: Any) -> None:
-    """Raise for arguments of another kind than the constructor takes."""
+def check_inputs(
+    args: Any,
+    reward_funcs: list,
+    monitor_funcs: list,
+    train_dataset: Any,
+    eval_dataset: Any,
+    callbacks: Any,
+    quantization_config: Any,
+) -> list[str]:
+    """Raise for what a constructor cannot work with; returns the names of all rewards, monitored ones last."""
     if not reward_funcs:
         raise ValueError("`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`.")
     if quantization_config is not None:
@@ -71,28 +64,24 @@ def check_arguments(reward_funcs: list, callbacks: Any, quantization_config: Any
         )
     if callbacks is not None and not isinstance(callbacks, list):
         raise ValueError(f"`callbacks` must be a list. Found {type(callbacks).__name__}. Pass [callback].")
-
-
-def check_datasets(
-    train_dataset: Any, eval_dataset: Any, reward_funcs: list, monitor_funcs: list, names: list[str]
-) -> None:
-    """Raise where a dataset holds no prompts, or its rows do not fit the rewards."""
+    names = reward_names([*reward_funcs, *monitor_funcs], warn=True)
+    _check_best_metric(args, names, eval_dataset, callbacks)
+    if args.should_save:
+        check_writable(args.output_dir)
     check_dataset(train_dataset, "train_dataset")
-    check_calls(reward_funcs, names[: len(reward_funcs)], train_dataset, "train_dataset")
+    _check_calls(reward_funcs, names[: len(reward_funcs)], train_dataset, "train_dataset")
     for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
         if dataset is not None:
             where = f"eval_dataset{name and '.' + name}"
             check_dataset(dataset, where)
-            check_calls([*reward_funcs, *monitor_funcs], names, dataset, where)
+            _check_calls([*reward_funcs, *monitor_funcs], names, dataset, where)
+    return names
 
 
-def check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, where: str) -> None:
+def _check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, where: str) -> None:
     """Raise where a reward function cannot be called with the keywords that it will get for rows of `dataset`.
 
     Columns that no reward can see are warned about. `where` is the name of the dataset.
-
-    Raises:
-        ValueError: names the parameter.
     """
     keywords = dict.fromkeys([*KEYWORDS, *reward_columns(dataset.column_names)])
     for func, name in zip(funcs, names, strict=True):
@@ -122,17 +111,10 @@ def reward_columns(columns: Iterable[str]) -> list[str]:
     return [name for name in columns if name not in (*KEYWORDS, "images", "prompt", "completion")]
 
 
-def check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks: Any = None) -> None:
-    """Raise unless evaluation reports the metric that picks the best model.
+def _check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks: Any) -> None:
+    """Raise unless evaluation reports the metric that picks the best model: one of `names`, or "reward".
 
-    Args:
-        args ([`DiffusionGRPOConfig`]): its `metric_for_best_model` becomes "reward" where early stopping needs one.
-        names (`list[str]`): of all rewards, monitored ones included.
-        eval_dataset: a dataset, a dict of them, or None.
-        callbacks (`list`, *optional*): the user's.
-
-    Raises:
-        ValueError: lists the keys.
+    `args.metric_for_best_model` becomes "reward" where early stopping needs one.
     """
     if args.metric_for_best_model is None and any(isinstance(c, EarlyStoppingCallback) for c in callbacks or []):
         args.metric_for_best_model, args.greater_is_better = "reward", True
@@ -149,11 +131,7 @@ def check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks:
 
 
 def check_whole(pipeline: Any) -> None:
-    """Refuse a pipeline that DeepSpeed ZeRO-3 has cut in parts while it was loaded.
-
-    Raises:
-        ValueError: names the part.
-    """
+    """Refuse a pipeline that DeepSpeed ZeRO-3 has cut in parts while it was loaded."""
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and any(hasattr(p, "ds_id") for p in component.parameters()):
             raise ValueError(
@@ -164,15 +142,7 @@ def check_whole(pipeline: Any) -> None:
 
 
 def loading_arguments(model: Any, args: Any) -> dict[str, Any]:
-    """The keywords of `from_pretrained` for the pipeline: the user's, and half precision where the run is in it.
-
-    Args:
-        model (`str` or `diffusers.DiffusionPipeline`): what the trainer was given.
-        args ([`DiffusionGRPOConfig`]): its configuration.
-
-    Raises:
-        ValueError: if there are keywords for a pipeline that is loaded already.
-    """
+    """The keywords of `from_pretrained` for the pipeline: the user's, and half precision where the run is in it."""
     kwargs = dict(args.model_init_kwargs or {})
     if kwargs and not isinstance(model, str):
         raise ValueError(

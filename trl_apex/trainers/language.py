@@ -1,6 +1,7 @@
 """APEX in TRL's own trainer of language and vision-language models."""
 
 import json
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,16 @@ import trl
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..distributed import local_slice
 from ..rewards.scoring import numbered_names
-from .checkpoint import AGGREGATOR_FILE
-from .config import APEXGRPOConfig
+from .checkpoint import AGGREGATOR_FILE, check_state, restore
+from .config import STATIC_RULES, APEXGRPOConfig
 from .inputs import upgraded
 
-TRL_RULES = ("sum_then_normalize", "normalize_then_sum")
 CITATION = """\
 @article{chen2026apex,
     title        = {{APEX: Learning Adaptive Priorities for Multi-Objective Alignment in Vision-Language Generation}},
@@ -75,7 +75,8 @@ class APEXGRPOTrainer(GRPOTrainer):
     num_generations_eval: int
     _logs: dict[str, Any]
 
-    def __init__(self, model, reward_funcs=None, args: GRPOConfig | None = None, *positional, **kwargs):
+    @wraps(GRPOTrainer.__init__)  # type: ignore[misc]
+    def __init__(self, model, reward_funcs=None, args=None, *positional, **kwargs):
         if args is None:  # named as TRL does
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = APEXGRPOConfig(f"{name.split('/')[-1]}-APEX")
@@ -84,7 +85,7 @@ class APEXGRPOTrainer(GRPOTrainer):
         self.reward_func_names = numbered_names(self.reward_func_names, warn=True)
         rule = args.multi_objective_aggregation
         # TRL computes advantages of its own before ours replace them, and stops at a rule that it does not know.
-        self.multi_objective_aggregation = rule if rule in TRL_RULES else "sum_then_normalize"
+        self.multi_objective_aggregation = rule if rule in STATIC_RULES else "sum_then_normalize"
         self.aggregator = MultiObjectiveRewardAggregator(
             self.reward_func_names,
             weights=self.reward_weights.tolist(),
@@ -119,15 +120,11 @@ class APEXGRPOTrainer(GRPOTrainer):
             self._metrics["train" if training else "eval"][name].append(value)
         own = advantages[local_slice(local, self.accelerator.process_index)]
         output["advantages"] = own.to(output["advantages"])
-        self._relog_advantages(advantages.tolist())
-        return output
-
-    def _relog_advantages(self, advantages: list[float]) -> None:
-        """Put ours in place of TRL's in the table of completions."""
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
+        logged = self._logs["advantages"]  # of the table of completions: ours in place of TRL's
+        for _ in range(min(expected, len(logged))):
             logged.pop()
-        logged.extend(advantages)
+        logged.extend(advantages.tolist())
+        return output
 
     # Checkpoints
 
@@ -142,13 +139,9 @@ class APEXGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / AGGREGATOR_FILE
-        if not path.is_file():
-            raise ValueError(
-                f"A checkpoint of APEXGRPOTrainer must hold {AGGREGATOR_FILE}. Found none in {checkpoint}. It was saved by "
-                "another trainer: load it as the model and start anew instead of resuming."
-            )
-        self.aggregator.load_state_dict(json.loads(path.read_text()))
+        state = {"aggregator": self.aggregator}
+        check_state(state, checkpoint)
+        restore(state, checkpoint)
         # TRL restarts its count at 0, which shifts the moments at which it generates.
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        self._step = state.global_step * self.args.gradient_accumulation_steps
+        progress = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self._step = progress.global_step * self.args.gradient_accumulation_steps

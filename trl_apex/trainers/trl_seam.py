@@ -1,60 +1,263 @@
-"""All that touches private names of `trl.GRPOTrainer`.
+"""`trl.GRPOTrainer` without its language side: all that touches private names of TRL and of Trainer's loop.
 
-`DiffusionGRPOTrainer` is a `trl.GRPOTrainer` whose own `__init__` never runs: it is about tokenizers, generation
-configurations and vLLM. What the inherited methods read from it is set here, and `tests/trainers/test_trl_seam.py` reads
-the syntax trees of these methods and names what a TRL release has added.
+The constructor of `trl.GRPOTrainer` is about tokenizers, generation configurations and vLLM, and never runs. What the
+inherited methods read from it is set here, and `tests/trainers/test_trl_seam.py` reads the syntax trees of these methods
+and names what a TRL release has added.
 """
 
+import logging
 from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOTrainer
+from trl.models import prepare_deepspeed
+
+from ..distributed import (
+    OtherRankError,
+    failing_together,
+    gathered_for_rollout,
+    is_sharded,
+    lost_rank,
+    whole_models,
+)
+from . import checkpoint, publishing
+from .callbacks import is_finished
+from .weights import frozen_copy
+
+logger = logging.getLogger(__name__)
 
 # Methods of trl.GRPOTrainer that this package calls or leaves in place.
 INHERITED = ("training_step", "compute_loss", "prediction_step", "log", "_log_metric", "_log_completion_extra")
 
 
-def set_inherited_attributes(trainer: Any, args: Any, reward_funcs: list, reward_func_names: list[str]) -> None:
-    """Set the attributes that inherited methods of `trl.GRPOTrainer` expect.
+class RunTrainer(GRPOTrainer):
+    """How a run starts, stops, is saved and published, and what an engine does to its weights.
 
-    Args:
-        trainer (`trl.GRPOTrainer`): after `transformers.Trainer.__init__` has run.
-        args (`trl.GRPOConfig`): its configuration.
-        reward_funcs (`list`): K reward functions.
-        reward_func_names (`list[str]`): their names.
+    [`DiffusionGRPOTrainer`] has the constructor and says what an iteration is.
     """
-    trainer.reward_funcs = reward_funcs
-    trainer.reward_func_names = reward_func_names
-    trainer.reward_processing_classes = [None] * len(reward_funcs)
-    trainer.num_generations = args.num_generations
-    trainer.num_generations_eval = args.num_generations_eval or args.num_generations
-    trainer.num_iterations = args.num_iterations
-    trainer.shuffle_dataset = args.shuffle_dataset
-    trainer.beta = args.beta
-    trainer.epsilon_low = args.epsilon
-    trainer.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    trainer.use_adaptive_entropy = False
-    trainer.entropy_coef = 0.0
-    trainer._last_world_entropy = None
-    trainer.environments = None
-    trainer.chat_template_kwargs = {}
-    trainer.async_loop = None
-    trainer.log_completions = args.log_completions
-    if args.log_completions and trainer.accelerator.is_main_process:
-        Path(args.output_dir, "completions").mkdir(parents=True, exist_ok=True)  # where `log` writes its tables
-    trainer.log_unique_prompts = args.log_unique_prompts
-    trainer.num_completions_to_print = args.num_completions_to_print
-    trainer._step = 0
-    trainer._buffered_inputs = None
-    trainer._current_train_step_time = 0.0
-    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    size = args.generation_batch_size
-    trainer._logs = {
-        "images": deque(maxlen=size),
-        "prompt": deque(maxlen=size),
-        "completion": deque(maxlen=size),
-        "rewards": defaultdict(lambda: deque(maxlen=size)),
-        "advantages": deque(maxlen=size),
-        "extra": defaultdict(lambda: deque(maxlen=size)),
-    }
-    trainer._pending_extra_logs = defaultdict(list)
-    trainer._pending_metrics = defaultdict(list)
+
+    resumed_from: str | None = None
+    save_and_stop: str | None = None
+    """Why the run stops at the end of this iteration; None while it does not."""
+    _stop_error: type[RuntimeError] = RuntimeError
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train to the end, from the start or from a whole checkpoint.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or True for the run's last whole one.
+            kwargs: as in `transformers.Trainer`.
+
+        Raises:
+            ValueError: if the checkpoint is not whole or of other settings, before anything is loaded.
+            RuntimeError: if the run was stopped by [`request_stop`], with a checkpoint saved.
+        """
+        self.resumed_from = resume_from_checkpoint = checkpoint.resume_point(self, resume_from_checkpoint)
+        self._scorer = self._open_scorer(self.reward_funcs, self.reward_func_names)
+        self.save_and_stop = None
+        try:
+            with whole_models():  # a reward may load its network at its first call
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error, OtherRankError) or not lost_rank(error):
+                raise
+            whole = checkpoint.last_whole(self.args.output_dir)
+            raise OtherRankError(
+                f"All {self.accelerator.num_processes} processes must live until the end. Found that another one is gone "
+                f"(at step {self.state.global_step}, on rank {self.accelerator.process_index}: {str(error)[:200]}). Look "
+                "for the first error of the other ranks, then "
+                + (f"resume from {whole}, the last whole checkpoint." if whole else "start anew: none was saved yet.")
+            ) from error
+        finally:
+            self._scorer.close()
+            self._scorer = None
+            self._iteration_rollout = None
+        if self.save_and_stop:
+            raise self._stop_error(
+                f"Training was stopped at step {self.state.global_step}, with a checkpoint saved: {self.save_and_stop}"
+            )
+        return result
+
+    def request_stop(self, cause: str, error: type[RuntimeError] = RuntimeError) -> None:
+        """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""
+        logger.error("%s", cause)
+        self.save_and_stop, self._stop_error = cause, error
+
+    def predict(self, test_dataset=None, ignore_keys=None, metric_key_prefix="test"):
+        """Not for this trainer: [`evaluate`] makes the images and scores them."""
+        raise NotImplementedError(
+            "An image model has no labels to predict. Call `evaluate(dataset)`: it returns the mean rewards, and "
+            "`eval_records` holds each prompt's rewards and the first images."
+        )
+
+    # Saved, resumed, published
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what a plain diffusers pipeline loads: an adapter, or all weights under `transformer/`.
+
+        With `ema_decay`, these are the averaged weights, which `evaluate` uses too. Every rank must call it; the main
+        process writes.
+        """
+        checkpoint.save_model(self, output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        checkpoint.save_checkpoint(self)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir) -> None:
+        checkpoint.load(self, checkpoint_dir)
+
+    def _load_rng_state(self, checkpoint_dir) -> None:
+        with checkpoint.nothing_but_tensors(checkpoint_dir):
+            super()._load_rng_state(checkpoint_dir)
+
+    def _load_best_model(self) -> None:
+        checkpoint.load_best_model(self)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        return checkpoint.determine_best_metric(self, metrics, trial)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it, before any compute; PushError if the token, name or connection will not do."""
+        publishing.init_hf_repo(self, token, private)
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None,
+        *, hub_model_id=None, **kwargs,
+    ):  # fmt: skip
+        """Save the model and upload it with its card; returns the repository's address, or a future of it.
+
+        Every rank must call it; the main process uploads. The repository is `hub_model_id`, here or in the
+        configuration; by default it is named after `output_dir`.
+
+        Raises:
+            ValueError: if the commit message is the name of a repository.
+            PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
+        """
+        return publishing.push_to_hub(
+            self, commit_message, blocking, token, revision, private, hub_model_id=hub_model_id, **kwargs
+        )
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
+        """Write the model card of the run as it stands.
+
+        Args:
+            model_name (`str`, *optional*): by default the name of the repository or of the output directory.
+            dataset_name (`str`, *optional*): hub id of the prompts.
+            tags (`str` or `list[str]`, *optional*): further tags.
+            kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
+        """
+        publishing.create_model_card(self, model_name, dataset_name, tags, **kwargs)
+
+    # Engines: where the weights are
+
+    @property
+    def _engine(self) -> str:
+        """What saves and loads the state: "ddp" (one process too), "zero1" to "zero3" or "fsdp"."""
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "fsdp" if self.is_fsdp_enabled else "ddp"
+
+    def _rollout_model(self) -> nn.Module:
+        """The model to sample with: through an engine's wrapper where it shards weights, else without DDP's."""
+        if self.model_wrapped is self.model and all(model is not self.model for model in self.accelerator._models):
+            self._prepare_untrained()
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return self.model_wrapped
+        return self.model
+
+    def _prepare_untrained(self) -> None:
+        """Before training: place the model and give it training's mixed precision, so that it makes the same images.
+
+        Engines shard weights only when they train: until then every rank holds them whole, DeepSpeed's in the type that
+        its engine will cast them to.
+        """
+        if self.is_deepspeed_enabled:
+            dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            self.model.to(self.accelerator.device, dtypes.get(self.accelerator.mixed_precision))
+        else:
+            self.accelerator.prepare_model(self.model.to(self.accelerator.device), evaluation_mode=True)
+            del self.model._is_accelerate_prepared  # by this mark, training would not wrap it in DDP
+
+    def _rollout_weights(self):
+        """Whole weights on every rank for the length of a rollout, where an engine shards them and memory allows."""
+        return gathered_for_rollout(self.model_wrapped) if self.args.gather_for_rollout else nullcontext()
+
+    def _failing_together_unless_sharded(self):
+        """Sharded layers are gathered in each forward; a rank that fails there leaves the others in that collective."""
+        if not self.args.gather_for_rollout and any(map(is_sharded, self.model.parameters())):
+            return nullcontext()
+        return failing_together("the rollout")
+
+    def _prepare_reference(self, starts_from_adapter: bool) -> None:
+        """Place the frozen copy that `beta` needs. A fresh adapter is switched off instead, and needs none."""
+        sharding = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if starts_from_adapter and self.beta > 0:
+            self._reference = frozen_copy(self.model, share_frozen=not sharding)
+        self._offload_reference = self.args.offload_reference and (sharding or not starts_from_adapter)
+        if self._reference is None:
+            return
+        if self.is_deepspeed_enabled:
+            self._reference = prepare_deepspeed(self._reference, self.accelerator)
+        else:
+            self._reference = self.accelerator.prepare_model(
+                self._reference, device_placement=not self._offload_reference, evaluation_mode=True
+            )
+
+    @contextmanager
+    def _reference_on_device(self) -> Iterator[nn.Module]:
+        """The frozen copy, moved to the device for the length of its forwards where it is offloaded."""
+        if self._offload_reference:
+            self._reference.to(self.accelerator.device)
+        yield self._reference
+        if self._offload_reference:
+            self._reference.to("cpu")
+
+    # What Trainer and TRL do otherwise
+
+    def _send_telemetry(self) -> None:
+        """TRL's telemetry reads fields that diffusers models do not have."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = None
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if is_finished(self):  # Trainer would take a step before it looks
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any):
+        """Trainer's own, without its last rotation, which would leave the best checkpoint alone."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _set_inherited_attributes(self, reward_funcs, names):
+        """Set what inherited methods of `trl.GRPOTrainer` read, after `transformers.Trainer.__init__` has run."""
+        args = self.args
+        self.reward_funcs, self.reward_func_names = reward_funcs, names
+        self.reward_processing_classes = [None] * len(reward_funcs)
+        self.num_generations, self.num_iterations = args.num_generations, args.num_iterations
+        self.num_generations_eval = args.num_generations_eval or args.num_generations
+        self.shuffle_dataset, self.beta = args.shuffle_dataset, args.beta
+        self.epsilon_low = args.epsilon
+        self.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        self.use_adaptive_entropy, self.entropy_coef, self._last_world_entropy = False, 0.0, None
+        self.environments, self.chat_template_kwargs, self.async_loop = None, {}, None
+        self.log_completions, self.log_unique_prompts = args.log_completions, args.log_unique_prompts
+        self.num_completions_to_print = args.num_completions_to_print
+        if args.log_completions and self.accelerator.is_main_process:
+            Path(args.output_dir, "completions").mkdir(parents=True, exist_ok=True)  # where `log` writes its tables
+        self._step, self._current_train_step_time, self._buffered_inputs = 0, 0.0, None
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        size = args.generation_batch_size
+        self._logs = {name: deque(maxlen=size) for name in ("images", "prompt", "completion", "advantages")}
+        self._logs |= {name: defaultdict(lambda: deque(maxlen=size)) for name in ("rewards", "extra")}
+        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 from ..diffusion.families import dtype_argument
 from ..diffusion.families.base import DiffusionPolicy
 from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
+from .detectors import disable_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,32 @@ def _enable_checkpointing(denoiser: Any, **kwargs: Any) -> None:
 
 def _disable_checkpointing(denoiser: Any) -> None:
     denoiser.disable_gradient_checkpointing()
+
+
+def prepare_denoiser(
+    policy: DiffusionPolicy, args: Any, peft_config: Any, start: "Adapter | None"
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model to train, an adapter or all weights of the denoiser, and what it starts from, for `beta` > 0.
+
+    An adapter is `start`, what [`take_adapter`] found, or a new one by `peft_config`. It has no second model: it can be
+    switched off, and one that starts elsewhere is copied once it lies on its device.
+    """
+    denoiser = policy.denoiser
+    if args.disable_dropout:
+        disable_dropout(denoiser)
+    if args.compile_denoiser:
+        compile_blocks(denoiser)
+    answer_as_transformers(denoiser)
+    if peft_config is not None or start is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)  # equal on all ranks, also where an engine does not broadcast
+            return add_adapter(denoiser, peft_config, policy, start), None
+    reference = frozen_copy(denoiser) if args.beta > 0 else None
+    if reference is not None and (args.bf16 or args.fp16):  # autocast would compute in half precision anyway
+        reference.to(torch.bfloat16 if args.bf16 else torch.float16)
+    warn_of_all_weights(denoiser)
+    denoiser.float()  # trained weights are float32; autocast does the rest
+    return denoiser.requires_grad_(True), reference
 
 
 def frozen_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
