@@ -216,12 +216,10 @@ def markdown_table(results: dict[str, Any]) -> str:
             f"of the prompts (JDR), the reverse on {part['domination']['all_at_most_as_good']:.1%} (JCR); hypervolume of the "
             f"gains above the base {volume}."
         )
-    settings = results["settings"]
     return text + (
-        f"\n\n{settings['prompts']} prompts, {settings['images_per_prompt']} image(s) each, {settings['width']} x "
-        f"{settings['height']} pixels, {settings['num_inference_steps']} steps, guidance {settings['guidance_scale']}, seed "
-        f"{settings['seed']}; the same noise for every model.\n"
-    )
+        "\n\n{prompts} prompts, {images_per_prompt} image(s) each, {width} x {height} pixels, {num_inference_steps} steps, "
+        "guidance {guidance_scale}, seed {seed}; the same noise for every model.\n"
+    ).format(**results["settings"])
 
 
 def _write(output: Path, results: dict[str, Any], records: dict[str, list[Record]], pictures: int) -> None:

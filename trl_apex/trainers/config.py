@@ -390,11 +390,7 @@ class DiffusionGRPOConfig(GRPOConfig):
 
     @classmethod
     def from_grpo_config(cls, config: GRPOConfig) -> "DiffusionGRPOConfig":
-        """Upgrade a plain `trl.GRPOConfig`: what its author set is kept, what was left at TRL's default becomes ours.
-
-        Args:
-            config (`trl.GRPOConfig`): or a subclass of it.
-        """
+        """Upgrade a plain `trl.GRPOConfig`: what its author set is kept, what was left at TRL's default becomes ours."""
         own = {f.name: f.default for f in dataclasses.fields(cls)}
         given = {f.name: f for f in dataclasses.fields(config) if f.init and f.name in own}
         values = {n: getattr(config, n) for n, f in given.items() if getattr(config, n) != _default(f)}
@@ -538,19 +534,18 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
     def __post_init__(self) -> None:
         source = self._read_aggregation_options().conflict_source
         needed = source != "advantage" or self.multi_objective_aggregation in GRADIENT_RULES
-        DiffusionGRPOConfig.__post_init__(self)
-        refuse([
-            (needed and self.gradient_probe is False, {"conflict_source": source, "rule": self.multi_objective_aggregation},
-             "`gradient_probe` must not be False where gradients are asked for", "Leave it out."),
-            (self.probe_every < 1, self.probe_every, "`probe_every` must be at least 1", "Use e.g. 10."),
-        ])  # fmt: skip
         if self.gradient_probe is None:
             self.gradient_probe = needed
+        DiffusionGRPOConfig.__post_init__(self)
+        probe, rule = self.gradient_probe, self.multi_objective_aggregation
         refuse([
-            (self.gradient_probe and self.loss_type == "nft", "loss_type='nft'",
+            (needed and not probe, {"conflict_source": source, "multi_objective_aggregation": rule},
+             "`gradient_probe` must not be False where gradients are asked for", "Leave it out."),
+            (self.probe_every < 1, self.probe_every, "`probe_every` must be at least 1", "Use e.g. 10."),
+            (probe and self.loss_type == "nft", "loss_type='nft'",
              "The gradient probe needs a loss that is linear in the advantage",
              "Use 'awm' or 'fpo', or turn off the probe and what needs it."),
-            (self.gradient_probe and self.compile_denoiser, "compile_denoiser",
+            (probe and self.compile_denoiser, "compile_denoiser",
              "The gradient probe listens to layers that compiled code does not call", "Turn off one of the two."),
         ])  # fmt: skip
 
@@ -592,13 +587,7 @@ class APEXGRPOConfig(AggregationFields, GRPOConfig):
 
     @classmethod
     def from_grpo_config(cls, config: GRPOConfig) -> "APEXGRPOConfig":
-        """A plain `trl.GRPOConfig` with the aggregator's defaults beside it; every value of TRL's is kept as it is.
-
-        `multi_objective_aggregation` is the exception: TRL's default, "sum_then_normalize", becomes "apex".
-
-        Args:
-            config (`trl.GRPOConfig`): or a subclass of it.
-        """
+        """A plain `trl.GRPOConfig` with the aggregator's defaults beside it; only TRL's default rule becomes "apex"."""
         # Copied rather than constructed anew: TRL's __post_init__ fills fields that it refuses to be given together.
         upgraded = object.__new__(cls)
         upgraded.__dict__.update({f.name: f.default for f in dataclasses.fields(AggregationFields)})

@@ -220,8 +220,15 @@ class DiffusionGRPOTrainer(RunTrainer):
         )
         self.updates_per_iteration = self.updates_per_pass * args.num_iterations
         self.steps_per_iteration = self.updates_per_iteration * args.gradient_accumulation_steps
-        groups = args.generation_batch_size // args.num_generations
-        GroupSampler(num_prompts, groups, args.num_generations, 1, False, 0)  # raises where prompts are too few
+        self._group_sampler(args, num_prompts)  # raises where prompts are too few
+
+    def _group_sampler(self, args: DiffusionGRPOConfig, num_prompts: int) -> GroupSampler:
+        group, repeats = args.num_generations, self.steps_per_iteration
+        groups = args.generation_batch_size // group
+        return GroupSampler(num_prompts, groups, group, repeats, args.shuffle_dataset, args.seed)
+
+    def _get_train_sampler(self, dataset=None) -> GroupSampler:
+        return self._group_sampler(self.args, len(self.train_dataset if dataset is None else dataset))
 
     def _add_callbacks(self, names: list[str]) -> None:
         args = self.args
@@ -238,17 +245,6 @@ class DiffusionGRPOTrainer(RunTrainer):
     def _stateful(self) -> dict[str, Any]:
         """What a checkpoint keeps in `apex_state.json`: objects with `state_dict` and `load_state_dict`, by name."""
         return {"monitor": self._watch, "detectors": self._detectors}
-
-    def _get_train_sampler(self, dataset=None) -> GroupSampler:
-        args = self.args
-        return GroupSampler(
-            len(self.train_dataset if dataset is None else dataset),
-            groups=args.generation_batch_size // args.num_generations,
-            group_size=args.num_generations,
-            repeats=self.steps_per_iteration,
-            shuffle=args.shuffle_dataset,
-            seed=args.seed,
-        )
 
     # One iteration
 
@@ -337,7 +333,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         representative = None
         if args.share_initial_noise:
             representative = torch.tensor([max(i // group * group - first_sample, 0) for i in samples], device=device)
-        return self._sample(embeddings, initial, window, noise, self.sampler, args.guidance_scale, representative)
+        return self._sample(embeddings, initial, self.sampler, args.guidance_scale, window, noise, representative)
 
     def _window(self, args: DiffusionGRPOConfig, iteration: int) -> range:
         """The stochastic steps of an iteration; none where the loss needs final latents alone."""
@@ -346,7 +342,9 @@ class DiffusionGRPOTrainer(RunTrainer):
         steps, size, where = args.num_inference_steps, args.sde_window_size, args.sde_window_range
         return sde_window(steps, size, where, args.seed, iteration)
 
-    def _sample(self, embeddings, initial, window, noise, sampler, guidance_scale, representative=None) -> Rollout:
+    def _sample(
+        self, embeddings, initial, sampler, guidance_scale, window=range(0), noise=None, representative=None
+    ) -> Rollout:
         model, negative = self._rollout_model(), self._conditions.negative(guidance_scale)
         return sample(
             self.policy, model, sampler, embeddings, negative, guidance_scale, initial, window, noise, representative

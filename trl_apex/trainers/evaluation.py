@@ -81,23 +81,16 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[
     mine = [min(rank + i * world, len(dataset) - 1) for i in range(share)]
 
     def draw(prompts: list[str], initial: Tensor) -> Tensor:
-        empty = initial.new_zeros(len(initial), 0, *trainer.latent_shape)
-        return trainer._sample(trainer._conditions(prompts), initial, range(0), empty, sampler, guidance).images
+        return trainer._sample(trainer._conditions(prompts), initial, sampler, guidance).images
 
     scorer = trainer._open_scorer(funcs, names)
     averaged = trainer._ema.averaged() if trainer._ema is not None else nullcontext()
     with averaged, closing(scorer):
         own = draw_and_score(
-            dataset,
-            mine,
-            draw,
-            partial(trainer._submit, scorer),
-            names,
-            seed=args.seed,
-            shape=trainer.latent_shape,
-            batch_size=args.per_device_eval_batch_size,
+            dataset, mine, draw, partial(trainer._submit, scorer), names,
+            seed=args.seed, shape=trainer.latent_shape, batch_size=args.per_device_eval_batch_size,
             pictures=PICTURES if trainer.accelerator.is_main_process else 0,
-        )
+        )  # fmt: skip
     own_images = {record["row"]: record["image"] for record in own}  # pictures are not gathered
     by_row = {record["row"]: record for record in gather_list([{**record, "image": None} for record in own])}
     return [by_row[i] | {"image": own_images.get(i)} for i in range(len(dataset))]

@@ -32,9 +32,9 @@ CITATION = """\
 class APEXGRPOTrainer(GRPOTrainer):
     """`trl.GRPOTrainer` whose rewards are kept in balance by a [`MultiObjectiveRewardAggregator`].
 
-    Everything else is TRL's: models, tokenizers and processors, generation (vLLM included), tools, losses, logs. Each
-    prompt's completions are scored by all rewards, TRL gathers the scores over ranks, and the aggregator's advantages take
-    the place of TRL's. Reconstructed from the abstract of APEX (arXiv 2601.06574).
+    Everything else is TRL's: models, tokenizers and processors, generation (vLLM included), tools, losses, logs. TRL
+    gathers the scores of all rewards over ranks, and the aggregator's advantages take the place of its own.
+    Reconstructed from the abstract of APEX (arXiv 2601.06574).
 
     Args:
         model, reward_funcs, args, ...: as in `trl.GRPOTrainer`. `args` is an [`APEXGRPOConfig`]; a plain `trl.GRPOConfig`
@@ -55,11 +55,6 @@ class APEXGRPOTrainer(GRPOTrainer):
         )
         trainer.train()
         ```
-
-    Note:
-        The seam is two private methods of TRL: what `_calculate_rewards` returns is kept, and the local slice in the
-        output of `_generate_and_score_completions` is replaced. `tests/trainers/test_apex_grpo_trainer.py` names the TRL
-        release that moves either.
     """
 
     _tag_names = ["trl", "grpo", "apex"]
@@ -94,7 +89,7 @@ class APEXGRPOTrainer(GRPOTrainer):
         )
         self._gathered_rewards: Tensor | None = None
 
-    # The seam
+    # The seam: what two private methods of TRL return. The tests name the release that moves either.
 
     def _calculate_rewards(self, *args, **kwargs) -> Tensor:
         self._gathered_rewards = super()._calculate_rewards(*args, **kwargs)
