@@ -15,7 +15,7 @@ from toy_rewards import PROMPTS, contrast, redness
 from transformers import Trainer
 from trl import GRPOTrainer
 
-from trl_apex import APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex import APEXGRPOTrainer, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.tiny.pipeline import build_pipeline
 from trl_apex.trainers.trl_seam import INHERITED
 
@@ -142,5 +142,17 @@ def test_the_constructor_takes_the_arguments_of_trls_in_its_order():
 
 def test_help_shows_the_signature_of_the_constructor():
     assert inspect.signature(APEXTrainer) == inspect.signature(DiffusionGRPOTrainer)
+    assert inspect.signature(APEXGRPOTrainer) == inspect.signature(GRPOTrainer)
     kinds = {parameter.kind for parameter in inspect.signature(APEXTrainer).parameters.values()}
     assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_help_shows_methods_as_methods():
+    own = {
+        name: list(inspect.signature(method).parameters)
+        for trainer in (APEXTrainer, APEXGRPOTrainer)
+        for name, method in inspect.getmembers(trainer, inspect.isfunction)
+        if method.__module__.startswith("trl_apex")
+    }
+    assert {"evaluate", "save_model", "push_to_hub", "_save_checkpoint"} <= own.keys()
+    assert {parameters[0] for parameters in own.values()} == {"self"}

@@ -54,22 +54,19 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Draw images with the base and with each adapter, score them, and write what came of it.
 
-    Deterministic sampling: image j of prompt i starts from the same noise for every model, which is also the noise that the
-    trainer's `evaluate` uses at the same seed. The prompt is the unit of all statistics: where there are several images a
-    prompt, their rewards are averaged first.
+    Deterministic sampling: image j of prompt i starts from the same noise for every model, the noise of the trainer's
+    `evaluate` at the same seed. The prompt is the unit of all statistics: the rewards of its images are averaged first.
 
     Args:
         model (`str` or `diffusers.DiffusionPipeline`): the base.
         adapters (path, list of them or dict of name to path): run directories or hub ids with
             `pytorch_lora_weights.safetensors`, or with a fully trained denoiser in its own folder.
-        prompts (`str`, `Path` or `datasets.Dataset`): as in [`load_prompts`]; every column reaches the rewards.
-        rewards (callable or list): the objectives.
+        prompts (`str`, `Path` or `datasets.Dataset`): as in [`load_prompts`], with `split`, `prompt_column` and
+            `max_prompts`; every column reaches the rewards.
+        rewards, monitors (callable or list): the objectives, and rewards that were not trained on, reported apart.
         output_dir (`str` or `Path`): where results go.
-        monitors (callable or list): rewards that were not trained on, reported apart.
-        split, prompt_column, max_prompts: of `prompts`.
         images_per_prompt (`int`): each from its own noise.
-        num_inference_steps (`int`): of the noise-free sampler.
-        guidance_scale (`float`), negative_prompt (`str`): classifier-free guidance; 1 for none.
+        num_inference_steps, guidance_scale, negative_prompt: of the sampler; a scale of 1 is no guidance.
         height, width (`int`, *optional*): pixels. None: as the trainer, 512 for SD3 and FLUX, else the model's own.
         max_sequence_length (`int`): tokens of the longest text encoder, as in training.
         seed (`int`): of the noise.
@@ -81,8 +78,7 @@ def run_evaluation(
         report (`Callable`): gets one line after each model.
 
     Returns:
-        `dict`: what `results.json` holds: `settings`, `models` (mean, standard error and number of prompts per reward) and
-        `comparisons` (per adapter, see [`compare`]), and the joint `hypervolume` of all adapters.
+        `dict`: what `results.json` holds: `settings`, and what [`summarize_models`] returns.
 
     Raises:
         ValueError: if there are no rewards or prompts, an adapter does not load, or names collide.
@@ -169,7 +165,7 @@ def run_evaluation(
 
 
 def summarize_models(records: dict[str, list[Record]], names: list[str], objectives: int) -> dict[str, Any]:
-    """Means and standard errors of every model, and each against the base.
+    """`models` (means, errors and numbers of prompts), `comparisons` with the base ([`compare`]), joint `hypervolume`.
 
     Args:
         records (`dict`): the base's first, under its name, then each adapter's; row by row alike.

@@ -4,7 +4,7 @@ import copy
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -321,19 +321,20 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     def _rollout(self, embeddings: Embeddings, first_sample: int) -> Rollout:
         """Images of some of this rank's samples; noise is keyed by the sample, so that it is the same on any rank."""
-        args, device, group = self.args, self.accelerator.device, self.num_generations
-        key = (args.seed, INITIAL_NOISE, self._iteration)
+        args, group, shape = self.args, self.num_generations, self.latent_shape
         window = self._window(args, self._iteration)
         samples = range(first_sample, first_sample + len(next(iter(embeddings.values()))))
-        initial = keyed_noise(
-            [(*key, i // group if args.share_initial_noise else i) for i in samples], self.latent_shape
-        )
-        step_keys = [(args.seed, STEP_NOISE, self._iteration, i) for i in samples]
-        noise = keyed_noise(step_keys, (len(window), *self.latent_shape)).to(device)
+        starts = [i // group for i in samples] if args.share_initial_noise else samples
+        initial = keyed_noise(self._keys(INITIAL_NOISE, starts), shape)
+        noise = keyed_noise(self._keys(STEP_NOISE, samples), (len(window), *shape))
         representative = None
         if args.share_initial_noise:
-            representative = torch.tensor([max(i // group * group - first_sample, 0) for i in samples], device=device)
+            first_of_group = [max(i // group * group - first_sample, 0) for i in samples]
+            representative = torch.tensor(first_of_group, device=self.accelerator.device)
         return self._sample(embeddings, initial, self.sampler, args.guidance_scale, window, noise, representative)
+
+    def _keys(self, purpose: int, numbers: Sequence[int]) -> list[tuple[int, ...]]:
+        return [(self.args.seed, purpose, self._iteration, i) for i in numbers]
 
     def _window(self, args: DiffusionGRPOConfig, iteration: int) -> range:
         """The stochastic steps of an iteration; none where the loss needs final latents alone."""
@@ -419,8 +420,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         clean = torch.cat([r.latents for r in rollouts])
         samples = range(first_sample, first_sample + len(clean))
         levels = self._levels(self.args, samples, self._iteration)
-        keys = [(self.args.seed, ROW_NOISE, self._iteration, i) for i in samples]
-        noise = keyed_noise(keys, (levels.shape[1], *self.latent_shape))
+        noise = keyed_noise(self._keys(ROW_NOISE, samples), (levels.shape[1], *self.latent_shape))
         return {"clean": clean, "levels": levels.to(clean.device), "noise": noise.to(clean.device), "window": range(0)}
 
     def _levels(self, args: DiffusionGRPOConfig, samples: range, iteration: int) -> Tensor:
