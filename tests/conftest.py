@@ -3,6 +3,7 @@
 Not in the configurations: TRL annotates some of its fields otherwise than it fills them.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -30,3 +31,9 @@ for module in MODULES:  # the hook ignores a name that does not exist
     path = Path(__file__).parents[1] / module.replace(".", "/")
     assert path.is_dir() or path.with_suffix(".py").is_file(), f"{module} does not exist"
 install_import_hook(["tools.tiny_world", *MODULES], "beartype.beartype")
+
+
+def pytest_collection_finish():
+    """Every training run looks for unreachable objects: not among the half a million that imports have made."""
+    gc.collect()
+    gc.freeze()
