@@ -6,7 +6,8 @@ from diffusers import SD3Transformer2DModel
 from engines import ENGINES, OTHERS, STAGE, environment
 from processes import RankFailed, attempt, run
 from safetensors.numpy import load_file
-from training import tiny_pipeline, train
+from tiny_runs import tiny_pipeline
+from training import train
 
 pytestmark = pytest.mark.distributed
 

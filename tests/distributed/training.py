@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from diffusers import SD3Transformer2DModel
 from engines import on_cpu
 from peft import LoraConfig
+from tiny_runs import tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.distributed import full_trainable_weights
-from trl_apex.tiny.pipeline import build_pipeline
 from trl_apex.tiny.world import load_tiny_pipeline
 
 PROMPTS = [
@@ -34,16 +33,6 @@ def dark(images, **kwargs):
     return (-10 * images.mean((1, 2, 3))).tolist()
 
 
-def tiny_pipeline():
-    """The tiny pipeline before training, with half of its blocks."""
-    pipeline = build_pipeline(0)
-    config = {**pipeline.transformer.config, "num_layers": BLOCKS}
-    pipeline.register_modules(transformer=SD3Transformer2DModel.from_config(config))
-    with torch.no_grad():  # a fresh head predicts next to nothing, and would hide errors
-        pipeline.transformer.proj_out.weight.mul_(20)
-    return pipeline
-
-
 def make_trainer(
     output_dir: str,
     *,
@@ -54,7 +43,9 @@ def make_trainer(
     **overrides: Any,
 ) -> APEXTrainer:
     """The trainer of these tests: two groups of four images, however many processes share them."""
-    pipeline = load_tiny_pipeline() if trained else tiny_pipeline()  # before the arguments: ZeRO-3 would cut it up
+    pipeline = (
+        load_tiny_pipeline() if trained else tiny_pipeline(BLOCKS)
+    )  # before the arguments: ZeRO-3 would cut it up
     on_cpu()
     values: dict[str, Any] = {
         "output_dir": output_dir,

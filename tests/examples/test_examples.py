@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import socket
 import subprocess
 import sys
 import warnings
@@ -112,19 +111,18 @@ def test_remote_rewards_in_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_remote_rewards_in_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, str(EXAMPLES / "remote_rewards.py")]
-    server = subprocess.Popen([*command, "serve", "--port", str(port)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert "Serving" in server.stdout.readline()
-        arguments = ["train", "--url", f"http://127.0.0.1:{port}", "--max_steps", "1", "--output_dir", str(tmp_path)]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-    finally:
-        server.terminate()
-        server.wait(20)
+    with reserved_port() as port:
+        server = subprocess.Popen([*command, "serve", "--port", str(port)], stdout=subprocess.PIPE, text=True)
+        try:
+            assert "Serving" in server.stdout.readline()
+            url = f"http://127.0.0.1:{port}"
+            train = [*command, "train", "--url", url, "--max_steps", "1", "--output_dir", str(tmp_path)]
+            done = subprocess.run(train, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-2000:]
+        finally:
+            server.terminate()
+            server.wait(20)
 
 
 @pytest.mark.parametrize("flags, owner", [(["--static"], "DiffusionGRPOTrainer"), ([], "APEXTrainer")])

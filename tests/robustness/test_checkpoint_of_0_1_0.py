@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_runs import tiny_trainer
+from tiny_runs import tiny_pipeline, tiny_trainer
 
 KEPT = Path(__file__).parent / "checkpoint-0.1.0"
 
@@ -21,6 +21,7 @@ def test_a_checkpoint_of_0_1_0_resumes_to_the_weights_of_0_1_0(tmp_path):
         trainer = tiny_trainer(
             run,
             evaluate=True,
+            pipeline=tiny_pipeline(blocks=4),
             lora=LoraConfig(r=2, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_q", "to_v"]),
             # The script of 0.1.0, its flat options included.
             ema_decay=0.9,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from children import call
+from processes import call
 from tiny_runs import fingerprints, tiny_trainer
 
 

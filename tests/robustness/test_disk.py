@@ -5,8 +5,8 @@ import os
 import subprocess
 
 import pytest
-from children import call
 from disks import FILLER, train_again, train_until_the_disk_fails
+from processes import call
 from tiny_runs import tiny_trainer
 
 

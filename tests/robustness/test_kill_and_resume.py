@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from children import call, start
 from killing import PHASES, Marks, train_marked
+from processes import Child, call, finish
 
 from trl_apex.trainers.checkpoint import PARTIAL, checkpoints, defects
 
@@ -40,17 +40,17 @@ def moments(stays: list, count: int, seed: int) -> list[tuple[str, int, float]]:
 def kill_in(phase: str, which: int, seconds: float, folder: Path) -> str:
     """Start the run, kill it `seconds` after its `which`-th entry into `phase`, and say in which phase it fell."""
     marks = Marks(folder / "marks")
-    child = start(train_marked, folder / "log", str(folder / "run"), str(folder / "marks"), False)
+    child = Child(train_marked, folder / "log", str(folder / "run"), str(folder / "marks"), False)
     limit = time.monotonic() + PATIENCE
     while marks.read()[1][phase] < which and child.process.is_alive():
         assert time.monotonic() < limit, f"never reached {phase} {which}\n{(folder / 'log').read_text()[-2000:]}"
         time.sleep(0.0005)
     time.sleep(seconds)
     os.kill(child.process.pid, signal.SIGKILL)
-    ended = child.finish()
-    if ended.exit_code == -signal.SIGKILL:
+    finish([child])
+    if child.exit_code == -signal.SIGKILL:
         return marks.read()[0]
-    ended.checked()
+    child.checked()
     return "end"
 
 

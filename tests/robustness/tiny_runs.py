@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.tiny.pipeline import build_pipeline
 
 PROMPTS = ['a red circle with "CAT"', 'a blue star with "HEN"', "a green square", 'a "LOT" of yellow']
-OUTPUT_DIR = "run"
 
 
 def redness(images, **others):
@@ -28,8 +28,13 @@ def contrast(images, **others):
     return (100 * images.std((1, 2, 3))).tolist()
 
 
-def tiny_pipeline() -> Any:
+def tiny_pipeline(blocks: int = 2) -> Any:
+    """The tiny pipeline before training, with so many of its blocks."""
     pipeline = build_pipeline(0)
+    config = pipeline.transformer.config
+    if blocks != config.num_layers:
+        shallow = SD3Transformer2DModel.from_config({**config, "num_layers": blocks})
+        pipeline.register_modules(transformer=shallow)
     with torch.no_grad():  # a fresh head predicts next to nothing, and would hide errors
         pipeline.transformer.proj_out.weight.mul_(20)
     return pipeline
@@ -60,10 +65,6 @@ def tiny_args(output_dir: Path | str, cls: type = APEXConfig, **overrides: Any) 
     return cls(**{**values, **overrides})
 
 
-def tiny_lora() -> LoraConfig:
-    return LoraConfig(r=2, lora_alpha=4, init_lora_weights="gaussian")
-
-
 def tiny_trainer(
     output_dir: Path | str,
     rewards: Any = (redness, contrast),
@@ -78,7 +79,7 @@ def tiny_trainer(
     """A trainer with the settings of `tiny_args`."""
     dataset = Dataset.from_dict({"prompt": PROMPTS if prompts is None else prompts})
     if lora is True:
-        lora = tiny_lora()
+        lora = LoraConfig(r=2, lora_alpha=4, init_lora_weights="gaussian")
     return cls(
         tiny_pipeline() if pipeline is None else pipeline,
         list(rewards),

@@ -6,7 +6,10 @@ from pathlib import Path
 
 if __name__ == "__main__":
     here = Path(__file__).resolve().parent
-    sys.path[:0] = [str(here), *(str(here.parent / name) for name in ("diffusion", "rewards", "trainers"))]
+    sys.path[:0] = [
+        str(here),
+        *(str(here.parent / name) for name in ("diffusion", "rewards", "robustness", "trainers")),
+    ]
     os.environ["ACCELERATE_TORCH_DEVICE"] = "sim:0"
 
     import simulated_device

@@ -11,7 +11,6 @@ import threading
 
 import torch
 import torch.utils.backend_registration as registration
-from torch.utils._pytree import tree_leaves, tree_map
 
 COUNT = 2
 aten = torch.ops.aten
@@ -98,7 +97,8 @@ class SimTensor(torch.Tensor):
 
 
 def _run(func, args: tuple, kwargs: dict):
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    _map(lambda leaf: tensors.append(leaf) if isinstance(leaf, torch.Tensor) else None, (*args, *kwargs.values()))
     simulated = [tensor for tensor in tensors if isinstance(tensor, SimTensor)]
     index = simulated[0].device.index if simulated else None
     if func not in COPIES:
@@ -112,7 +112,7 @@ def _run(func, args: tuple, kwargs: dict):
             index = None
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
-    result = func(*tree_map(_raw, args), **tree_map(_raw, kwargs))
+    result = func(*_map(_raw, args), **{name: _map(_raw, value) for name, value in kwargs.items()})
     target = kwargs.get("out", args[0] if args else None)
     if func._schema.is_mutable and isinstance(target, torch.Tensor) and isinstance(result, torch.Tensor):
         raw = _raw(target)
@@ -120,7 +120,14 @@ def _run(func, args: tuple, kwargs: dict):
             return target
     if index is None or not isinstance(result, (torch.Tensor, tuple, list)):
         return result
-    return tree_map(lambda leaf: SimTensor(leaf, index) if type(leaf) is torch.Tensor else leaf, result)
+    return _map(lambda leaf: SimTensor(leaf, index) if type(leaf) is torch.Tensor else leaf, result)
+
+
+def _map(function, value):
+    """As PyTorch's `tree_map`, which takes most of the time of a run: operators have lists of tensors, and nothing deeper."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(function, each) for each in value])
+    return function(value)
 
 
 def _refuse_mixed(func, args: tuple, kwargs: dict, tensors: list, simulated: list) -> None:
