@@ -17,6 +17,8 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any, NoReturn
 
+from .rewards.registry import load_rewards
+
 COMMANDS = {
     "demo": "train the tiny pipeline that comes with the package, on a CPU, in minutes",
     "train": "train a text-to-image model on several rewards",
@@ -447,7 +449,7 @@ def _train(rest: list[str]) -> None:
     )
     if given.revision and given.model != "tiny":
         config.model_init_kwargs = {**(config.model_init_kwargs or {}), "revision": given.revision}
-    rewards, monitors, interrupt = _load_rewards(given.rewards), _load_rewards(given.monitors), InterruptCallback()
+    rewards, monitors, interrupt = load_rewards(given.rewards), load_rewards(given.monitors), InterruptCallback()
     trainer = APEXTrainer(
         _pipeline(given.model),
         rewards,
@@ -515,15 +517,6 @@ def _lora_config(given: TrainArguments) -> Any:
     )
 
 
-def _load_rewards(specs: Sequence[str]) -> list[Callable]:
-    """The rewards that `specs` name, from modules in the current folder as well."""
-    from .rewards.registry import load_rewards
-
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return load_rewards(specs)
-
-
 def _try_report(output_dir: Path) -> str:
     """Write the report; a report that fails is a warning, since the run is saved by then."""
     from .report import write_report
@@ -577,7 +570,7 @@ def _evaluate(
     folder = Path(output_dir or (adapters[0] if alone and Path(adapters[0]).is_dir() else "evaluation"))
     if options["max_sequence_length"] is None:
         options["max_sequence_length"] = 12 if model == "tiny" else 256
-    options |= {"rewards": _load_rewards(rewards), "monitors": _load_rewards(monitors)}
+    options |= {"rewards": load_rewards(rewards), "monitors": load_rewards(monitors)}
     results = run_evaluation(_pipeline(model), adapters, output_dir=folder, **options)
     print(f"\n{markdown_table(results)}\nTables and pictures: {folder}")
     if alone:
@@ -612,7 +605,7 @@ def _push(run_dir: str, repo_id: str, **options: Any) -> None:
 def _serve_rewards(reward: list[str], **options: Any) -> None:
     from .serving.server import serve
 
-    serve(_load_rewards(reward), **options)
+    serve(reward, **options)
 
 
 SHOWN = [

@@ -4,6 +4,8 @@ import ast
 import difflib
 import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,7 +47,7 @@ def load_reward(spec: str) -> Callable:
 
     Args:
         spec (`str`): A name (`"ocr"`), a name with arguments (`'deqa(model="path")'`), or `"module:attribute"` for a
-            function, instance or class of your own, with arguments as well.
+            function, instance or class of your own, in the current folder as well, with arguments or without.
 
     Raises:
         ValueError: For a name that is not known, a module that cannot be imported, or arguments that do not fit.
@@ -63,6 +65,8 @@ def load_reward(spec: str) -> Callable:
             + (f"Did you mean {close[0]!r}? " if close else "")
             + "A file my_rewards.py in this folder is named my_rewards:function."
         )
+    if name not in REWARDS and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:

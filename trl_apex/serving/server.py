@@ -9,7 +9,6 @@ import hmac
 import json
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -83,13 +82,11 @@ def serve(
 ) -> None:
     """Serve rewards until interrupted (`Ctrl-C` or SIGTERM); requests under way are finished first.
 
-    Modules named in `rewards` are looked for in the current folder as well. The arguments are those of [`make_server`].
+    The arguments are those of [`make_server`].
 
     Raises:
         RuntimeError: If the server cannot listen on the address.
     """
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     server = make_server(rewards, host, port, **options)
     scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
     print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
@@ -350,16 +347,14 @@ async def read_body(request: Request, length: int, limits: Limits) -> bytearray:
 
 
 class Header(BaseModel):
-    """The first line of a request's body; the images' bytes follow."""
+    """The first line of a request's body, as `wire.py` describes it; the images' bytes follow."""
 
     model_config = ConfigDict(extra="forbid")
-    prompts: list[str] = Field(min_length=1, description="One prompt per image.")
-    columns: dict[str, list[Any]] = Field(default_factory=dict, description="Further columns, one value per image.")
+    prompts: list[str] = Field(min_length=1)
+    columns: dict[str, list[Any]] = {}
     dtype: Literal["uint8", "float32"] = "uint8"
-    sizes: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] = Field(
-        description="Height and width of each image."
-    )
-    floats: bool = Field(default=False, description="Whether the reward may get the images as a float tensor too.")
+    sizes: list[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]]
+    floats: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> "Header":
