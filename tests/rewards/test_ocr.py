@@ -116,12 +116,6 @@ def test_target_columns(reward):
         named(prompts=prompts, completions=images)
 
 
-def test_several_targets():
-    prompts, images = ['"cat" and "xyz"'], [picture("CAT")]
-    assert OCRReward(workers=1)(prompts=prompts, completions=images) == [1.0]
-    assert OCRReward(workers=1, several="mean")(prompts=prompts, completions=images) == [0.5]
-
-
 def test_a_line_is_read_from_left_to_right_where_its_right_half_stands_higher(reward):
     image, font = Image.new("RGB", (320, 128), "white"), ImageFont.load_default(32)
     draw = ImageDraw.Draw(image)
@@ -131,20 +125,20 @@ def test_a_line_is_read_from_left_to_right_where_its_right_half_stands_higher(re
 
 
 def test_targets_that_are_numbers_or_lists(reward):
-    images, prompts = [picture("2024", 128)] * 6, ["a banner"] * 6
-    targets = [2024, 2024.0, ["2024"], None, float("nan"), []]
-    assert reward(prompts=prompts, completions=images, target=targets) == [1.0, 1.0, 1.0, None, None, None]
-    both = OCRReward(workers=1, several="mean")
-    assert both(prompts=prompts[:1], completions=images[:1], target=[["2024", "xxxx"]]) == [0.5]
-    both.unload()
+    images, prompts = [picture("2024", 128)] * 7, ['"2024" and "xxxx"'] * 7
+    targets = [2024, 2024.0, ["2024"], ["2024", "xxxx"], None, float("nan"), []]
+    assert reward(prompts=prompts, completions=images, target=targets) == [1.0] * 4 + [None] * 3
+    mean = OCRReward(workers=1, several="mean")
+    for columns in ({"target": [["2024", "xxxx"]]}, {}):  # of the column, else of the prompt
+        assert mean(prompts=prompts[:1], completions=images[:1], **columns) == [0.5]
+    mean.unload()
 
 
 def test_pickle_and_unload(reward):
     copy = pickle.loads(pickle.dumps(reward))
-    assert copy(prompts=['"cat"'], completions=[picture("CAT")]) == [1.0]
-    copy.unload()
-    assert copy(prompts=['"cat"'], completions=[picture("CAT")]) == [1.0]
-    copy.unload()
+    for _ in range(2):
+        assert copy(prompts=['"cat"'], completions=[picture("CAT")]) == [1.0]
+        copy.unload()
 
 
 def test_engine_settings_reach_the_engine(reward):

@@ -1,6 +1,7 @@
 """The base class, the conversions between the two forms of images, and the embedding cache."""
 
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -46,24 +47,14 @@ def test_one_batch_at_a_time():
         def _score(self, loaded, images, prompts, columns):
             inside.append(1)
             assert len(inside) == 1
-            threading.Event().wait(0.01)
+            time.sleep(0.01)
             inside.pop()
             return [0.0] * len(prompts)
 
-    reward, failed = Alone(device="cpu"), []
-
-    def call():
-        try:
-            reward(prompts=["a"], images=torch.rand(1, 3, 2, 2))
-        except AssertionError as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=call) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=10)
-    assert not failed and reward.loads == 1
+    reward = Alone(device="cpu")
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(reward, prompts=["a"], images=torch.rand(1, 3, 2, 2)) for _ in range(4)]
+    assert [call.result() for call in calls] == [[0.0]] * 4 and reward.loads == 1
 
 
 def test_rounding_is_that_of_saving():

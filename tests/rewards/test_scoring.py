@@ -145,15 +145,15 @@ def test_timeout(kind):
     async def waiting(completions, **kwargs):
         await asyncio.sleep(10)
 
-    func = blocking if kind == "blocking" else waiting
-    with RewardScorer([func, constant(1.0)], timeout=[0.1, None]) as scorer:
+    slow = blocking if kind == "blocking" else waiting
+    with RewardScorer([slow, constant(1.0)], ["slow", "constant"], timeout=[0.1, None]) as scorer:
         scored = score(scorer)
-        assert scored.failures == {func.__name__: 2, "constant": 0} and scored.rewards[:, 0].isnan().all()
-        assert scored.seconds[func.__name__] > 0.09
+        assert scored.failures == {"slow": 2, "constant": 0} and scored.rewards[:, 0].isnan().all()
+        assert scored.seconds["slow"] > 0.09
         if kind == "blocking":
-            assert score(scorer).failures["blocking"] == 2  # still stuck: given up after its own timeout
+            assert score(scorer).failures["slow"] == 2  # still stuck: given up after its own timeout
             release.set()
-            while score(scorer).failures["blocking"]:  # until the stuck call has returned
+            while score(scorer).failures["slow"]:  # until the stuck call has returned
                 pass
             assert score(scorer).rewards[:, 0].tolist() == [1.0, 1.0]
 
@@ -262,17 +262,13 @@ def test_whatever_leaves_a_reward_is_a_failure_and_never_a_hang(raised, kind):
 
 @pytest.mark.parametrize("raised", [StopIteration, SystemExit, ValueError])
 def test_a_check_that_raises_anything_is_a_load_error(raised):
-    class Unchecked:
-        __name__ = "unchecked"
+    def check():
+        raise raised("no")
 
-        def check(self):
-            raise raised("no")
-
-        def __call__(self, **kwargs):
-            return []
-
+    unchecked = constant(1.0, "unchecked")
+    unchecked.check = check
     told = f"`unchecked` must pass its `check.*{raised.__name__}: no"
-    with RewardScorer([Unchecked()]) as scorer, pytest.raises(RewardLoadError, match=told):
+    with RewardScorer([unchecked]) as scorer, pytest.raises(RewardLoadError, match=told):
         scorer.check()
 
 

@@ -4,7 +4,13 @@ import threading
 import time
 from contextlib import contextmanager
 
+import httpx
+
 from trl_apex.serving.server import make_server
+
+TOKEN = "a-token-of-some-length"
+# One client, since making one costs more than a request; a connection each, as the servers come and go.
+http = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=20)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from loopback import running
+from loopback import TOKEN, running
 from PIL import Image
 from rewards_tiny_models import save_clip, save_llava
 
@@ -22,7 +22,6 @@ from trl_apex.rewards import (
 )
 from trl_apex.rewards.base import to_uint8
 
-TOKEN = "a-token-of-some-length"
 PROMPTS = ["a red circle", "a blue square", "green", "with"] * 3
 
 
@@ -75,27 +74,19 @@ def tensor():
 def call(reward, **keywords):
     returned = reward(**keywords)
     if asyncio.iscoroutine(returned):
-        returned = asyncio.run(_await(returned))
+        returned = asyncio.run(returned)
     return returned.tolist() if hasattr(returned, "tolist") else list(returned)
 
 
-async def _await(coroutine):
-    return await coroutine
-
-
 @pytest.mark.parametrize("name", ["pickscore", "deqa", "jpeg_compressibility", "brightness", "asynchronous"])
-def test_same_numbers_for_pictures(url, local, name, pictures):
+def test_same_numbers_for_pictures_and_tensors(url, local, name, pictures, tensor):
+    rounding, exact = (RemoteReward(url, name, as_uint8=as_uint8, batch_size=12) for as_uint8 in (True, False))
     keywords = {"prompts": PROMPTS, "completions": pictures}
-    assert call(RemoteReward(url, name, batch_size=12), **keywords) == call(local[name], **keywords)
-
-
-@pytest.mark.parametrize("name", ["pickscore", "deqa", "jpeg_compressibility", "brightness", "asynchronous"])
-def test_same_numbers_for_tensors(url, local, name, tensor):
+    assert call(rounding, **keywords) == call(local[name], **keywords)
     keywords = {"prompts": PROMPTS, "completions": [], "images": tensor}
-    exact = RemoteReward(url, name, as_uint8=False, batch_size=12)
     assert call(exact, **keywords) == call(local[name], **keywords)
     if name != "brightness":  # which reads more than 8 bits
-        assert call(RemoteReward(url, name, batch_size=12), **keywords) == call(local[name], **keywords)
+        assert call(rounding, **keywords) == call(local[name], **keywords)
 
 
 def test_a_reward_that_takes_floats_gets_them(url, local, tensor):
@@ -113,15 +104,11 @@ def test_same_numbers_for_pictures_of_several_sizes_and_modes(url, local, pictur
     assert call(RemoteReward(url, "pickscore"), **keywords) == call(local["pickscore"], **keywords)
 
 
-def test_half_precision(url, local, tensor):
+def test_half_precision_in_several_parts(url, local, tensor):
     half = tensor.bfloat16()
     expected = call(local["brightness"], prompts=PROMPTS, completions=[], images=half)
-    assert call(RemoteReward(url, "brightness", as_uint8=False), prompts=PROMPTS, images=half) == expected
-
-
-def test_batches_are_sent_in_parts(url, tensor):
-    whole = call(RemoteReward(url, "brightness", batch_size=12), prompts=PROMPTS, images=tensor)
-    assert call(RemoteReward(url, "brightness", batch_size=5), prompts=PROMPTS, images=tensor) == whole
+    reward = RemoteReward(url, "brightness", as_uint8=False, batch_size=5)
+    assert call(reward, prompts=PROMPTS, images=half) == expected
 
 
 def test_large_images_are_sent_in_smaller_parts():
@@ -258,16 +245,10 @@ def test_check_tells_another_kind_of_server():
         server.shutdown()
 
 
-def test_a_server_that_is_away_is_a_passing_failure(pictures):
+def test_a_server_that_is_away_is_a_passing_failure_and_a_refusal_is_none(url, pictures):
+    away = RemoteReward("http://127.0.0.1:9", "x", max_retries=1, backoff=0.01)
     with pytest.raises(TransientRewardError, match="does not answer"):
-        call(
-            RemoteReward("http://127.0.0.1:9", "x", max_retries=1, backoff=0.01),
-            prompts=["x"],
-            completions=pictures[:1],
-        )
-
-
-def test_a_refusal_is_no_passing_failure(url, pictures):
+        call(away, prompts=["x"], completions=pictures[:1])
     with pytest.raises(RuntimeError, match="404: there is no such reward"):
         call(RemoteReward(url, "nothing"), prompts=["x"], completions=pictures[:1])
 
@@ -306,10 +287,14 @@ def test_a_token_over_plain_http_is_warned_about_once(monkeypatch):
     assert len(caught) == 1 and TOKEN not in str(caught[0].message)
 
 
-def test_options():
-    with pytest.raises(ValueError, match="must start with http"):
-        RemoteReward("127.0.0.1:8000", "ocr")
-    with pytest.raises(ValueError, match="`batch_size`"):
-        RemoteReward("http://x", "ocr", batch_size=0)
-    with pytest.raises(ValueError, match="`max_concurrency`"):
-        RemoteReward("http://x", "ocr", max_concurrency=0)
+@pytest.mark.parametrize(
+    ("url", "options", "message"),
+    [
+        ("127.0.0.1:8000", {}, "must start with http"),
+        ("http://x", {"batch_size": 0}, "`batch_size`"),
+        ("http://x", {"max_concurrency": 0}, "`max_concurrency`"),
+    ],
+)
+def test_options(url, options, message):
+    with pytest.raises(ValueError, match=message):
+        RemoteReward(url, "ocr", **options)

@@ -10,7 +10,7 @@ import threading
 import httpx
 import psutil
 import pytest
-from loopback import running
+from loopback import http, running
 
 from trl_apex.rewards import JPEGCompressibilityReward
 from trl_apex.serving.server import Limits, make_server
@@ -26,8 +26,6 @@ LIMITS = Limits(
     max_connections=64,
     body_timeout=0.6,
 )
-# One client, since making one costs more than a request; a connection each.
-http = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=20)
 REWARD = "/v1/rewards/jpeg_compressibility"
 PIXELS = bytes(range(12))
 

@@ -6,7 +6,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from loopback import running
+from loopback import TOKEN, running
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -19,7 +19,6 @@ from trl_apex.serving.server import Header, build_app
 from trl_apex.serving.wire import MEDIA_TYPE
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-TOKEN = "a-token-of-some-length"
 
 JSON = st.recursive(
     st.none() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3), max_leaves=5

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from loopback import running
+from loopback import TOKEN, http, running
 from PIL import Image
 from processes import reserved_port
 
@@ -21,10 +21,6 @@ from trl_apex.rewards import JPEGCompressibilityReward, OCRReward, RemoteReward,
 from trl_apex.rewards.registry import load_reward
 from trl_apex.serving.server import Limits, build_app, make_server, read_token
 from trl_apex.serving.wire import MEDIA_TYPE, decode_images, encode_request
-
-TOKEN = "a-token-of-some-length"
-# One client, since making one costs more than a request; a connection each, as the servers come and go.
-http = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=20)
 
 
 def zero(prompts, **kwargs):
@@ -91,11 +87,12 @@ def test_strangers_hear_states_and_not_causes():
         def __call__(self, **kwargs):
             return []
 
+    key = {"Authorization": f"Bearer {TOKEN}"}
     with running([Broken(), zero], token=TOKEN) as url:
-        wait_for(url, lambda health: health["status"] == "failed")
+        wait_for(url, "failed")
         answer = http.get(f"{url}/health")
-        told = http.get(f"{url}/health", headers={"Authorization": f"Bearer {TOKEN}"}).json()["rewards"]
-        listing = http.get(f"{url}/v1/rewards", headers={"Authorization": f"Bearer {TOKEN}"}).json()
+        told = http.get(f"{url}/health", headers=key).json()["rewards"]
+        listing = http.get(f"{url}/v1/rewards", headers=key).json()
     assert answer.status_code == 503
     assert {r["name"]: r["state"] for r in answer.json()["rewards"]} == {"broken": "failed", "zero": "ready"}
     assert "somebody" not in answer.text and "a-company" not in answer.text
@@ -103,20 +100,33 @@ def test_strangers_hear_states_and_not_causes():
     assert told[0]["model"].endswith("Broken a-company/a-model")
 
 
-def wait_for(url, condition):
-    deadline = time.monotonic() + 20
-    while not condition(http.get(f"{url}/health").json()):
-        assert time.monotonic() < deadline
+def wait_for(url, status, process=None):
+    deadline = time.monotonic() + 60
+    while (found := status_of(url)) != status:
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), found
         time.sleep(0.02)
 
 
-def test_a_reward_that_hangs_fails_alone():
-    release = threading.Event()
+def status_of(url):
+    try:
+        return http.get(f"{url}/health").json()["status"]
+    except httpx.TransportError:
+        return "away"
+
+
+@pytest.fixture
+def hangs():
+    """A reward that returns once `hangs.release` is set."""
 
     def hangs(prompts, **kwargs):
-        release.wait(30)
+        hangs.release.wait(30)
         return [1.0] * len(prompts)
 
+    hangs.release = threading.Event()
+    return hangs
+
+
+def test_a_reward_that_hangs_fails_alone(hangs):
     with running([hangs, zero], limits=Limits(score_timeout=1)) as url:
         late = post(url, "hangs", ["a", "b"]).json()
         assert late["rewards"] == [None, None] and "no answer within 1 s" in late["errors"][0]
@@ -127,21 +137,15 @@ def test_a_reward_that_hangs_fails_alone():
         refused = post(url, "hangs")
         assert refused.status_code == 500 and "has not returned" in refused.text
         assert post(url, "zero").json()["rewards"] == [0.0]
-        release.set()
-        wait_for(url, lambda health: health["status"] == "ready")
+        hangs.release.set()
+        wait_for(url, "ready")
         assert post(url, "hangs").json()["rewards"] == [1.0]
 
 
-def test_what_waits_for_a_hanging_reward_fails_with_it():
-    release = threading.Event()
-
-    def hangs(prompts, **kwargs):
-        release.wait(30)
-        return [1.0] * len(prompts)
-
+def test_what_waits_for_a_hanging_reward_fails_with_it(hangs):
     with running([hangs], limits=Limits(score_timeout=0.3), max_batch=1) as url, ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda _: post(url, "hangs"), range(6)))  # 6 times 0.3 s, if each had a try
-        release.set()
+        hangs.release.set()
     assert [a.status_code for a in answers] == [200] * 6 or {a.status_code for a in answers} == {200, 500}
     errors = [a.json()["errors"][0] for a in answers if a.status_code == 200]
     assert sum("no answer" in error for error in errors) == 1
@@ -178,7 +182,7 @@ def test_a_load_that_raises_stop_iteration_is_told():
             return []
 
     with running([Empty()]) as url:
-        wait_for(url, lambda health: health["status"] == "failed")
+        wait_for(url, "failed")
         assert "StopIteration" in http.get(f"{url}/health").json()["rewards"][0]["state"]
         assert post(url, "empty").status_code == 500
 
@@ -201,9 +205,8 @@ def test_the_token_guards_all_but_health():
         assert http.get(f"{url}/health").status_code == 200
         for path in ("/metrics", "/v1/rewards", "/openapi.json"):
             assert http.get(url + path).status_code == 401
-            assert http.get(url + path, headers={"Authorization": f"Bearer {TOKEN[:-1]}x"}).status_code == 401
-            assert http.get(url + path, headers={"Authorization": f"Basic {TOKEN}"}).status_code == 401
-            assert http.get(url + path, headers={"Authorization": b"Bearer \xff\xfe"}).status_code == 401
+            for wrong in (f"Bearer {TOKEN[:-1]}x", f"Basic {TOKEN}", b"Bearer \xff\xfe"):
+                assert http.get(url + path, headers={"Authorization": wrong}).status_code == 401
         assert http.get(f"{url}/metrics", headers={"Authorization": f"Bearer {TOKEN}"}).status_code == 200
         assert post(url, "zero").status_code == 401
 
@@ -272,25 +275,11 @@ def served(tmp_path):
         "    return [0.25] * len(prompts)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)])}
+    command, pipes = [sys.executable, "-c", SERVE], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with reserved_port() as port:
-        process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(port)],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = subprocess.Popen([*command, str(port)], cwd=tmp_path, env=environment, text=True, **pipes)
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                if http.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.1)
+        wait_for(url, "ready", process)
         yield process, url
     process.kill()
     process.communicate()

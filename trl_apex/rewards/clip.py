@@ -134,9 +134,10 @@ class HPSv2Reward(Reward):
         self.weights, self.clip = weights, clip
 
     def _load(self) -> "CLIPTower":
-        return shared_tower(self.weights, self.clip, self.device, self.dtype, load=self._load_clip)
+        return shared_tower(self.weights, self.clip, self.device, self.dtype, load=self._load_original)
 
-    def _load_clip(self, weights: str) -> Any:
+    def _load_original(self, weights: str) -> Any:
+        """A `CLIPModel` with the weights of open_clip's layout."""
         from transformers import CLIPConfig, CLIPModel
 
         model = CLIPModel(CLIPConfig.from_pretrained(self.clip))

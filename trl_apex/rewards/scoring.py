@@ -1,6 +1,6 @@
 """Call reward functions side by side, with timeouts, retries and counted failures.
 
-[`RewardScorer`] starts a batch, its [`Lane`]s call the functions, and [`as_numbers`] reads what they return.
+[`RewardScorer`] takes a batch, a [`RewardCaller`] calls each function, and [`as_numbers`] reads what it returns.
 """
 
 import asyncio
@@ -106,8 +106,8 @@ class RewardScorer:
             raise ValueError(
                 f"`max_retries` and `backoff` must not be negative. Found {max_retries} and {backoff}. Pass 0."
             )
-        self.timeouts: list[Any] = list(timeout) if isinstance(timeout, Sequence) else [timeout] * len(self.names)
-        if len(self.timeouts) != len(self.names) or any(t is not None and t <= 0 for t in self.timeouts):
+        timeouts: list[Any] = list(timeout) if isinstance(timeout, Sequence) else [timeout] * len(self.names)
+        if len(timeouts) != len(self.names) or any(t is not None and t <= 0 for t in timeouts):
             raise ValueError(
                 f"`timeout` must be a positive number of seconds, or one per reward function. Found {timeout}. "
                 "Pass None for no limit."
@@ -122,7 +122,7 @@ class RewardScorer:
         self.max_retries, self.backoff = max_retries, backoff
         self._warned: set[str] = set()
         self._closed = False
-        self._lanes = [Lane(func, name) for func, name in zip(self.reward_funcs, self.names, strict=True)]
+        self._callers = list(map(RewardCaller, self.reward_funcs, self.names, timeouts))
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=on_this_device(self._run), name="reward-scorer", daemon=True)
         self._thread.start()
@@ -176,8 +176,8 @@ class RewardScorer:
         if self._closed:
             return
         self._closed = True
-        for lane in self._lanes:
-            lane.close()
+        for caller in self._callers:
+            caller.close()
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=10)
@@ -202,10 +202,7 @@ class RewardScorer:
             self._loop.close()
 
     async def _score_batch(self, keywords: dict[str, Any], images: Tensor | None, size: int) -> ScoredBatch:
-        calls = [
-            self._score(lane, timeout, keywords, images, size)
-            for lane, timeout in zip(self._lanes, self.timeouts, strict=True)
-        ]
+        calls = [self._score(caller, keywords, images, size) for caller in self._callers]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)  # all of them end, whichever raises
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -219,28 +216,28 @@ class RewardScorer:
         )
 
     async def _score(
-        self, lane: "Lane", timeout: float | int | None, keywords: dict[str, Any], images: Tensor | None, size: int
+        self, caller: "RewardCaller", keywords: dict[str, Any], images: Tensor | None, size: int
     ) -> tuple[RewardList, float]:
         """One function's rewards of a batch, and its seconds."""
-        if images is not None and takes_images(lane.func):
+        if images is not None and takes_images(caller.func):
             keywords = keywords | {"images": images}
-        edits_nothing = type(lane.func).__module__.startswith("trl_apex.")
+        edits_nothing = type(caller.func).__module__.startswith("trl_apex.")
         own = functools.partial(dict if edits_nothing else own_copies, keywords)
         seconds: list[float] = []
         try:
-            returned = await retrying(lambda: lane.call(own, timeout, seconds), self.max_retries, self.backoff)
+            returned = await retrying(lambda: caller.call(own, seconds), self.max_retries, self.backoff)
         except (RewardLoadError, ImportError):
             raise
         except Exception as error:  # a reward function may fail in any way
             rewards = RewardList([math.nan] * size, [describe(error)] * size)
         else:
-            rewards = as_numbers(returned, lane.name, size)
-        if rewards.failures and lane.name not in self._warned:
-            self._warned.add(lane.name)
+            rewards = as_numbers(returned, caller.name, size)
+        if rewards.failures and caller.name not in self._warned:
+            self._warned.add(caller.name)
             warnings.warn(
-                f"The reward `{lane.name}` failed on {rewards.failures} of {size} samples: "
+                f"The reward `{caller.name}` failed on {rewards.failures} of {size} samples: "
                 f"{next(filter(None, rewards.errors))}. They count as missing. Further failures are counted in "
-                f"`reward_failures/{lane.name}` without a warning.",
+                f"`reward_failures/{caller.name}` without a warning.",
                 RewardFailureWarning,
                 stacklevel=2,
             )
@@ -251,7 +248,7 @@ class RewardTimeoutError(RuntimeError):
     """A reward function did not return in time."""
 
 
-class Lane:
+class RewardCaller:
     """Calls one reward function from one event loop: a blocking one in a thread of its own, one call at a time.
 
     A call that overruns its time is given up, but a thread cannot be stopped: later calls wait for it, no longer than
@@ -259,9 +256,9 @@ class Lane:
     never keeps the process alive.
     """
 
-    def __init__(self, func: Callable, name: str) -> None:
-        self.func, self.name, self.is_async = func, name, is_async(func)
-        self._calls: queue.SimpleQueue = queue.SimpleQueue()
+    def __init__(self, func: Callable, name: str, timeout: float | int | None = None) -> None:
+        self.func, self.name, self.timeout, self.is_async = func, name, timeout, is_async(func)
+        self._waiting: queue.SimpleQueue = queue.SimpleQueue()
         self._turn = asyncio.Lock()
         self._overrun: asyncio.Future | None = None
         self._thread = threading.Thread(target=on_this_device(self._work), name=f"reward-{name}", daemon=True)
@@ -271,85 +268,67 @@ class Lane:
         """Whether a call that was given up still runs."""
         return self._overrun is not None and not self._overrun.done()
 
-    async def call(
-        self,
-        keywords: Callable[[], dict[str, Any]],
-        timeout: float | int | None = None,
-        seconds: list[float] | None = None,
-        func: Callable | None = None,
-    ) -> Any:
-        """Call the function, or another blocking one, such as the reward's `load`, in its thread.
+    async def call(self, keywords: Callable[[], dict[str, Any]], seconds: list[float] | None = None) -> Any:
+        """Call the function with what `keywords()` makes in the function's own thread; adds its time to `seconds`."""
+        if self.is_async:
+            return await _timed(_contained(self.func, keywords), self.timeout, seconds)
+        return await self.run(lambda: self.func(**keywords()), self.timeout, seconds)
 
-        Args:
-            keywords (`Callable[[], dict[str, Any]]`): Makes its keywords, in the function's own thread.
-            timeout (`float`, *optional*): Seconds it may take, and seconds to wait for an earlier call that overran.
-            seconds (`list[float]`, *optional*): Gets the time that the call took.
-        """
-        if self.is_async and func is None:
-            return await self._timed(_contained(self.func, keywords), timeout, seconds)
+    async def run(
+        self, action: Callable[[], Any], timeout: float | int | None = None, seconds: list[float] | None = None
+    ) -> Any:
+        """Run something that blocks, such as the reward's `load`, in the function's thread, once that is free."""
         async with self._turn:
             if self._overrun is not None:
                 await asyncio.wait([self._overrun], timeout=timeout)
                 if self.stuck:
                     raise RewardTimeoutError(f"an earlier call is still running after another {timeout:g} s")
-            return await self._timed(self._in_thread(func or self.func, keywords), timeout, seconds)
+            return await _timed(self._in_thread(action), timeout, seconds)
 
     def close(self) -> None:
         """Let the thread end after its present call."""
-        self._calls.put(None)
+        self._waiting.put(None)
 
-    async def _timed(self, call: Awaitable, timeout: float | int | None, seconds: list[float] | None) -> Any:
-        started, limit = time.perf_counter(), asyncio.timeout(timeout)
-        try:
-            async with limit:
-                return await call
-        except TimeoutError as error:
-            if not limit.expired():  # the function's own
-                raise
-            raise RewardTimeoutError(f"no answer within {timeout:g} s") from error
-        finally:
-            if seconds is not None:
-                seconds.append(time.perf_counter() - started)
-
-    async def _in_thread(self, func: Callable, keywords: Callable[[], dict[str, Any]]) -> Any:
+    async def _in_thread(self, action: Callable[[], Any]) -> Any:
         if self._thread.ident is None:
             self._thread.start()
         done: Future = Future()
         done.set_running_or_notify_cancel()
-        self._calls.put((done, func, keywords))
-        waiting = asyncio.wrap_future(done)
+        self._waiting.put((action, done))
+        outcome = asyncio.wrap_future(done)
         try:
-            returned, error = await asyncio.shield(waiting)
+            returned, error = await asyncio.shield(outcome)
         except asyncio.CancelledError:
-            self._overrun = waiting
+            self._overrun = outcome
             raise
         if error is not None:
             raise error if isinstance(error, Exception) else RuntimeError(f"the function raised {describe(error)}")
         return returned
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            done, func, keywords = call
+        while (item := self._waiting.get()) is not None:
+            action, done = item
             outcome: tuple[Any, BaseException | None]
             try:
-                outcome = func(**keywords()), None
+                outcome = action(), None
             except BaseException as error:  # handed to the waiting side, whatever it is
                 outcome = None, error
             done.set_result(outcome)
-            del call, done, func, keywords, outcome
+            del item, action, done, outcome  # a batch of images
 
 
-def on_this_device(target: Callable[[], Any]) -> Callable[[], Any]:
-    """`target` for another thread, to run there with this thread's current device; a new thread's own is the first."""
-    if not torch.accelerator.is_available():
-        return target
-    index = torch.accelerator.current_device_index()
-
-    def run() -> Any:
-        torch.accelerator.set_device_index(index)
-        return target()
-
-    return run
+async def _timed(call: Awaitable, timeout: float | int | None, seconds: list[float] | None) -> Any:
+    started, limit = time.perf_counter(), asyncio.timeout(timeout)
+    try:
+        async with limit:
+            return await call
+    except TimeoutError as error:
+        if not limit.expired():  # the function's own
+            raise
+        raise RewardTimeoutError(f"no answer within {timeout:g} s") from error
+    finally:
+        if seconds is not None:
+            seconds.append(time.perf_counter() - started)
 
 
 async def _contained(func: Callable, keywords: Callable[[], dict[str, Any]]) -> Any:
@@ -363,6 +342,19 @@ async def _contained(func: Callable, keywords: Callable[[], dict[str, Any]]) -> 
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
         raise RuntimeError(f"the function raised {describe(error)}") from error
+
+
+def on_this_device(target: Callable[[], Any]) -> Callable[[], Any]:
+    """`target` for another thread, to run there with this thread's current device; a new thread's own is the first."""
+    if not torch.accelerator.is_available():
+        return target
+    index = torch.accelerator.current_device_index()
+
+    def run() -> Any:
+        torch.accelerator.set_device_index(index)
+        return target()
+
+    return run
 
 
 async def retrying(call: Callable[[], Awaitable[Returned]], max_retries: int, backoff: float | int) -> Returned:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from trl_apex.rewards.base import Reward, RewardList, to_arrays
-from trl_apex.rewards.scoring import Lane, RewardTimeoutError, as_numbers, describe, takes_images
+from trl_apex.rewards.scoring import RewardCaller, RewardTimeoutError, as_numbers, describe, takes_images
 
 ASYNC_CALLS = 8  # of one async reward at the same time
 
@@ -52,20 +52,20 @@ class ServedReward:
     def __init__(
         self, name: str, func: Callable, requests: int, timeout: float | int, max_batch: int, batch_wait: float | int
     ) -> None:
-        self.name, self.func, self.timeout = name, func, timeout
+        self.name, self.func = name, func
         self.max_batch, self.batch_wait = max_batch, batch_wait
-        self.lane = Lane(func, name)
+        self.caller = RewardCaller(func, name, timeout)
         self.bodies = asyncio.Semaphore(requests)
         self.counts: Counter[str] = Counter()
         self._state = "loading"
-        self._calls = asyncio.Semaphore(ASYNC_CALLS if self.lane.is_async else 1)
+        self._calls = asyncio.Semaphore(ASYNC_CALLS if self.caller.is_async else 1)
         self._waiting: deque[Job] = deque()
 
     @property
     def state(self) -> str:
         """`ready`, `loading`, or `failed: CAUSE`; a call that hangs counts as failed until it returns."""
-        if self.lane.stuck:
-            return f"failed: a call has not returned within {self.timeout:g} s"
+        if self.caller.stuck:
+            return f"failed: a call has not returned within {self.caller.timeout:g} s"
         return self._state
 
     @property
@@ -87,7 +87,7 @@ class ServedReward:
         """Load the weights in the reward's own thread."""
         try:
             if callable(load := getattr(self.func, "load", None)):
-                await self.lane.call(dict, func=load)
+                await self.caller.run(load)
             self._state = "ready"
         except Exception as error:
             self._state = f"failed: {describe(error)}"
@@ -95,12 +95,12 @@ class ServedReward:
     async def close(self) -> None:
         """Free the memory, unless a call still runs."""
         unload = getattr(self.func, "unload", None)
-        if callable(unload) and not self.lane.stuck:
+        if callable(unload) and not self.caller.stuck:
             try:
-                await self.lane.call(dict, timeout=10, func=unload)
+                await self.caller.run(unload, timeout=10)
             except Exception as error:
                 warnings.warn(f"The reward `{self.name}` did not unload: {describe(error)}", stacklevel=2)
-        self.lane.close()
+        self.caller.close()
 
     async def score(self, job: Job) -> RewardList:
         """A job's rewards, NaN for missing, and the cause of each failure."""
@@ -127,9 +127,9 @@ class ServedReward:
     async def _call(self, jobs: list[Job]) -> None:
         size = sum(len(job.prompts) for job in jobs)
         try:
-            if self.lane.stuck:
+            if self.caller.stuck:
                 raise RewardTimeoutError(self.state)
-            returned = await self.lane.call(lambda: self._keywords(jobs), self.timeout)
+            returned = await self.caller.call(lambda: self._keywords(jobs))
             scored = as_numbers(returned, self.name, size)
         except asyncio.CancelledError:  # the server stops
             for job in jobs:
