@@ -15,13 +15,14 @@ comma := ,
 
 .PHONY: demo test test-all test-distributed test-robustness test-lowest gpu-check audit check format wheel docs clean
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("trl_apex needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt --editable '.[dev]'
+	@echo "Installing trl_apex[$*] and what it needs into $(VENV): some minutes the first time"
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
-demo: $(STAMP)  ## train the tiny pipeline on four rewards, and show what came of it
+demo: $(or $(wildcard $(STAMP)),$(VENV)/.installed-demo)  ## train the tiny pipeline on four rewards, and show what came of it
 	$(BIN)/trl-apex demo
 
 test: $(STAMP)  ## the tests that CI runs, in two processes

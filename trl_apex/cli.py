@@ -320,12 +320,10 @@ class TrainArguments:
 
     lora_r: int = _field(32, "rank of the LoRA adapter; 0 trains all weights instead")
     lora_alpha: int | None = _field(None, "scale of the adapter; None for twice the rank")
-    lora_target_modules: list[str] | None = _field(
-        None, "layers to adapt; None for the attention layers of the model family"
-    )
+    lora_target_modules: list[str] | None = _field(None, "layers to adapt; None for the family's attention layers")
     use_rslora: bool = _field(False, "scale by alpha / sqrt(r) instead of alpha / r")
     adapter: str | None = _field(
-        None, "run folder or hub id of an adapter to go on from, with its own rank, scale and layers"
+        None, "run folder or hub id of an adapter to go on from, with its rank, scale, layers"
     )
 
 
@@ -608,19 +606,8 @@ def _serve_rewards(reward: list[str], **options: Any) -> None:
     serve(reward, **options)
 
 
-SHOWN = [
-    "CUDA_VISIBLE_DEVICES",
-    "HF_ENDPOINT",
-    "HF_HOME",
-    "HF_HUB_OFFLINE",
-    "OMP_NUM_THREADS",
-    "PYTORCH_CUDA_ALLOC_CONF",
-]
-SECRETS = ("HF_TOKEN", "TRL_APEX_REWARD_TOKEN", "WANDB_API_KEY")  # only whether they are set
-
-
 def _env() -> None:
-    """Print versions, devices and the environment variables that change behaviour."""
+    """Print versions, devices and the environment variables that change behaviour; of tokens only whether they are set."""
     import platform
     import shutil
 
@@ -628,19 +615,25 @@ def _env() -> None:
 
     from .trainers.logs import versions
 
-    facts = {"python": f"{platform.python_version()} ({platform.python_implementation()})"}
-    facts |= {"platform": platform.platform(), **versions()}
-    facts |= {"cpu": f"{os.cpu_count()} cores", "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"}
-    facts["torch built for"] = f"CUDA {torch.version.cuda or 'no'}, ROCm {torch.version.hip or 'no'}"
+    facts = {
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "platform": platform.platform(),
+        **versions(),
+        "cpu": f"{os.cpu_count()} cores",
+        "disk": f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here",
+        "torch built for": f"CUDA {torch.version.cuda or 'no'}, ROCm {torch.version.hip or 'no'}",
+    }
     device = torch.accelerator.current_accelerator(check_available=True)
     describe = getattr(torch.get_device_module(device), "get_device_properties", None)  # Apple's has none
     for index in range(torch.accelerator.device_count() if device else 0):
-        properties = describe(index) if describe else None
-        size = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB" if properties else "present"
-        facts[f"{device} {index}"] = size
+        facts[f"{device} {index}"] = "present"
+        if describe:
+            facts[f"{device} {index}"] = f"{describe(index).name}, {describe(index).total_memory / 1e9:.0f} GB"
     facts |= {} if device else {"accelerators": "none"}
-    facts |= {name: os.environ[name] for name in SHOWN if name in os.environ}
-    facts |= {name: "set" for name in SECRETS if os.environ.get(name)}
+    shown = "CUDA_VISIBLE_DEVICES HF_ENDPOINT HF_HOME HF_HUB_OFFLINE OMP_NUM_THREADS PYTORCH_CUDA_ALLOC_CONF"
+    secret = "HF_TOKEN TRL_APEX_REWARD_TOKEN WANDB_API_KEY"
+    facts |= {name: os.environ[name] for name in shown.split() if name in os.environ}
+    facts |= {name: "set" for name in secret.split() if os.environ.get(name)}
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")

@@ -2,11 +2,14 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from peft import LoraConfig
@@ -42,13 +45,7 @@ class DemoArguments:
 
 
 def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEXConfig:
-    """The demo's settings: 8 prompts x 8 images an iteration, a window of 2 stochastic steps, 2 updates.
-
-    Args:
-        output_dir (`str` or `Path`): where the run goes.
-        seed (`int`): of everything random.
-        overrides: other values for any field of [`APEXConfig`].
-    """
+    """The demo's settings: 8 prompts x 8 images an iteration, a window of 2 stochastic steps, 2 updates."""
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "seed": seed,
@@ -118,13 +115,13 @@ def run_demo(
     Raises:
         RuntimeError: if the reloaded adapter makes other images than the trained model.
     """
-    console = console or Console()
+    console, output, started = console or Console(), Path(output_dir), time.perf_counter()
+    if missing := [name for name in ("rapidocr", "onnxruntime", "matplotlib", "jinja2") if find_spec(name) is None]:
+        raise ImportError(f'The demo needs {", ".join(missing)}. Run `pip install "trl_apex[demo]"`.')
     quiet()
-    started = time.perf_counter()
-    output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    config = demo_config(output, seed, **overrides)
-    rewards = tiny_rewards()
+    config, rewards = demo_config(output, seed, **overrides), tiny_rewards()
+    names = [reward.__name__ for reward in rewards]
     trainer = APEXTrainer(
         load_tiny_pipeline(),
         rewards,
@@ -132,7 +129,7 @@ def run_demo(
         tiny_prompts("train", 1024, seed),
         eval_dataset=tiny_prompts("test", test_prompts),
         peft_config=LoraConfig(r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS)),
-        callbacks=[ProgressCallback([r.__name__ for r in rewards], console)],
+        callbacks=[ProgressCallback(names, console)],
         monitor_funcs=held_out_monitors(),
     )
     trainer.remove_callback(transformers.PrinterCallback)  # the progress lines say it
@@ -140,19 +137,31 @@ def run_demo(
         f"A tiny Stable Diffusion 3 pipeline, four rewards, {config.max_steps} updates. Evaluating the base ..."
     )
     seconds = {"setup": time.perf_counter() - started}
-    base = timed(seconds, "evaluate_base", evaluation_records, trainer)
-    timed(seconds, "train", trainer.train)
-    tuned = timed(seconds, "evaluate_tuned", evaluation_records, trainer)
+
+    def timed(name: str, call: Callable[[], Any]) -> None:
+        before = time.perf_counter()
+        call()
+        seconds[name] = time.perf_counter() - before
+
+    timed("evaluate_base", trainer.evaluate)
+    base = trainer.eval_records
+    timed("train", trainer.train)
+    timed("evaluate_tuned", trainer.evaluate)
+    tuned = trainer.eval_records
     trainer.save_model()
     trainer.state.save_to_json(str(output / "trainer_state.json"))
     check_adapter(trainer, tuned)
     seconds["total"] = time.perf_counter() - started
-    summary = summarize(trainer.reward_func_names, base, tuned, seconds)
+
+    before, after = (
+        torch.tensor([[row["rewards"][name] for name in (*names, *HELD_OUT)] for row in rows], dtype=torch.float64)
+        for rows in (base, tuned)
+    )
+    summary = {**compare([*names, *HELD_OUT], before, after, len(names)), "seconds": seconds}
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
     record_arguments(output, [DemoArguments(), config], "trl-apex demo")
     save_samples(output / "samples", base, tuned, count=24)
-    figures = write_figures(output)
-    report = write_report([output])
+    report, figures = write_report([output]), write_figures(output)
     refresh_model_card(output)
     console.print()
     console.print(table(summary))
@@ -169,25 +178,10 @@ def quiet() -> None:
         library.disable_progress_bar()
 
 
-def timed(seconds: dict[str, float], name: str, call, *arguments):
-    """Call, and note how long it took."""
-    started = time.perf_counter()
-    result = call(*arguments)
-    seconds[name] = time.perf_counter() - started
-    return result
-
-
-def evaluation_records(trainer: APEXTrainer) -> list[dict[str, Any]]:
-    trainer.evaluate()
-    return trainer.eval_records
-
-
 def check_adapter(trainer: APEXTrainer, tuned: list[dict[str, Any]], count: int = 8) -> None:
     """Load the saved adapter into a fresh pipeline, as a user would, and compare its images with the trained model's."""
-    pipeline = load_tiny_pipeline()
-    pipeline.load_lora_weights(trainer.args.output_dir, weight_name=LORA_FILE)
-    args = trainer.args
-    records = tuned[:count]
+    args, records, pipeline = trainer.args, tuned[:count], load_tiny_pipeline()
+    pipeline.load_lora_weights(args.output_dir, weight_name=LORA_FILE)
     images = pipeline(
         [record["prompt"] for record in records],
         latents=evaluation_noise(args.seed, [record["row"] for record in records], trainer.latent_shape),
@@ -196,27 +190,12 @@ def check_adapter(trainer: APEXTrainer, tuned: list[dict[str, Any]], count: int 
         max_sequence_length=args.max_sequence_length,
     ).images
     for record, image in zip(records, images, strict=True):
-        difference = (as_tensor(record["image"]) - as_tensor(image)).abs().max().item()
+        difference = np.abs(np.asarray(record["image"], dtype=float) - np.asarray(image)).max()
         if difference > 3:  # of 255: float sums in another order
             raise RuntimeError(
                 f"The reloaded adapter must draw what the trained model drew for {record['prompt']!r}. Found images that "
                 f"differ by up to {difference:.0f} of 255. The adapter in {args.output_dir} is not to be trusted."
             )
-
-
-def as_tensor(image) -> torch.Tensor:
-    return torch.tensor(list(image.tobytes()), dtype=torch.float32)
-
-
-def summarize(objectives: list[str], base: list, tuned: list, seconds: dict[str, float]) -> dict[str, Any]:
-    """Means, paired standard errors and gains of every objective and held-out metric."""
-
-    names = [*objectives, *HELD_OUT]
-    before, after = (
-        torch.tensor([[record["rewards"][name] for name in names] for record in records], dtype=torch.float64)
-        for records in (base, tuned)
-    )
-    return {**compare(names, before, after, len(objectives)), "seconds": seconds}
 
 
 def table(summary: dict[str, Any]) -> Table:

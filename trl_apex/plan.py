@@ -7,7 +7,6 @@ classes, without weights, to count their parameters. Activations are tensors per
 import copy
 import inspect
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -96,9 +95,12 @@ class Shapes:
     def embeddings(self, rows: int, max_sequence_length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Prompt embeddings of `rows` prompts, on the meta device."""
         config, pipeline = self.policy.denoiser.config, type(self.policy.pipeline).__name__
-        tokens = {"StableDiffusion3Pipeline": 77 + max_sequence_length, "FluxPipeline": max_sequence_length}
+        tokens = {
+            "StableDiffusion3Pipeline": 77 + max_sequence_length,
+            "FluxPipeline": max_sequence_length,
+        }  # CLIP: 77
         width = getattr(config, "joint_attention_dim", None) or config.cross_attention_dim
-        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (tokens.get(pipeline, 77), width)}  # 77 of CLIP
+        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (tokens.get(pipeline, 77), width)}
         if pipeline in tokens:
             shapes["pooled_projections"] = (config.pooled_projection_dim,)
         elif pipeline == "StableDiffusionXLPipeline":
@@ -115,12 +117,9 @@ def load_shapes(model: str, revision: str | None = None) -> Shapes:
     """Build a model on the meta device, from configurations alone.
 
     Args:
-        model (`str`): a folder in diffusers' format, a model of `CONFIGS` by hub id or short name, or another hub id (only
-            its small configuration files are read).
+        model (`str`): a folder in diffusers' format, a short name ("sd3.5-medium"), or a hub id, whose small configuration
+            files are read unless it is in `CONFIGS`.
         revision (`str`, *optional*): of a hub id.
-
-    Raises:
-        ValueError: if it is none of these, or of no supported family.
     """
     import diffusers
 
@@ -456,30 +455,26 @@ def remedy(shapes: Shapes, settings: PlanSettings, gpu_memory_gb: float) -> str:
     return f"Set {_written(chosen)}: then it takes {lowest:.1f} GB."
 
 
-def _changes(settings: PlanSettings) -> Iterator[dict[str, Any]]:
+def _changes(settings: PlanSettings) -> list[dict[str, Any]]:
     """Single changes, those that cost least time first."""
-    s, c = settings, settings.config
-    if not s.unloads_encoders:
-        yield {"precompute_prompts": True, "unload_text_encoders": True}
-    if s.gpus > 1 and s.zero_stage < 2 and s.lora_r == 0:
-        yield {"zero_stage": 2}
-    if s.lora_r == 0:
-        yield {"lora_r": 32}
-    for power in reversed(range((s.chunk - 1).bit_length())):
-        yield {"rollout_batch_size": 2**power}
-    if not c.activation_checkpointing:
-        yield {"activation_checkpointing": True}
-    micro, accumulation = c.per_device_train_batch_size, c.gradient_accumulation_steps
-    while micro % 2 == 0:
-        micro, accumulation = micro // 2, accumulation * 2
+    s, c, full = settings, settings.config, settings.lora_r == 0
+    batches, batch, accumulation = [], c.per_device_train_batch_size, c.gradient_accumulation_steps
+    while batch % 2 == 0:
+        batch, accumulation = batch // 2, accumulation * 2
         follows = {} if c.updates_per_iteration else {"gradient_accumulation_steps": accumulation}
-        yield {"per_device_train_batch_size": micro, **follows}
-    if s.own_reference and not c.offload_reference:
-        yield {"offload_reference": True}
-    if s.gpus > 1 and s.zero_stage < 3:
-        yield {"zero_stage": 3}
-    if s.zero_stage == 3 and c.gather_for_rollout:
-        yield {"gather_for_rollout": False}
+        batches.append((True, {"per_device_train_batch_size": batch, **follows}))
+    changes: list[tuple[bool, dict[str, Any]]] = [
+        (not s.unloads_encoders, {"precompute_prompts": True, "unload_text_encoders": True}),
+        (full and s.gpus > 1 and s.zero_stage < 2, {"zero_stage": 2}),
+        (full, {"lora_r": 32}),
+        *((True, {"rollout_batch_size": 2**power}) for power in reversed(range((s.chunk - 1).bit_length()))),
+        (not c.activation_checkpointing, {"activation_checkpointing": True}),
+        *batches,
+        (s.own_reference and not c.offload_reference, {"offload_reference": True}),
+        (s.gpus > 1 and s.zero_stage < 3, {"zero_stage": 3}),
+        (s.zero_stage == 3 and c.gather_for_rollout, {"gather_for_rollout": False}),
+    ]
+    return [change for possible, change in changes if possible]
 
 
 def _written(changes: dict[str, Any]) -> str:

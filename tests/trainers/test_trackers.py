@@ -127,9 +127,10 @@ def test_the_terminal_shows_rewards_and_priorities(pipeline, dataset, lora, make
     assert f"contrast {reward:.3g} (50%)" in screen.getvalue() and "2/2" in screen.getvalue()
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_gets_the_live_display_by_itself(pipeline, dataset, lora, make_args, monkeypatch, terminal):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal, raising=False)
-    trainer = APEXTrainer(pipeline, [redness], make_args(disable_tqdm=False), dataset, peft_config=lora)
-    types = [type(callback) for callback in trainer.callback_handler.callbacks]
-    assert (ProgressCallback in types) is terminal and (TqdmCallback in types) is not terminal
+def test_off_a_terminal_each_log_is_one_line(pipeline, dataset, lora, make_args, capsys):
+    args = make_args(max_steps=2, logging_steps=1, disable_tqdm=False)
+    trainer = APEXTrainer(pipeline, [redness, contrast], args, dataset, peft_config=lora)
+    assert TqdmCallback not in [type(callback) for callback in trainer.callback_handler.callbacks]
+    trainer.train()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "redness" in line]  # of the one iteration
+    assert line.startswith("update 1/2:") and "contrast" in line and "%" in line

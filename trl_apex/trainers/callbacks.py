@@ -200,14 +200,14 @@ class InterruptCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a progress bar, and the latest reward and priority of the objectives `names`."""
+    """Shows progress, and the latest reward and priority of the objectives `names`: live, or off a terminal a line per log."""
 
     def __init__(self, names: list[str], console: Console | None = None):
         self.names, self.console = names, console or Console()
         self._live: Live | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or not self.console.is_terminal:
             return
         self._bar = Progress(
             BarColumn(bar_width=24),
@@ -227,15 +227,17 @@ class ProgressCallback(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self._live is None or not logs:
+        if not state.is_world_process_zero or not logs:
             return
         parts = []
         for name in self.names:
             reward, priority = logs.get(f"rewards/{name}/mean"), logs.get(f"priority/{name}")
             if reward is not None:
                 parts.append(f"{name} {reward:.3g}" + (f" ({priority:.0%})" if priority is not None else ""))
-        if parts:
+        if parts and self._live is not None:
             self._text.plain = "  ".join(parts)
+        elif parts and not self.console.is_terminal:
+            self.console.print(f"update {state.global_step}/{state.max_steps}:", *parts, sep="  ", soft_wrap=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._live is not None:

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -232,8 +231,7 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     def _add_callbacks(self, names: list[str]) -> None:
         args = self.args
-        if not args.disable_tqdm and sys.stdout.isatty():
-            self.remove_callback(TqdmCallback)
+        if self.pop_callback(TqdmCallback) is not None:  # not with `disable_tqdm`, nor in a notebook
             self.add_callback(ProgressCallback(names))
         self._watch = RewardHackingWatch(len(names))
         self._detectors, self._guard = LearningDetectors(self), GradientGuardCallback(self)
