@@ -383,7 +383,8 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
             add(phase, "text encoders", sum(shapes.encoders.values()) * half, f"({encoders}) M x {half}")
     height, width = s.size(policy)
     latent, pixels = 4 * torch.Size(policy.latent_shape(height, width)).numel(), height * width
-    before = s.own_reference + (c.loss_type == "nft" and s.updates > 1)  # predictions kept from before the updates
+    old = c.ratio_guard is not None or (c.loss_type == "nft" and s.updates > 1)
+    before = s.own_reference + old  # predictions kept from before the updates
     kept = latent * (1 + c.rows_per_image * (1 + before)) + 12 * pixels
     add(ALWAYS, "trajectories and images", s.images * kept, f"{s.images} images x {kept / 1e6:.1f} MB")
     add(ALWAYS, "reward networks", s.rewards_gb * 1e9, "by the rewards' names, or as given")
@@ -521,7 +522,10 @@ def count_passes(settings: PlanSettings, batched_guidance: bool) -> dict[str, tu
     s, c, rows = settings, settings.config, settings.trained
     branches = 2 if batched_guidance and c.guidance_scale != 1.0 else 1
     chunks = -(-s.images // s.chunk)
-    passes = {"rollout forwards": (chunks * c.num_inference_steps, s.images * c.num_inference_steps * branches)}
+    steps = c.num_inference_steps
+    if c.rollout_solver == "heun":  # twice a step, but for the stochastic ones and the last
+        steps += steps - 1 - (0 if c.flow_matching else c.rows_per_image)
+    passes = {"rollout forwards": (chunks * steps, s.images * steps * branches)}
     before = (rows // s.rows, rows * branches)
     if c.flow_matching and s.updates > 1:
         passes["old policy forwards"] = before

@@ -194,7 +194,10 @@ PLAIN = {"num_inference_steps": 4, "guidance_scale": 1.0}
     ("name", "overrides"),
     [
         ("sd3", {**PLAIN, "guidance_scale": 3.0, "beta": 0.1, "num_iterations": 2}),
-        ("sd3", {**PLAIN, "sde_window_size": 2, "rollout_batch_size": 3, "guidance_scale": 2.0}),
+        (
+            "sd3",
+            {**PLAIN, "sde_window_size": 2, "rollout_batch_size": 3, "guidance_scale": 2.0, "rollout_solver": "heun"},
+        ),
         ("sd3", {**PLAIN, "beta": 0.1, "rollout_batch_size": 3, "num_iterations": 2, "lora": 0}),
         (
             "sd3",

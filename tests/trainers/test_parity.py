@@ -19,6 +19,7 @@ from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.diffusion.rollout import INITIAL_NOISE, STEP_NOISE, keyed_noise
 
 STEPS, GUIDANCE, NOISE_LEVEL, CLIP, GROUP, BETA, RATE = 4, 3.0, 0.7, 1e-4, 4, 0.3, 0.5
+FAR = 1e-6
 
 
 def assert_close(found, expected):
@@ -37,13 +38,15 @@ class Gradients(TrainerCallback):
         self.steps.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
 
 
-def test_one_iteration_equals_the_formulas(pipeline, lora, make_args):
+@pytest.mark.parametrize("guard", [None, "kl_mask", "grpo_guard"])
+def test_one_iteration_equals_the_formulas(pipeline, lora, make_args, guard):
     base = copy.deepcopy(pipeline.transformer)
     dataset = Dataset.from_dict({"prompt": PROMPTS[:2]})
     args = make_args(
         DiffusionGRPOConfig, num_inference_steps=STEPS, guidance_scale=GUIDANCE, noise_level=NOISE_LEVEL, epsilon=CLIP,
         gradient_accumulation_steps=3, max_steps=2, num_iterations=2, optim="sgd", learning_rate=RATE, max_grad_norm=0.0,
-        weight_decay=0.0, reward_weights=[2.0, 1.0], shuffle_dataset=False, beta=BETA,
+        weight_decay=0.0, reward_weights=[2.0, 1.0], shuffle_dataset=False, beta=BETA, ratio_guard=guard,
+        kl_mask_threshold=FAR,
     )  # fmt: skip
     seen = Gradients()
     trainer = DiffusionGRPOTrainer(pipeline, [contrast, redness], args, dataset, peft_config=lora, callbacks=[seen])
@@ -89,11 +92,12 @@ def test_one_iteration_equals_the_formulas(pipeline, lora, make_args):
 
     # Rollout
     with torch.no_grad():
-        path, old = [start], []
+        path, old, means = [start], [], []
         for step in range(STEPS - 1):
             mean, std = gaussian(model, path[-1], step)
             path.append(mean + std * draws[:, step])
             old.append(log_density(path[-1], mean, std))
+            means.append(mean)
         final = path[-1] - sigmas[STEPS - 1] * velocity(model, path[-1], STEPS - 1)
         decoded = pipeline.vae.decode(final / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor)[0]
         images = (decoded / 2 + 0.5).clamp(0, 1)
@@ -110,19 +114,29 @@ def test_one_iteration_equals_the_formulas(pipeline, lora, make_args):
 
     # Loss and gradients of both updates, from what was just found right to 1e-5: an error of rounding there is none here
     path, old, advantages = run["latents"].unbind(1), run["old"].unbind(1), run["advantages"]
+    if guard is not None:
+        assert_close(run["old_mean"], torch.stack(means, 1))
+        means = run["old_mean"].unbind(1)
     parameters = [p for p in model.parameters() if p.requires_grad]
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for update in range(2):
         losses, kls, clipped = [], [], []
         for step in range(STEPS - 1):
             mean, std = gaussian(model, path[step], step)
-            ratio = torch.exp(log_density(path[step + 1], mean, std) - old[step])
+            change = log_density(path[step + 1], mean, std) - old[step]
+            moved = ((mean - means[step]) ** 2 / (2 * std**2)).mean((1, 2, 3))
+            ratio = torch.exp(std * (change + moved) if guard == "grpo_guard" else change)
             bounded = ratio.clamp(1 - CLIP, 1 + CLIP)
             with torch.no_grad():
                 frozen, _ = gaussian(base, path[step], step)
             kls.append(((mean - frozen) ** 2 / (2 * std**2)).mean((1, 2, 3)))
-            losses.append(-torch.minimum(ratio * advantages, bounded * advantages) + BETA * kls[-1])
-            clipped.append(bounded * advantages < ratio * advantages)
+            if guard == "kl_mask":
+                clipped.append((moved > FAR) & ((ratio - 1) * advantages > 0))
+                own = torch.where(clipped[-1], 0.0, -ratio * advantages)
+            else:
+                clipped.append(bounded * advantages < ratio * advantages)
+                own = -torch.minimum(ratio * advantages, bounded * advantages)
+            losses.append((own / (sigmas[step] - sigmas[step + 1]) if guard == "grpo_guard" else own) + BETA * kls[-1])
         loss = torch.stack(losses).mean()
         gradients = torch.autograd.grad(loss, parameters)
         assert logged[update]["loss"] == pytest.approx(loss.item(), abs=1e-5)

@@ -18,7 +18,8 @@ from trl import GRPOConfig
 
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions
 from ..aggregation.rules import GRADIENT_RULES, RULES
-from ..diffusion.losses import TIMESTEP_SAMPLING, WEIGHTINGS
+from ..diffusion.losses import GUARDS, TIMESTEP_SAMPLING, WEIGHTINGS
+from ..diffusion.schedule import SOLVERS, TRANSITIONS
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,9 @@ LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "loss_type": tuple(LOSS_DEFAULTS),
-    "transition": ("flow_sde", "cps", "ddim", None),
+    "transition": (*TRANSITIONS, None),
+    "rollout_solver": SOLVERS,
+    "ratio_guard": (*GUARDS, None),
     "timestep_sampling": TIMESTEP_SAMPLING,
     "awm_weighting": WEIGHTINGS,
 }
@@ -102,7 +105,7 @@ WHOLE_TOO: dict[Any, Any] = {
     list[float] | None: list[float | int] | None,
 }
 POSITIVE = (
-    "noise_level", "timestep_shift", "advantage_max", "fpo_scale", "nft_beta", "reward_timeout",
+    "noise_level", "timestep_shift", "advantage_max", "fpo_scale", "nft_beta", "kl_mask_threshold", "reward_timeout",
 )  # fmt: skip
 LEAST = {
     **dict.fromkeys((
@@ -161,7 +164,9 @@ class DiffusionGRPOConfig(GRPOConfig):
     weight_decay: float = _field(1e-4, "Weight decay of AdamW.")
     lr_scheduler_type: str = _field("constant", "Learning rate schedule.")
     epsilon: float | None = _field(
-        None, "Clip range of the importance ratio. None: 1e-4 for 'grpo', 1 for 'awm', 0.01 for 'fpo'."
+        None,
+        "Clip range of the importance ratio. None: 1e-4 for 'grpo' (2e-6 with ratio_guard='grpo_guard'), 1 for 'awm', 0.01 "
+        "for 'fpo'.",
     )
     bf16: bool | None = _field(None, "bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set.")
     gradient_checkpointing: bool | None = _field(
@@ -228,6 +233,16 @@ class DiffusionGRPOConfig(GRPOConfig):
     sde_window_range: list[int] | None = _field(
         None, "First step a window may hold, and one past the last. None for the first half."
     )
+    rollout_solver: str = _field(
+        "euler",
+        "How a flow's rollout takes the steps without noise: 'euler', 'heun' (two calls of the denoiser a step) or 'dpmpp_2m'.",
+    )
+    ratio_guard: str | None = _field(
+        None,
+        "'grpo': a trust region in place of the plain clip. 'kl_mask' (Flow-DPPO) drops rows that moved too far, 'grpo_guard' "
+        "clips ratios that are normalized per timestep.",
+    )
+    kl_mask_threshold: float = _field(1e-5, "'kl_mask': KL divergence of a step above which a row may be dropped.")
     share_initial_noise: bool = _field(
         False, "Images of one group start from the same noise and differ by the window's."
     )
@@ -277,6 +292,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         if self.bf16 is None and self.use_cpu:
             self.bf16 = False
         self._set_checkpointing()
+        if self.ratio_guard == "grpo_guard" and self.epsilon is None:
+            self.epsilon = 2e-6
         for name, value in LOSS_DEFAULTS[self.loss_type].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -364,6 +381,10 @@ class DiffusionGRPOConfig(GRPOConfig):
             (flow and self.share_initial_noise, self.share_initial_noise,
              f"`share_initial_noise` needs loss_type='grpo': with {self.loss_type!r} the images of a group differ by their "
              "initial noise alone", "Leave it out."),
+            (flow and self.ratio_guard is not None, self.ratio_guard,
+             f"`ratio_guard` needs loss_type='grpo': with {self.loss_type!r} no step is stochastic", "Leave it out."),
+            (self.ratio_guard == "kl_mask" and self.delta is not None, self.delta,
+             "`delta` has no effect with ratio_guard='kl_mask', which clips no ratio", "Leave it out."),
             (not flow and self.timesteps_per_image is not None, self.timesteps_per_image,
              "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'", "Use sde_window_size with 'grpo'."),
             (len(range_) != 2 or not 0 <= range_[0] < range_[1] <= 1, range_,

@@ -196,7 +196,12 @@ class DiffusionGRPOTrainer(RunTrainer):
                 f"`transition` must be one of {self.policy.transitions} for {type(self.policy.pipeline).__name__}. "
                 f"Found {self.transition!r}. None picks the first."
             )
-        self.sampler = self._sampler_of(args, args.num_inference_steps)
+        self.sampler = self._sampler_of(args, args.num_inference_steps, args.rollout_solver)
+        if args.ratio_guard == "grpo_guard" and self.transition != "flow_sde":
+            raise ValueError(
+                "ratio_guard='grpo_guard' needs transition='flow_sde', whose ratios it normalizes. Found "
+                f"{self.transition!r}. Use ratio_guard='kl_mask'."
+            )
         if args.flow_matching and "flow_sde" not in self.policy.transitions:
             raise ValueError(
                 f"loss_type={args.loss_type!r} needs a model that predicts a flow's velocity. Found "
@@ -206,8 +211,9 @@ class DiffusionGRPOTrainer(RunTrainer):
             self._levels(args, range(1), iteration=0)  # raises where the schedule has too few
         self._window(args, iteration=0)
 
-    def _sampler_of(self, args: DiffusionGRPOConfig, num_steps: int) -> Sampler:
-        return Sampler(self.policy.schedule(num_steps, self.height, self.width), self.transition, args.noise_level)
+    def _sampler_of(self, args: DiffusionGRPOConfig, num_steps: int, solver: str = "euler") -> Sampler:
+        schedule = self.policy.schedule(num_steps, self.height, self.width)
+        return Sampler(schedule, self.transition, args.noise_level, solver)
 
     def _plan_updates(self, args: DiffusionGRPOConfig, num_prompts: int) -> None:
         self.updates_per_pass = updates_per_pass(
@@ -346,8 +352,9 @@ class DiffusionGRPOTrainer(RunTrainer):
     ) -> Rollout:
         model, negative = self._rollout_model(), self._conditions.negative(guidance_scale)
         return sample(
-            self.policy, model, sampler, embeddings, negative, guidance_scale, initial, window, noise, representative
-        )
+            self.policy, model, sampler, embeddings, negative, guidance_scale, initial, window, noise, representative,
+            keep_means=self.args.ratio_guard is not None,
+        )  # fmt: skip
 
     # Rewards
 
@@ -406,12 +413,16 @@ class DiffusionGRPOTrainer(RunTrainer):
     # Rows: what an update trains on. B samples, each at N places: steps of the window, or noise levels
 
     def _steps_of(self, rollouts: list[Rollout]) -> dict[str, Any]:
-        """For 'grpo': latents `[B, N + 1, C, H, W]` and log-probabilities `[B, N]` of the stochastic steps."""
-        return {
-            "latents": torch.cat([r.trajectory.latents for r in rollouts]),
-            "old": torch.cat([r.trajectory.log_prob for r in rollouts]),
-            "window": rollouts[0].trajectory.steps,
+        """For 'grpo': latents `[B, N + 1, C, H, W]`, log-probabilities `[B, N]` and, for a guard, means of stochastic steps."""
+        paths = [r.trajectory for r in rollouts]
+        found: dict[str, Any] = {
+            "latents": torch.cat([path.latents for path in paths]),
+            "old": torch.cat([path.log_prob for path in paths]),
+            "window": paths[0].steps,
         }
+        if paths[0].means is not None:
+            found["old_mean"] = torch.cat([path.means for path in paths if path.means is not None])
+        return found
 
     def _levels_of(self, rollouts: list[Rollout], first_sample: int) -> dict[str, Any]:
         """For the other losses: final latents `[B, C, H, W]`, noise levels `[B, N]`, fresh noise `[B, N, C, H, W]`."""
@@ -455,7 +466,9 @@ class DiffusionGRPOTrainer(RunTrainer):
                 "next_latents": rollout["latents"][sample, place + 1],
             }
             rows["timesteps"] = self.sampler.timesteps(steps).to(place.device)
-        return rows | {name: rollout[name][sample, place] for name in ("old", "reference") if name in rollout}
+        return rows | {
+            name: rollout[name][sample, place] for name in ("old", "old_mean", "reference") if name in rollout
+        }
 
     @torch.no_grad()
     def _predictions_before_updates(self, rollout: dict[str, Any]) -> dict[str, Tensor]:
@@ -555,9 +568,19 @@ class DiffusionGRPOTrainer(RunTrainer):
             return losses.Surrogate(loss, 1 + 0 * loss.detach(), never, never)  # nothing to clip; NaN stays NaN
         if args.loss_type == "awm":
             advantages = advantages.clamp(-5, 5) / 5 * args.advantage_max
+        clip = self.epsilon_low, self.epsilon_high, args.delta
+        if args.ratio_guard == "grpo_guard":
+            mean, std = self.sampler.stochastic(rows["latents"], prediction, rows["steps"])
+            length = self.sampler.step_lengths(rows["steps"]).to(advantages)
+            drawn = rows["next_latents"]
+            return losses.grpo_guard_surrogate(mean, rows["old_mean"], drawn, std, length, advantages, *clip)
         log_prob = self._log_prob(prediction, rows)
         old = rows.get("old", log_prob.detach())
-        return losses.clipped_surrogate(log_prob, old, advantages, self.epsilon_low, self.epsilon_high, args.delta)
+        if args.ratio_guard == "kl_mask":
+            mean, std = self.sampler.stochastic(rows["latents"], prediction, rows["steps"])
+            kl = losses.gaussian_kl(mean, rows["old_mean"], std)
+            return losses.kl_masked_surrogate(log_prob, old, advantages, kl, args.kl_mask_threshold)
+        return losses.clipped_surrogate(log_prob, old, advantages, *clip)
 
     def _log_prob(self, prediction: Tensor, rows: dict[str, Any]) -> Tensor:
         """Log-probability `[R]` of a denoising step, or what stands for it: the likelihood at a noise level."""
