@@ -157,11 +157,6 @@ def awm_log_likelihood(
         sigmas: the noise level t of each row, in [0, 1].
         weighting: one of `WEIGHTINGS`.
 
-    Example:
-        >>> zero, t = torch.zeros(1, 1, 2, 2), torch.tensor([0.5])
-        >>> round(awm_log_likelihood(zero + 2, zero, t, "t2").item(), 6)
-        -1.0
-
     Source: Advantage Weighted Matching, arXiv 2509.25050.
     """
     error, t = squared_error(velocity, target), sigmas.float()

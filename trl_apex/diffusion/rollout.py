@@ -16,13 +16,7 @@ INITIAL_NOISE, STEP_NOISE, ROW_ORDER, EVAL_NOISE, ROW_NOISE, ROW_LEVEL = range(6
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator whose seed is a hash of `key`.
-
-    Example:
-        >>> a, b = keyed_generator(0, 1, 2), keyed_generator(0, 1, 2)
-        >>> bool((torch.randn(3, generator=a) == torch.randn(3, generator=b)).all())
-        True
-    """
+    """A CPU generator whose seed is a hash of `key`."""
     seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator().manual_seed(seed)
 
@@ -58,10 +52,8 @@ def guided_prediction(
     without has importance ratios that start away from 1.
 
     Args:
-        model: the denoiser, wrapped or not.
-        timesteps: in the model's units.
-        embeddings: of the prompts, `[R, ...]`.
-        negative: of the negative prompt, `[1, ...]`; None for no second branch.
+        model: the denoiser, wrapped or not. `timesteps` are in its units.
+        embeddings, negative: of the prompts, `[R, ...]`, and of the negative prompt, `[1, ...]`; None for no second branch.
         guidance_scale: at 1 the second branch has no weight and is not computed.
     """
     return _predict(policy, model, latents, timesteps, _branches(embeddings, negative, guidance_scale), guidance_scale)

@@ -18,9 +18,6 @@ class DiffusionPolicy(ABC):
 
     The denoiser (the part that is trained) belongs to the trainer; everything else in the pipeline (text encoders, VAE,
     scheduler) is frozen and stays here. A new model family is one subclass in one file; `docs/models.md` walks through it.
-
-    Args:
-        pipeline: a `diffusers` pipeline. Its parts are set to eval mode, without gradients.
     """
 
     denoiser_name: ClassVar[str] = "transformer"
@@ -156,12 +153,11 @@ class DiffusionPolicy(ABC):
         latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         own_dtype = vae.dtype
         upcast = own_dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-        dtype = torch.float32 if upcast else own_dtype
         pixels = latents.shape[-2] * latents.shape[-1] * self.vae_scale_factor**2
         try:
             if upcast:
-                vae.to(torch.float32)
-            chunks = latents.to(dtype).split(max(1, DECODE_PIXELS // pixels))
+                vae.float()
+            chunks = latents.to(vae.dtype).split(max(1, DECODE_PIXELS // pixels))
             images = [(vae.decode(chunk, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for chunk in chunks]
         finally:
             if upcast:
@@ -179,9 +175,7 @@ JOINT_ATTENTION = tuple(
 def flow_schedule(scheduler: Any, num_steps: int, tokens: int, sigmas: Any = None) -> Schedule:
     """The grid of a `FlowMatchEulerDiscreteScheduler`, which is left as it is.
 
-    Args:
-        tokens: patches of an image, which dynamic shifting depends on.
-        sigmas: the noise levels before shifting; the scheduler's own by default.
+    Dynamic shifting depends on `tokens`, the patches of an image. `sigmas`, if given, are the noise levels before shifting.
     """
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
