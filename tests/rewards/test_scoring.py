@@ -69,21 +69,23 @@ def test_functions_run_side_by_side():
 def test_submit_returns_at_once_and_batches_keep_their_order():
     seen, inside = [], []
 
-    def slow(completions, batch, **kwargs):
+    def slow(images, batch, **kwargs):
         inside.append(1)
         assert len(inside) == 1, "two threads in one reward function"
         time.sleep(0.02)
         inside.pop()
         seen.append(batch[0])
-        return [float(batch[0])] * len(completions)
+        return images.mean(dim=(1, 2, 3)) + images.std(dim=(1, 2, 3))
 
+    batches = [torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    batch = {"prompts": ["x"], "completions": [None]}
     with RewardScorer([slow]) as scorer:
-        futures = [scorer.submit(prompts=["x"], completions=[None], columns={"batch": [i]}) for i in range(6)]
+        futures = [scorer.submit(**batch, images=batches[i], columns={"batch": [i]}) for i in range(6)]
         assert not futures[-1].done()
-        results = [future.result(timeout=10) for future in futures]
-    assert seen == list(range(6))
-    assert [scored.rewards.item() for scored in results] == list(range(6))
-    assert all(scored.failures["slow"] == 0 for scored in results)
+        overlapped = [future.result(timeout=10).rewards.item() for future in futures]
+        assert seen == list(range(6))
+        waited = [score(scorer, size=1, images=images, columns={"batch": [0]}).rewards.item() for images in batches]
+    assert overlapped == waited
 
 
 def test_submitting_from_several_threads():
@@ -336,15 +338,3 @@ def test_closing():
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match="Found"):
         RewardScorer([constant(1.0), constant(2.0, "other")], **options)
-
-
-def test_overlapped_rewards_equal_waited_for_rewards():
-    def noisy(completions, images, **kwargs):
-        return images.mean(dim=(1, 2, 3)) + images.std(dim=(1, 2, 3))
-
-    batches = [torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    with RewardScorer([noisy]) as scorer:
-        waited = [score(scorer, size=4, images=batch).rewards for batch in batches]
-        futures = [scorer.submit(prompts=["x"] * 4, completions=[None] * 4, images=batch) for batch in batches]
-        overlapped = [future.result(timeout=10).rewards for future in futures]
-    assert all(torch.equal(a, b) for a, b in zip(waited, overlapped, strict=True))

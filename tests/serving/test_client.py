@@ -211,24 +211,28 @@ def test_loading_is_waited_for_and_memory_freed(pictures):
     assert slow.unloaded
 
 
+@pytest.fixture(scope="module")
+def failing():
+    with running([Slow(fail=True)], token=TOKEN) as url:
+        yield url
+
+
 @pytest.mark.parametrize(
-    ("remote", "options", "message"),
+    ("name", "token", "message"),
     [
-        (("http://127.0.0.1:9", "slow"), {}, "no server answers .*Start it"),
-        (("{url}", "fast"), {"token": TOKEN}, "the server has slow, not this one"),
-        (("{url}", "slow"), {"token": TOKEN}, "failed: RewardLoadError: no weights here"),
-        (("{url}", "slow"), {"token": "another-token-of-some-length"}, "the server refuses the token. Set"),
-        (("{url}", "slow"), {}, "the server refuses the token"),
+        ("away", TOKEN, "no server answers .*Start it"),
+        ("fast", TOKEN, "the server has slow, not this one"),
+        ("slow", TOKEN, "failed: RewardLoadError: no weights here"),
+        ("slow", "another-token-of-some-length", "the server refuses the token. Set"),
+        ("slow", "", "the server refuses the token"),
     ],
 )
-def test_check_says_what_is_wrong_in_one_line(remote, options, message, monkeypatch):
-    with running([Slow(fail=True)], token=TOKEN) as url:
-        if options:
-            monkeypatch.setenv("TRL_APEX_REWARD_TOKEN", options["token"])
-        reward = RemoteReward(remote[0].format(url=url), remote[1])
-        with pytest.raises(RewardLoadError, match=message) as caught, RewardScorer([reward]) as scorer:
-            scorer.check()
-        assert "\n" not in str(caught.value)
+def test_check_says_what_is_wrong_in_one_line(failing, name, token, message, monkeypatch):
+    monkeypatch.setenv("TRL_APEX_REWARD_TOKEN", token)
+    reward = RemoteReward("http://127.0.0.1:9" if name == "away" else failing, name)
+    with pytest.raises(RewardLoadError, match=message) as caught, RewardScorer([reward]) as scorer:
+        scorer.check()
+    assert "\n" not in str(caught.value)
 
 
 def test_check_tells_another_kind_of_server():

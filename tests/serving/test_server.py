@@ -152,23 +152,27 @@ def test_what_waits_for_a_hanging_reward_fails_with_it(hangs):
     assert all("has not returned" in error or "no answer" in error for error in errors)
 
 
-@pytest.mark.parametrize("kind", ["blocking", "async"])
-@pytest.mark.parametrize(
-    "raised", [StopIteration, SystemExit, GeneratorExit, KeyboardInterrupt, asyncio.CancelledError]
-)
-def test_whatever_a_reward_raises_the_server_goes_on(raised, kind):
+def raising(error):
+    """Two rewards that raise it, a blocking one and an async one."""
+
     def bad(prompts, **kwargs):
-        raise raised("enough")
+        raise error("enough")
 
     async def bad_async(prompts, **kwargs):
-        raise raised("enough")
+        raise error("enough")
 
-    with running({"bad": bad if kind == "blocking" else bad_async, "zero": zero}) as url:
-        for _ in range(2):
-            answer = post(url, "bad", ["a", "b"]).json()
-            assert answer["rewards"] == [None, None]
-            assert raised.__name__ in answer["errors"][0]
-        assert post(url, "zero").json()["rewards"] == [0.0]
+    return {error.__name__: bad, f"{error.__name__}_async": bad_async}
+
+
+def test_whatever_a_reward_raises_the_server_goes_on():
+    rewards = {"zero": zero}
+    for error in (StopIteration, SystemExit, GeneratorExit, KeyboardInterrupt, asyncio.CancelledError):
+        rewards |= raising(error)
+    with running(rewards) as url:
+        for name in [*rewards][1:] * 2:
+            answer = post(url, name, ["a", "b"]).json()
+            assert answer["rewards"] == [None, None] and name.removesuffix("_async") in answer["errors"][0]
+            assert post(url, "zero").json()["rewards"] == [0.0]
 
 
 def test_a_load_that_raises_stop_iteration_is_told():

@@ -115,6 +115,10 @@ class Reward:
                     ) from error
             return self._loaded
 
+    def check(self) -> None:
+        """Load the weights before anything runs beside: loading sets PyTorch's default dtype for a moment."""
+        self.load()
+
     def unload(self) -> None:
         """Free the memory of the network; the next call loads it again."""
         with self._lock:

@@ -154,7 +154,7 @@ class RewardScorer:
         return asyncio.run_coroutine_threadsafe(self._score_batch(keywords, images, len(prompts)), self._loop)
 
     def check(self) -> None:
-        """Ask every reward that has a `check()` whether it can work; a remote one asks its server.
+        """Call the `check()` of every reward that has one: weights are loaded, a remote reward asks its server.
 
         Raises:
             RewardLoadError: With the name of the reward and what is wrong, in one line.
@@ -431,7 +431,7 @@ def as_numbers(returned: Any, name: str, size: int) -> RewardList:
             f"The reward `{name}` must return one number or None per sample, {size} here. Found {found}. "
             "Return a list as long as `prompts`."
         )
-    rewards = RewardList([_as_number(value, name) for value in values], getattr(returned, "errors", None))
+    rewards = RewardList([_as_number(value, name) for value in values], getattr(returned, "errors", None) or None)
     for i, reward in enumerate(rewards):
         if abs(reward) > LARGEST:
             rewards[i], rewards.errors[i] = math.nan, rewards.errors[i] or f"the reward is {reward:g}"

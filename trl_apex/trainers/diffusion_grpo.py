@@ -40,7 +40,7 @@ from ..distributed import (
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
 from ..report.figures import reward_grid
-from ..rewards.base import Reward, to_pil
+from ..rewards.base import to_pil
 from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardFailureRateError, RewardScorer
 from . import evaluation
@@ -359,17 +359,10 @@ class DiffusionGRPOTrainer(RunTrainer):
     # Rewards
 
     def _open_scorer(self, funcs: list, names: list[str]) -> RewardScorer:
-        """Scoring in the background, once every reward is known to work.
-
-        Networks are loaded here and not at their first call: loading sets PyTorch's default dtype for a moment, which
-        would reach a rollout or another reward that runs at the same time.
-        """
+        """Scoring in the background, once every reward is known to work and has loaded its weights."""
         scorer = RewardScorer(funcs, names, timeout=self.args.reward_timeout)
         with failing_together("the check of the rewards"), whole_models():
             scorer.check()
-            for func in funcs:
-                if isinstance(func, Reward):
-                    func.load()
         return scorer
 
     def _submit(self, scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions: list | None = None):
