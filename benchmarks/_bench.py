@@ -6,9 +6,12 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "trl", "
 
 
 def arguments(description: str | None, smoke: str, **options: dict[str, Any]) -> argparse.ArgumentParser:
-    """The parser of a benchmark: `--smoke`, `--out`, and its own options by name.
-
-    Args:
-        description (`str`): The module's docstring.
-        smoke (`str`): What `--smoke` runs.
-        **options: Keyword arguments of `add_argument` for `--NAME`.
-    """
+    """The parser of a benchmark: `--smoke`, whose help is `smoke`, `--out`, and for each of `options` what `add_argument` takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help=smoke)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
@@ -32,13 +29,7 @@ def arguments(description: str | None, smoke: str, **options: dict[str, Any]) ->
 
 
 def write(path: Path, result: dict[str, Any], table: str | None = None, digits: int = 6) -> None:
-    """Writes results as JSON with one row a line and rounded numbers, and the Markdown table beside it.
-
-    Args:
-        path (`Path`): The JSON file; its folder is made. The table gets the same name with `.md`.
-        result (`dict`): Lists and dicts at the first level are written one entry a line.
-        table (`str`, *optional*): Markdown.
-        digits (`int`, *optional*, defaults to 6): Significant digits of floats.
+    """Write results as JSON, one entry of each list and dict a line, floats with `digits` digits; and the table beside it.
 
     Example:
         >>> path = getfixture("tmp_path") / "found.json"
@@ -53,12 +44,11 @@ def write(path: Path, result: dict[str, Any], table: str | None = None, digits: 
     """
     parts = []
     for name, value in rounded(result, digits).items():
+        text = json.dumps(value)
         if isinstance(value, list):
             text = "[\n " + ",\n ".join(map(json.dumps, value)) + "]"
         elif isinstance(value, dict):
             text = "{\n " + ",\n ".join(f"{json.dumps(key)}: {json.dumps(one)}" for key, one in value.items()) + "}"
-        else:
-            text = json.dumps(value)
         parts.append(f"{json.dumps(name)}: {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
@@ -75,21 +65,48 @@ def rounded(value: Any, digits: int) -> Any:
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
+def table(head: list[str], rows: Iterable[list[str]], align: str = "---") -> str:
+    """A Markdown table; `align` is the rule under every column but the first.
+
+    Example:
+        >>> print(table(["rule", "ms"], [["apex", "3.1"]], "---:"))
+        | rule | ms |
+        | --- | ---: |
+        | apex | 3.1 |
+    """
+    lines = [head, ["---", *[align] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and its standard error, which is NaN for a single value."""
+    found = list(values)
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    return statistics.mean(found), error
+
+
+def slope(x: list[float], y: list[float]) -> tuple[float, float | None]:
+    """Least-squares slope and its standard error, which is None for two points.
+
+    Example:
+        >>> slope([0, 1, 2], [1, 3, 5])
+        (2.0, 0.0)
+    """
+    rise, start = statistics.linear_regression(x, y)
+    if len(x) < 3:
+        return rise, None
+    left = sum((b - start - rise * a) ** 2 for a, b in zip(x, y, strict=True))
+    return rise, math.sqrt(left / (len(x) - 2) / sum((a - statistics.mean(x)) ** 2 for a in x))
+
+
 def machine() -> dict[str, Any]:
     """Processor, cores, load and the versions of what was measured."""
-    model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+    names = re.findall(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    installed = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    versions = {name: installed.get(name) for name in PACKAGES}
     return {
-        "processor": model,
+        "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load": [round(value, 1) for value in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
@@ -102,6 +119,37 @@ def cpu_seconds() -> float:
     """Processor time of this process so far, all its threads and the children that have ended (e.g. a compiler)."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
+
+
+class Phases:
+    """Processor time of an iteration by phase: each mark closes the phase that it names.
+
+    Phases are of the thread that marks. `reward` is what other threads took meanwhile, which score the rewards.
+    """
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._whole, self._last = cpu_seconds(), time.thread_time()
+
+    def mark(self, phase: str) -> None:
+        now = time.thread_time()
+        self.seconds[phase] += now - self._last
+        self._last = now
+
+    def stop(self, phase: str) -> None:
+        """The last mark of an iteration."""
+        self.mark(phase)
+        self.seconds["reward"] = cpu_seconds() - self._whole - sum(self.seconds.values())
+
+
+def status_mb(key: str) -> float:
+    """Megabytes of this process: `VmRSS` is resident now, `VmHWM` the most so far."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"no {key} in the process status"
+    return int(found[1]) / 1024
 
 
 def ratio(base: list[float], mine: list[float]) -> tuple[float, float | None]:

@@ -1,13 +1,14 @@
 """The plain loop of `examples/plain_loop.py` with the noise of the trainer, phases to time, and single parts exchanged."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from _bench import Phases
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -57,11 +58,11 @@ class AfterSampling:
 
 
 class ExchangedLoop(PlainLoop):
-    """The plain loop, comparable with the trainer, with `parts` exchanged; `mark(phase)` is called when a phase ends."""
+    """The plain loop, comparable with the trainer, with `parts` exchanged and its phases timed."""
 
     def __init__(self, pipeline: Any, rewards: list, prompts: list[str], work: Work, parts: Parts, seed: int):
         self.parts = parts
-        self.mark: Callable[[str], None] = lambda phase: None
+        self.phases = Phases()
         self.cache: dict[str, Text] = {}
         self.alike = 1  # how many rows of the steps before the window are one and the same
         if parts.half_precision:
@@ -76,6 +77,17 @@ class ExchangedLoop(PlainLoop):
         if parts.cache_prompts:
             self.cache = {prompt: super(ExchangedLoop, self).encode([prompt]) for prompt in dict.fromkeys(prompts)}
 
+    @property
+    def network(self) -> Any:
+        return self.pipeline.transformer
+
+    def iteration(self, number: int = 0) -> None:
+        self.phases.start()
+        super().iteration(number)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
     def encode(self, prompts: list[str]) -> Text:
         if self.cache:
             rows = [self.cache[prompt] for prompt in prompts]
@@ -87,7 +99,7 @@ class ExchangedLoop(PlainLoop):
             text = embeds[place], pooled[place]
         else:
             text = super().encode(prompts)
-        self.mark("encode")
+        self.phases.mark("encode")
         return text
 
     def noise(self, number: int, samples: range) -> tuple[Tensor, Tensor]:
@@ -101,7 +113,7 @@ class ExchangedLoop(PlainLoop):
         alike = min(self.work.group, len(samples)) if self.parts.shared_prefix and self.window.start else 1
         self.alike = alike
         found = super().sample(text, number, samples)
-        self.mark("rollout")
+        self.phases.mark("rollout")
         return found
 
     def velocity(self, x: Tensor, step: Tensor, text: Text) -> Tensor:
@@ -127,6 +139,6 @@ class ExchangedLoop(PlainLoop):
                 yield image, position
 
     def update(self, text: Text) -> None:
-        self.mark("rollout")  # until the last reward
+        self.phases.mark("rollout")  # until the last reward
         super().update(text)
-        self.mark("update")
+        self.phases.stop("update")

@@ -4,14 +4,13 @@ import copy
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from _bench import cpu_seconds
+from _bench import Phases, cpu_seconds
 from _loops import Work, lora
 from datasets import Dataset
 from probe_cost import transformer
@@ -101,13 +100,13 @@ class PassCounter:
     """Rows that went through a transformer: forwards, those with a graph, and backwards."""
 
     def __init__(self, module: nn.Module):
-        self.rows: dict[str, int] = defaultdict(int)
+        self.rows = {"forwards": 0, "backwards": 0}
         module.register_forward_hook(self._count, with_kwargs=True)
 
     def take(self) -> dict[str, int]:
         """What was counted since the last call."""
-        counted, self.rows = dict(self.rows), defaultdict(int)
-        return {"forwards": counted.get("forwards", 0), "backwards": counted.get("backwards", 0)}
+        counted, self.rows = self.rows, dict.fromkeys(self.rows, 0)
+        return counted
 
     def _count(self, _module, arguments, keywords, output) -> None:
         rows = len(arguments[0] if arguments else keywords["hidden_states"])
@@ -120,33 +119,8 @@ class PassCounter:
         self.rows["backwards"] += rows
 
 
-class Phases:
-    """Processor time of an iteration by phase: each mark closes the phase that it names.
-
-    Phases are of the thread that marks. `reward` is what the process's other threads took meanwhile: rewards are scored there,
-    beside the rollout or after it.
-    """
-
-    def start(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._whole, self._last = cpu_seconds(), time.thread_time()
-
-    def mark(self, phase: str) -> None:
-        now = time.thread_time()
-        self.seconds[phase] += now - self._last
-        self._last = now
-
-    def stop(self, phase: str) -> None:
-        """The last mark of an iteration."""
-        self.mark(phase)
-        self.seconds["reward"] = cpu_seconds() - self._whole - sum(self.seconds.values())
-
-
 class TrainerRun:
-    """An APEXTrainer that trains one iteration whenever asked, on a thread of its own.
-
-    `close()` must follow.
-    """
+    """An APEXTrainer that trains one iteration whenever asked, on a thread of its own; `close()` must follow."""
 
     def __init__(self, pipeline: Any, rewards: list, texts: list[str], work: Work, seed: int, **overrides: Any):
         self.phases = Phases()
@@ -187,8 +161,17 @@ class TrainerRun:
         self._error: BaseException | None = None
         self._closing = False
         self.gradients: list = []
+        self.network = self.trainer.policy.denoiser
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._started = False
+
+    @property
+    def seed(self) -> int:
+        return self.trainer.args.seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self.trainer.args.seed = value
 
     def iteration(self, number: int = 0) -> None:
         """Train one more iteration."""

@@ -5,6 +5,7 @@ import logging
 import statistics
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import transformers
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.demo import HELD_OUT, held_out_monitors, quiet
 from trl_apex.evaluation import compare, hypervolume, seesaw_rate
-from trl_apex.rewards import AestheticReward, DeQAReward, JPEGCompressibilityReward, OCRReward, PickScoreReward
+from trl_apex.rewards import JPEGCompressibilityReward, OCRReward
 from trl_apex.tiny.prompts import tiny_prompts
-from trl_apex.tiny.world import load_tiny_pipeline, weights_path
+from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
 
 OBJECTIVES = ("ocr", "pickscore", "deqa", "aesthetic")
 JPEG = "jpeg_compressibility"
@@ -61,12 +62,7 @@ BUDGET: dict[str, Any] = {
     "probe_layers": [r"attn\.to_out", r"attn\.to_add_out"],
 }
 APEX = {"need_coef": 2.0, "warmup_iterations": 2, "ramp_iterations": 1, "priority_ema": 0.5}  # quick, for a short run
-TARGETS = {
-    "ocr": 0.75,
-    "pickscore": 18.8,
-    "deqa": 3.4,
-    "aesthetic": 7.1,
-}  # about one standard deviation above the base
+TARGETS = [0.75, 18.8, 3.4, 7.1]  # of OBJECTIVES, about one standard deviation above the base
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "apex": {},
@@ -78,35 +74,23 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without_need": {"need_coef": 0.0},
     "conflict_gradient": {"conflict_source": "gradient"},
     "conflict_population": {"conflict_source": "population"},
-    "need_target": {"need_mode": "target", "reward_targets": list(TARGETS.values())},
+    "need_target": {"need_mode": "target", "reward_targets": TARGETS},
     "need_coef_1": {"need_coef": 1.0},
 }
 
-_rewards: dict[str, Any] = {}
 
-
+@cache
 def production_rewards() -> dict[str, Any]:
     """The production reward classes on the tiny networks, loaded once a process."""
-    if not _rewards:
-        clip = str(weights_path("clip"))
-        for reward in (
-            OCRReward(confidence=True, workers=1, engine_params={"Rec.rec_img_shape": [3, 48, 96]}),
-            PickScoreReward(model=clip, processor=clip, batch_size=64),
-            DeQAReward(model=str(weights_path("deqa")), batch_size=64),
-            AestheticReward(clip=clip, head=str(weights_path("aesthetic")), batch_size=64),
-            JPEGCompressibilityReward(),
-        ):
-            _rewards[reward.__name__] = reward
-    return _rewards
+    ocr = OCRReward(confidence=True, workers=1, engine_params={"Rec.rec_img_shape": [3, 48, 96]})
+    return {reward.__name__: reward for reward in (ocr, *tiny_rewards()[1:], JPEGCompressibilityReward())}
 
 
 def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The objectives that a method trains on, and its configuration.
+    """The objectives that a method trains on, of those of the condition, and its configuration.
 
-    Args:
-        method (`str`): a rule of the aggregator, `only_NAME`, `tuned_W1_W2_...` (weights of `sum_then_normalize`) or
-            `apex:NAME`, a row of `ABLATIONS`.
-        objectives (`tuple[str]`): of the condition.
+    A method is a rule of the aggregator, `only_NAME`, `tuned_W1_W2_...` (weights of `sum_then_normalize`) or `apex:NAME`, a row
+    of `ABLATIONS`.
     """
     if method.startswith("only_"):
         return (method.removeprefix("only_"),), {"multi_objective_aggregation": "sum_then_normalize"}

@@ -7,17 +7,14 @@ memory the rise of the process's high-water mark over the inputs. `exponent` is 
 rows on: 1 is linear.
 """
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import arguments, write
+from _bench import arguments, slope, status_mb, table, write
 
 from trl_apex.aggregation import RULES, MultiObjectiveRewardAggregator
 
@@ -32,25 +29,16 @@ def measure(rule: str, rows: int, objectives: int) -> dict[str, Any]:
     batches = [torch.randn(rows, objectives, generator=generator) for _ in range(2)]
     groups = torch.arange(rows) // GROUP
     aggregator = MultiObjectiveRewardAggregator([f"r{k}" for k in range(objectives)], rule=rule)
-    if rows >= 10**5:
-        aggregator(batches[0][:GROUP], groups[:GROUP])  # first-call costs of torch are not the aggregator's
-    else:
-        aggregator(batches[0], groups)
-    before = _status("VmRSS")
+    few = GROUP if rows >= 10**5 else rows
+    aggregator(batches[0][:few], groups[:few])  # first-call costs of torch are not the aggregator's
+    before = status_mb("VmRSS")
     best, start, calls = math.inf, time.process_time(), 0
     while calls < 2 or (time.process_time() - start < 0.3 and calls < 100):
         begin = time.process_time()
         aggregator(batches[calls % 2], groups)
         best = min(best, time.process_time() - begin)
         calls += 1
-    return {"rule": rule, "rows": rows, "objectives": objectives, "ms": best * 1e3, "mb": _status("VmHWM") - before}
-
-
-def _status(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {key} in the process status")
+    return {"rule": rule, "rows": rows, "objectives": objectives, "ms": best * 1e3, "mb": status_mb("VmHWM") - before}
 
 
 def _forked(case: tuple[str, int, int]) -> dict[str, Any]:
@@ -58,27 +46,24 @@ def _forked(case: tuple[str, int, int]) -> dict[str, Any]:
 
 
 def exponent(cases: list[dict[str, Any]]) -> float:
-    """Least-squares slope of log milliseconds over log rows."""
+    """Slope of log milliseconds over log rows."""
     points = [(math.log(case["rows"]), math.log(case["ms"])) for case in cases if case["rows"] >= 10**4]
-    if len(points) < 2:
-        return math.nan
-    x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+    return slope(*zip(*points, strict=True))[0] if len(points) > 1 else math.nan
 
 
 def markdown(cases: list[dict[str, Any]], sizes: list[int], widths: list[int]) -> str:
     """One row per rule."""
     found = {(case["rule"], case["rows"], case["objectives"]): case for case in cases}
     top = (sizes[-1], widths[-1])
-    head = [f"{TYPICAL[0]} x {TYPICAL[1]}, ms", *(f"{rows:.0e} x 4, ms" for rows in sizes)]
+    head = ["rule", f"{TYPICAL[0]} x {TYPICAL[1]}, ms", *(f"{rows:.0e} x 4, ms" for rows in sizes)]
     head += [f"{top[0]:.0e} x {top[1]}, ms", f"{top[0]:.0e} x {top[1]}, MB", "exponent"]
-    lines = ["| rule | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    lines = []
     for rule in RULES:
-        row = [found[rule, *TYPICAL]["ms"], *(found[rule, rows, 4]["ms"] for rows in sizes), found[rule, *top]["ms"]]
-        cells = [f"{value:.1f}" for value in row] + [f"{found[rule, *top]['mb']:.0f}"]
-        slope = exponent([found[rule, rows, 4] for rows in sizes])
-        lines.append(f"| {rule} | " + " | ".join(cells) + f" | {slope:.2f} |")
-    return "\n".join(lines) + "\n"
+        times = [found[rule, *case]["ms"] for case in (TYPICAL, *((rows, 4) for rows in sizes), top)]
+        slope_of_rows = exponent([found[rule, rows, 4] for rows in sizes])
+        cells = [*(f"{ms:.1f}" for ms in times), f"{found[rule, *top]['mb']:.0f}", f"{slope_of_rows:.2f}"]
+        lines.append([rule, *cells])
+    return table(head, lines) + "\n"
 
 
 def main() -> None:
@@ -93,10 +78,10 @@ def main() -> None:
     for case in todo:  # a fresh fork each, so that memory is not reused from the case before
         with multiprocessing.get_context("fork").Pool(1) as pool:
             cases.append(pool.apply(_forked, (case,)))
-    table = markdown(cases, sizes, widths)
-    print(table)
+    made = markdown(cases, sizes, widths)
+    print(made)
     settings = {"torch": torch.__version__, "machine": platform.machine(), "threads": 1, "group": GROUP}
-    write(given.out / "aggregation_scale.json", {"settings": settings, "cases": cases}, table)
+    write(given.out / "aggregation_scale.json", {"settings": settings, "cases": cases}, made)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ live objectives; the hijack index; and the seesaw rate.
     python benchmarks/aggregation_study.py [--smoke] [--seeds 24] [--out benchmarks/results]
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics
@@ -27,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import arguments, write
+from _bench import arguments, mean_and_error, table, write
 
 from trl_apex.aggregation import GRADIENT_RULES, MultiObjectiveRewardAggregator, PopulationConflict
 from trl_apex.aggregation import RULES as ALL_RULES
@@ -109,16 +107,10 @@ class Problem:
         y = samples @ self.directions.T
         luck = torch.randn(len(y), generator=self.generator) if noise else torch.zeros(len(y))
         ocr = torch.round(4 * torch.sigmoid(3 * (y[:, 2] - 1.5))) / 4
-        return torch.stack(
-            [
-                21 + 3 * torch.tanh(y[:, 0] / 3) + luck,
-                5 + 0.6 * torch.tanh(y[:, 1] / 3),
-                ocr,
-                4 + 0.3 * y[:, 3].clamp(max=0.5),
-                torch.zeros(len(y)),
-            ],
-            1,
-        )
+        pickscore = 21 + 3 * torch.tanh(y[:, 0] / 3) + luck
+        aesthetic = 5 + 0.6 * torch.tanh(y[:, 1] / 3)
+        deqa = 4 + 0.3 * y[:, 3].clamp(max=0.5)
+        return torch.stack([pickscore, aesthetic, ocr, deqa, torch.zeros(len(y))], 1)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples' scores (gradient of the log-probability) of shape `[B, SIZE]`, and their rewards."""
@@ -244,50 +236,40 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             alone = solo[row["conflict"], row["seed"]]
             share = [g / max(s, 1e-6) for g, s in zip(row["gain"], alone, strict=True)]
             found = {"share": share, "worst": min(share), "mean": statistics.fmean(share)}
-            runs.setdefault((row["name"], row["conflict"]), {})[row["seed"]] = found | {
-                "hijack": row["hijack"],
-                "seesaw": row["seesaw"],
-            }
-    table = []
+            found |= {"hijack": row["hijack"], "seesaw": row["seesaw"]}
+            runs.setdefault((row["name"], row["conflict"]), {})[row["seed"]] = found
+    lines = []
     for (name, conflict), by_seed in runs.items():
         line: dict[str, Any] = {"name": name, "conflict": conflict, "seeds": len(by_seed)}
         base = runs["apex", conflict]
         for key in ("worst", "mean", "hijack", "seesaw"):
-            line[key] = mean_error([found[key] for found in by_seed.values()])
+            line[key] = mean_and_error(found[key] for found in by_seed.values())
             if key in ("worst", "mean") and name != "apex":
-                line[f"{key}_minus_apex"] = mean_error([by_seed[seed][key] - base[seed][key] for seed in by_seed])
+                line[f"{key}_minus_apex"] = mean_and_error(by_seed[seed][key] - base[seed][key] for seed in by_seed)
         for k, objective in enumerate(LIVE):
-            line[objective] = mean_error([found["share"][k] for found in by_seed.values()])
-        table.append(line)
-    return table
+            line[objective] = mean_and_error(found["share"][k] for found in by_seed.values())
+        lines.append(line)
+    return lines
 
 
-def mean_error(values: list[float]) -> list[float]:
-    """Mean and its standard error."""
-    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return [round(statistics.fmean(values), 4), round(spread, 4)]
-
-
-def markdown(table: list[dict[str, Any]]) -> str:
+def markdown(lines: list[dict[str, Any]]) -> str:
     """The tables of docs/method.md."""
-    text = []
+    text = ""
+    head = ["", "worst", "mean", "worst - apex", *LIVE, "hijack index", "seesaw"]
     for title, names, conflicts in (
         ("Rules", list(RULES), CONFLICTS),
         ("Parts of APEX switched off", list(PARTS), CONFLICTS),
         ("Options of APEX changed", ["apex", *OPTIONS], (HARD,)),
     ):
         for conflict in conflicts:
-            text.append(f"\n### {title}, conflict cosine {conflict:g}\n")
-            text.append("| | worst | mean | worst - apex | " + " | ".join(LIVE) + " | hijack index | seesaw |")
-            text.append("|---" * (6 + len(LIVE)) + "|")
-            for line in table:
+            rows = []
+            for line in lines:
                 if line["name"] in names and line["conflict"] == conflict:
-                    cells = [_cell(line[key]) for key in ("worst", "mean")]
-                    cells.append(_cell(line["worst_minus_apex"], "+") if "worst_minus_apex" in line else "")
-                    cells += [f"{line[key][0]:.2f}" for key in LIVE]
-                    cells += [f"{line['hijack'][0]:.2f}", f"{line['seesaw'][0]:.2f}"]
-                    text.append(f"| {line['name']} | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+                    means = [f"{line[key][0]:.2f}" for key in (*LIVE, "hijack", "seesaw")]
+                    against = _cell(line["worst_minus_apex"], "+") if "worst_minus_apex" in line else ""
+                    rows.append([line["name"], _cell(line["worst"]), _cell(line["mean"]), against, *means])
+            text += f"\n### {title}, conflict cosine {conflict:g}\n\n{table(head, rows)}\n"
+    return text
 
 
 def _cell(value: list[float], sign: str = "") -> str:
@@ -302,43 +284,27 @@ def figure(table: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels, (left, right) = plt.subplots(1, 2, figsize=(13, 8.5), gridspec_kw={"width_ratios": [1, 1.15]})
-    colours = ["#9ecae1", "#08306b"]
-    for step, conflict in enumerate(CONFLICTS):
+    height = 0.38
+    for step, (conflict, colour) in enumerate(zip(CONFLICTS, ("#9ecae1", "#08306b"), strict=True)):
         lines = {line["name"]: line for line in table if line["conflict"] == conflict}
-        height = 0.38
         places = [number + (0.5 - step) * height for number in range(len(RULES))]
-        left.barh(
-            places,
-            [lines[rule]["worst"][0] for rule in RULES],
-            height,
-            xerr=[lines[rule]["worst"][1] for rule in RULES],
-            color=colours[step],
-            label=f"conflict cosine {conflict:g}",
-        )
+        worst, error = zip(*(lines[rule]["worst"] for rule in RULES), strict=True)
+        left.barh(places, worst, height, xerr=error, color=colour, label=f"conflict cosine {conflict:g}")
         left.plot([lines[rule]["mean"][0] for rule in RULES], places, "|", color="black", markersize=7)
     left.set_yticks(range(len(RULES)), RULES)
-    left.invert_yaxis()
-    left.axvline(0, color="black", linewidth=0.8)
     left.set_xlabel("share of the solo gain: worst objective (bar), mean (tick)")
-    left.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, fontsize=8)
     names = [*list(PARTS)[1:], *OPTIONS]
     lines = {line["name"]: line for line in table if line["conflict"] == HARD}
     for key, marker, colour in (("mean_minus_apex", "o", "#fd8d3c"), ("worst_minus_apex", "s", "#08306b")):
-        right.errorbar(
-            [lines[name][key][0] for name in names],
-            range(len(names)),
-            xerr=[2 * lines[name][key][1] for name in names],
-            fmt=marker,
-            color=colour,
-            markersize=4,
-            label=key.split("_")[0],
-        )
-    right.axvline(0, color="black", linewidth=0.8)
+        change, error = zip(*(lines[name][key] for name in names), strict=True)
+        look = {"fmt": marker, "color": colour, "markersize": 4, "label": key.split("_")[0]}
+        right.errorbar(change, range(len(names)), xerr=[2 * e for e in error], **look)
     right.set_yticks(range(len(names)), names, fontsize=8)
-    right.invert_yaxis()
     right.set_xlabel(f"change of the share against apex, ± 2 SE, conflict cosine {HARD:g}")
-    right.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2, frameon=False, fontsize=8)
     for axis in (left, right):
+        axis.invert_yaxis()
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     panels.tight_layout()
     panels.savefig(path, dpi=110)
@@ -363,12 +329,12 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     kept = None if given.smoke else given.out / "aggregation_study.rows.jsonl"
     rows = run(todo, given.workers, kept)
-    table = summarize(rows)
-    print(markdown(table))
+    found = summarize(rows)
+    print(markdown(found))
     print(f"{len(todo)} jobs in {time.perf_counter() - start:.0f} s")
     settings = {"seeds": seeds, "updates": updates, "prompts": PROMPTS, "group": GROUP, "torch": torch.__version__}
-    write(results, {"settings": settings, "table": table}, markdown(table))
-    figure(table, results.with_suffix(".png"))
+    write(results, {"settings": settings, "table": found}, markdown(found), digits=4)
+    figure(found, results.with_suffix(".png"))
     if kept:
         kept.unlink()
 

@@ -8,8 +8,6 @@ processes the same images are shared out, and the processor time of both is adde
 seconds over log size, with the standard error of the fit; 0 is constant, 1 linear.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _bench import arguments, machine, write
+from _bench import arguments, machine, slope, table, write
 from _loops import Work
 from _speed import Model, TrainerRun, prompts, quiet, timed
 from torch import Tensor
@@ -61,30 +59,18 @@ def in_turns(runs: dict[int, TrainerRun], rounds: int) -> dict[int, list[float]]
     return seconds
 
 
-def started(model: Model, work: Work, rewards: int = 4) -> TrainerRun:
-    options: dict[str, Any] = {"multi_objective_aggregation": "apex"}
+def started(model: Model, work: Work, rewards: int = 4, **options: Any) -> TrainerRun:
+    options["multi_objective_aggregation"] = "apex"
     return TrainerRun(model.fresh(), objectives(rewards), prompts(16), work, seed=0, **options)
 
 
 def in_processes(count: int, rounds: int) -> list[float]:
     """Processor seconds of an iteration, of all processes together."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={count}",
-            __file__,
-        ]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command += [__file__, "--rounds", str(rounds)]
         environment = {**os.environ, WORKERS: folder, "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            [*command, "--rounds", str(rounds)], env=environment, capture_output=True, text=True, timeout=600
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"{count} processes must train. Found exit code {done.returncode}:\n{done.stderr[-2000:]}"
-            )
+        subprocess.run(command, env=environment, check=True, timeout=600)
         each = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank*.json"))]
     assert len(each) == count, f"{len(each)} of {count} processes reported"
     return [sum(turn) for turn in zip(*each, strict=True)]
@@ -93,38 +79,31 @@ def in_processes(count: int, rounds: int) -> list[float]:
 def worker(folder: Path, rounds: int) -> None:
     """One of the processes: its share of the images."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    options: dict[str, Any] = {"multi_objective_aggregation": "apex", "generation_batch_size": SMALL.samples}
     work = replace(SMALL, batch=SMALL.batch // world)
-    run = TrainerRun(Model("tiny").fresh(), objectives(4), prompts(16), work, seed=0, **options)
-    seconds = in_turns({0: run}, rounds)[0]
-    (folder / f"rank{rank}.json").write_text(json.dumps(seconds))
+    run = started(Model("tiny"), work, generation_batch_size=SMALL.samples)
+    (folder / f"rank{rank}.json").write_text(json.dumps(in_turns({0: run}, rounds)[0]))
 
 
 def fit(seconds: dict[int, list[float]]) -> tuple[float, float | None]:
-    """Least-squares slope of log seconds over log size, and its standard error (None without rounds to judge by)."""
+    """Slope of log seconds over log size, and its standard error (None without rounds to judge by)."""
     points = [(math.log(size), math.log(value)) for size, values in seconds.items() for value in values]
-    x, y = (statistics.mean(values) for values in zip(*points, strict=True))
-    spread = sum((a - x) ** 2 for a, _ in points)
-    slope = sum((a - x) * (b - y) for a, b in points) / spread
-    left = sum((b - y - slope * (a - x)) ** 2 for a, b in points)
-    return slope, math.sqrt(left / (len(points) - 2) / spread) if len(points) > len(seconds) else None
+    found, error = slope(*zip(*points, strict=True))
+    return found, error if len(points) > len(seconds) else None
 
 
 def row(what: str, unit: str, seconds: dict[int, list[float]]) -> dict[str, Any]:
-    slope, error = fit(seconds)
-    cost = [
-        {"size": size, "cpu_seconds": statistics.median(values), "each": values} for size, values in seconds.items()
-    ]
-    return {"what": what, "unit": unit, "exponent": slope, "exponent_se": error, "cost": cost}
+    exponent, error = fit(seconds)
+    cost = [{"size": size, "cpu_seconds": statistics.median(each), "each": each} for size, each in seconds.items()]
+    return {"what": what, "unit": unit, "exponent": exponent, "exponent_se": error, "cost": cost}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| grows with | exponent | processor seconds of an iteration |", "|---|---|---|"]
+    lines = []
     for found in rows:
         error = "" if found["exponent_se"] is None else f" ± {found['exponent_se']:.2f}"
         cost = ", ".join(f"{point['size']}: {point['cpu_seconds']:.3f}" for point in found["cost"])
-        lines.append(f"| {found['what']} ({found['unit']}) | {found['exponent']:.2f}{error} | {cost} |")
-    return "\n".join(lines) + "\n"
+        lines.append([f"{found['what']} ({found['unit']})", f"{found['exponent']:.2f}{error}", cost])
+    return table(["grows with", "exponent", "processor seconds of an iteration"], lines) + "\n"
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:

@@ -8,12 +8,11 @@ through a fresh aggregator at the end: its priorities and its state must be the 
 compares the first with the last iterations, since other programs share the machine.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
 import platform
+import statistics
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import arguments, write
+from _bench import arguments, slope, status_mb, write
 from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
@@ -82,44 +81,14 @@ class Readings(TrainerCallback):
         self.files: list[dict[str, float]] = []
 
     def on_step_end(self, args, state, control, **others: Any) -> None:
-        row = [time.process_time(), time.perf_counter(), resident_kb()]
+        row = [time.process_time(), time.perf_counter(), 1024 * status_mb("VmRSS")]
         row += [threading.active_count(), len(os.listdir("/proc/self/fd"))]
         self.table[state.global_step - 1] = torch.tensor(row, dtype=torch.float64)
 
-    @property
-    def rows(self) -> list[dict[str, float]]:
-        return [dict(zip(self.KEYS, row, strict=True)) for row in self.table.tolist()]
-
     def on_save(self, args, state, control, **others: Any) -> None:
-        files = [path for path in self.output_dir.rglob("*") if path.is_file()]
+        sizes = [path.stat().st_size for path in self.output_dir.rglob("*") if path.is_file()]
         checkpoints = len(list(self.output_dir.glob("checkpoint-*")))
-        size = sum(path.stat().st_size for path in files)
-        self.files.append({"step": state.global_step, "files": len(files), "checkpoints": checkpoints, "bytes": size})
-
-
-def resident_kb() -> int:
-    """Resident memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1])
-    raise RuntimeError("no VmRSS in the process status")
-
-
-def slope(values: list[float], spacing: float) -> tuple[float, float]:
-    """Least-squares slope per unit of `spacing`, and its standard error."""
-    y = torch.tensor(values, dtype=torch.float64)
-    x = torch.arange(len(y), dtype=torch.float64) * spacing
-    dx, dy = x - x.mean(), y - y.mean()
-    power = (dx * dx).sum()
-    rise = (dx * dy).sum() / power
-    rest = dy - rise * dx
-    error = ((rest * rest).sum() / (len(y) - 2) / power).sqrt()
-    return rise.item(), error.item()
-
-
-def blocks(values: list[float], size: int) -> list[float]:
-    """Means of consecutive blocks."""
-    return [sum(values[i : i + size]) / size for i in range(0, len(values) - size + 1, size)]
+        self.files.append({"files": len(sizes), "checkpoints": checkpoints, "megabytes": sum(sizes) / 2**20})
 
 
 def replay(trainer: RecordingTrainer) -> dict[str, Any]:
@@ -183,20 +152,26 @@ def finite(trainer: APEXTrainer) -> bool:
 
 def figures(readings: Readings, iterations: int) -> dict[str, Any]:
     """Slopes, bounds and ratios."""
-    rows = readings.rows
+    rows = [dict(zip(readings.KEYS, row, strict=True)) for row in readings.table.tolist()]
     assert all(row["wall"] for row in rows)
     edge = iterations // 10
     settled = [row["rss_kb"] for row in rows[edge:]]
     block = min(BLOCK, len(settled) // 6)
-    rise, error = slope(blocks(settled, block), block)
-    second_half, half_error = slope(blocks(settled[len(settled) // 2 :], block), block)
+
+    def growth(part: list[float]) -> tuple[float, float | None]:
+        means = [statistics.mean(part[i : i + block]) for i in range(0, len(part) - block + 1, block)]
+        return slope([i * block for i in range(len(means))], means)
+
+    rise, error = growth(settled)
+    second_half, half_error = growth(settled[len(settled) // 2 :])
 
     def seconds(key: str, part: list[dict[str, float]]) -> list[float]:
         return [b[key] - a[key] for a, b in zip(part, part[1:], strict=False)]
 
     cpu, wall = seconds("cpu", rows), seconds("wall", rows)
     tenths = [sum(cpu[i * edge : (i + 1) * edge]) / sum(cpu[-edge:]) for i in range(len(cpu) // edge)]
-    kept = readings.files
+    files = readings.files
+    early, end = files[min(2, len(files) - 1)], files[-1]
     return {
         "iterations": iterations,
         "seconds_per_iteration": sum(wall) / len(wall),
@@ -205,9 +180,9 @@ def figures(readings: Readings, iterations: int) -> dict[str, Any]:
         "rss_slope_second_half": {"slope": second_half, "se": half_error},
         "threads": {"early": rows[edge]["threads"], "end": rows[-1]["threads"]},
         "open_files": {"early": rows[edge]["open_files"], "end": rows[-1]["open_files"]},
-        "checkpoints": {"most": max(k["checkpoints"] for k in kept), "save_total_limit": 2},
-        "files": {"early": kept[min(2, len(kept) - 1)]["files"], "end": kept[-1]["files"]},
-        "megabytes": {"early": kept[min(2, len(kept) - 1)]["bytes"] / 2**20, "end": kept[-1]["bytes"] / 2**20},
+        "checkpoints": {"most": max(saved["checkpoints"] for saved in files), "save_total_limit": 2},
+        "files": {"early": early["files"], "end": end["files"]},
+        "megabytes": {"early": early["megabytes"], "end": end["megabytes"]},
         "throughput": {
             "iterations_compared": edge,
             "last_over_first_by_processor_time": sum(cpu[:edge]) / sum(cpu[-edge:]),

@@ -7,8 +7,6 @@ VAE and rewards against everything else. `aggregation` puts every rule's time fo
 `aggregation_scale.py`) beside that iteration's time for as many images. `probe` is `probe_cost.py`.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from _bench import arguments, machine, write
+from _bench import arguments, machine, table, write
 from _loops import Work
 from _speed import SMOKE, WORK, Model, TrainerRun, prompts, quiet, timed
 from aggregation_scale import TYPICAL, measure
@@ -33,28 +31,19 @@ NETWORKS = ("transformer forward", "backward", "vae decode", "rewards")
 
 
 class Shares:
-    """Processor time inside chosen calls of the trainer's thread; `rewards` is what the process's other threads took."""
+    """Processor time inside chosen calls of the trainer's thread."""
 
     def __init__(self, run: TrainerRun):
         self.seconds: dict[str, float] = defaultdict(float)
         trainer = run.trainer
-        denoiser = trainer.policy.denoiser
-        denoiser.register_forward_pre_hook(lambda *_: self._begin())
-        denoiser.register_forward_hook(lambda *_: self._end("transformer forward"))
         for owner, name, what in (
+            (trainer.policy.denoiser, "forward", "transformer forward"),
             (trainer.accelerator, "backward", "backward"),
             (trainer.policy, "decode", "vae decode"),
             (trainer, "_compute_advantages", "aggregation"),
             (trainer.optimizer, "step", "optimizer"),
         ):
             setattr(owner, name, self._around(getattr(owner, name), what))
-        self._started = 0.0
-
-    def _begin(self) -> None:
-        self._started = time.thread_time()
-
-    def _end(self, what: str) -> None:
-        self.seconds[what] += time.thread_time() - self._started
 
     def _around(self, call: Callable, what: str) -> Callable:
         def measured(*arguments: Any, **keywords: Any) -> Any:
@@ -70,8 +59,7 @@ class Shares:
 def iteration(model: Model, work: Work, rounds: int) -> dict[str, Any]:
     """Seconds of one iteration by what they were spent on: medians over rounds."""
     texts = prompts(work.groups * (rounds + 1))
-    options: dict[str, Any] = {"multi_objective_aggregation": "apex"}
-    run = TrainerRun(model.fresh(), tiny_rewards(), texts, work, seed=0, **options)
+    run = TrainerRun(model.fresh(), tiny_rewards(), texts, work, seed=0, multi_objective_aggregation="apex")
     run.iteration()  # builds the optimizer, warms up
     shares = Shares(run)
     found = []
@@ -95,17 +83,17 @@ def iteration(model: Model, work: Work, rounds: int) -> dict[str, Any]:
 
 def markdown(found: list[dict[str, Any]], rules: list[dict[str, Any]], probes: list[dict[str, Any]]) -> str:
     names = [*NETWORKS, "aggregation", "optimizer", "elsewhere"]
-    lines = ["Shares of an iteration's processor time, %\n", "| model | " + " | ".join(names) + " | not a network |"]
-    lines.append("|---" * (len(names) + 2) + "|")
+    shares = []
     for row in found:
         cells = [f"{100 * row['seconds'][name] / row['seconds']['whole']:.2f}" for name in names]
-        lines.append(f"| {row['model']} | " + " | ".join(cells) + f" | {100 * row['not_a_network_share']:.2f} |")
-    lines += [f"\nAggregation of {TYPICAL[0]} x {TYPICAL[1]} rewards, % of an iteration of {TYPICAL[0]} images\n"]
-    lines += ["| rule | ms | " + " | ".join(row["model"] for row in found) + " |", "|---" * (len(found) + 2) + "|"]
-    for rule in rules:
-        cells = [f"{100 * rule['share'][row['model']]:.4f}" for row in found]
-        lines.append(f"| {rule['rule']} | {rule['ms']:.1f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n" + probe_table(probes)
+        shares.append([row["model"], *cells, f"{100 * row['not_a_network_share']:.2f}"])
+    models = [row["model"] for row in found]
+    lines = [[r["rule"], f"{r['ms']:.1f}", *(f"{100 * r['share'][name]:.4f}" for name in models)] for r in rules]
+    return (
+        f"Shares of an iteration's processor time, %\n\n{table(['model', *names, 'not a network'], shares)}\n\n"
+        f"Aggregation of {TYPICAL[0]} x {TYPICAL[1]} rewards, % of an iteration of {TYPICAL[0]} images\n\n"
+        f"{table(['rule', 'ms', *models], lines)}\n{probe_table(probes)}"
+    )
 
 
 def main() -> None:
@@ -123,16 +111,12 @@ def main() -> None:
         rules.append({**timing, "share": share})
     plan = {"tiny world": 1} if given.smoke else {"tiny world": 20, "100M": 4}
     probes = [compare(name, count) for name, count in plan.items()]
-    table = markdown(found, rules, probes)
-    print(table)
-    settings = {
-        "machine": machine(),
-        "threads": 1,
-        "seed": 0,
-        "work": {name: vars(work) for name, work in models.items()},
-    }
+    made = markdown(found, rules, probes)
+    print(made)
+    work = {name: vars(work) for name, work in models.items()}
+    settings = {"machine": machine(), "threads": 1, "seed": 0, "work": work}
     result = {"settings": settings, "iteration": found, "aggregation": rules, "probe": probes}
-    write(given.out / "overhead.json", result, table)
+    write(given.out / "overhead.json", result, made)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ over rounds is reported, with its quartiles. Seconds are the processor's, on one
 shows. `every 10th` is what training pays on average.
 """
 
-from __future__ import annotations
-
 import random
 import statistics
 import time
@@ -17,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _bench import arguments, write
+from _bench import arguments, table, write
 from diffusers import SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -172,24 +170,26 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
 
 def markdown(found: list[dict[str, Any]]) -> str:
     """One table per model."""
-    lines = []
+    text = ""
+    head = ["step", "CPU seconds", "against plain", "quartiles", "on every 10th", "max cosine error"]
     for model in found:
-        lines.append(
-            f"\n{model['model']}: {model['parameters'] / 1e6:.1f}M parameters, {model['trained'] / 1e6:.2f}M of LoRA in "
-            f"{model['layers']} matrices, {model['rows']} rows of {model['tokens']} tokens, {model['rounds']} rounds\n"
-        )
-        lines += [
-            "| step | CPU seconds | against plain | quartiles | on every 10th | max cosine error |",
-            "|---" * 6 + "|",
-        ]
+        lines = []
         for row in model["steps"]:
             low, high = row["quartiles"]
             error = "" if row["cosine_error"] is None else f"{row['cosine_error']:.1e}"
-            lines.append(
-                f"| {row['step']} | {row['seconds']:.3f} | {row['ratio']:.2f} | {low:.2f}-{high:.2f} | "
-                f"{row['every_10th']:.3f} | {error} |"
+            numbers = (
+                f"{row['seconds']:.3f}",
+                f"{row['ratio']:.2f}",
+                f"{low:.2f}-{high:.2f}",
+                f"{row['every_10th']:.3f}",
             )
-    return "\n".join(lines) + "\n"
+            lines.append([row["step"], *numbers, error])
+        text += (
+            f"\n{model['model']}: {model['parameters'] / 1e6:.1f}M parameters, {model['trained'] / 1e6:.2f}M of LoRA in "
+            f"{model['layers']} matrices, {model['rows']} rows of {model['tokens']} tokens, {model['rounds']} rounds\n\n"
+            f"{table(head, lines)}\n"
+        )
+    return text
 
 
 def main() -> None:
@@ -198,10 +198,10 @@ def main() -> None:
     torch.set_num_threads(1)
     plan = {"tiny world": 1} if given.smoke else dict(zip(MODELS, given.rounds, strict=True))
     found = [compare(name, rounds) for name, rounds in plan.items()]
-    table = markdown(found)
-    print(table)
+    made = markdown(found)
+    print(made)
     result = {"settings": {"torch": torch.__version__, "threads": 1, "dtype": "float32"}, "models": found}
-    write(given.out / "probe_cost.json", result, table)
+    write(given.out / "probe_cost.json", result, made)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,25 @@
 """Eight trainers' clients at once against one reward server whose reward takes 1.5 s a call.
 
-Run `python benchmarks/reward_load.py`. The server is a process of its own; the clients are eight scorers in one process,
+    python benchmarks/reward_load.py [--smoke] [--out benchmarks/results]
+
+The server is a process of its own; the clients are eight scorers in one process,
 which send float tensors as a trainer does. What must hold: every reward arrives, nothing counts as failed, and the
 server's memory is bounded. `pixels` reads PIL images, `floats` asks for the float tensor too, which costs the server
 four bytes a number for the 64 images of a call.
 """
 
-import argparse
 import json
-import multiprocessing
-import socket
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import psutil
 import torch
+from _bench import arguments, write
 from PIL import Image
+from reward_throughput import start_server
 
 from trl_apex.rewards import RemoteReward, RewardScorer
-from trl_apex.serving.server import serve
 
-RESULTS = Path(__file__).parent / "results" / "reward_load.json"
 SECONDS = 1.5
 CLIENTS = 8
 
@@ -38,27 +36,9 @@ def floats(images: torch.Tensor, **keywords: object) -> list[float]:
     return (images[:, 0, 0, 0] * 255).tolist()
 
 
-def start_server() -> tuple[multiprocessing.Process, str]:
-    """The server in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=serve, kwargs={"rewards": [pixels, floats], "port": port}, daemon=True)
-    process.start()
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            RemoteReward(url, "pixels").check()
-            return process, url
-        except ValueError:
-            time.sleep(0.2)
-    raise RuntimeError("The server must start. Found it silent for a minute.")
-
-
 def load(name: str, count: int, side: int) -> dict[str, float | int | str]:
     """Eight clients send `count` images of `side` pixels each at once; what arrived, and what the server held."""
-    process, url = start_server()
+    process, url = start_server({"pixels": pixels, "floats": floats})
     server = psutil.Process(process.pid)
     idle = peak = server.memory_info().rss
     images = torch.zeros(count, 3, side, side)
@@ -94,22 +74,15 @@ def load(name: str, count: int, side: int) -> dict[str, float | int | str]:
 
 
 def main() -> None:
-    """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
+    given = arguments(__doc__, "two small images of every client").parse_args()
     torch.set_num_threads(1)
+    sizes = [(2, 64)] if given.smoke else [(144, 512), (64, 1024)]
     rows = []
-    for name, count, side in [
-        ("pixels", 144, 512),
-        ("pixels", 64, 1024),
-        ("floats", 144, 512),
-        ("floats", 64, 1024),
-    ]:
-        rows.append(load(name, count, side))
-        print(json.dumps(rows[-1]), flush=True)
-    text = ",\n  ".join(json.dumps(row) for row in rows)
-    arguments.output.write_text(f"[\n  {text}\n]\n")
+    for name in ("pixels", "floats"):
+        for count, side in sizes:
+            rows.append(load(name, count, side))
+            print(json.dumps(rows[-1]), flush=True)
+    write(given.out / "reward_load.json", {"rows": rows})
 
 
 if __name__ == "__main__":

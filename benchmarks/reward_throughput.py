@@ -1,6 +1,8 @@
 """How fast rewards are: here or behind the server, one after another or side by side, waited for or overlapped.
 
-Run `python benchmarks/reward_throughput.py`. Times depend on the machine; the ratios are what to compare. The rewards
+    python benchmarks/reward_throughput.py [--smoke] [--out benchmarks/results]
+
+Times depend on the machine; the ratios are what to compare. The rewards
 are the OCR reward with its real weights, the JPEG reward, and one that costs nothing, which shows what the wire costs.
 The rollout is stood in for by a pause as long as the rewards of a chunk take, since an accelerator
 samples while the processor is free; the best ratio of overlapping `n` chunks is then `2 n / (n + 1)`.
@@ -8,7 +10,6 @@ samples while the processor is free; the best ratio of overlapping `n` chunks is
 
 import asyncio
 import multiprocessing
-import platform
 import socket
 import statistics
 import time
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from _bench import arguments, write
+from _bench import arguments, machine, write
 from PIL import Image, ImageDraw, ImageFont
 
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward, RemoteReward, RewardScorer
@@ -55,20 +56,19 @@ def seconds(actions: dict[str, Callable[[], object]], repeats: int) -> dict[str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def start_server() -> tuple[multiprocessing.Process, str]:
-    """A server with the same rewards in a process of its own."""
+def start_server(rewards: dict[str, Callable]) -> tuple[multiprocessing.Process, str]:
+    """A reward server in a process of its own, and its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    rewards = {"ocr": OCRReward(), "jpeg_compressibility": JPEGCompressibilityReward(), "nothing": nothing}
     process = context.Process(target=serve, kwargs={"rewards": rewards, "port": port}, daemon=True)
     process.start()
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60
     while True:
         try:
-            RemoteReward(url, "ocr").check()
+            RemoteReward(url, next(iter(rewards))).check()
             return process, url
         except ValueError:
             if time.monotonic() > deadline:
@@ -76,27 +76,23 @@ def start_server() -> tuple[multiprocessing.Process, str]:
             time.sleep(0.2)
 
 
+def local_rewards() -> dict[str, Callable]:
+    return {"ocr": OCRReward(), "jpeg_compressibility": JPEGCompressibilityReward(), "nothing": nothing}
+
+
 def local_and_remote(url: str, prompts: list[str], images: torch.Tensor, repeats: int) -> dict:
     """Images per second of each reward, here and behind the server, and whether the numbers are the same."""
     rows = {}
-    local_rewards = {"ocr": OCRReward(), "jpeg_compressibility": JPEGCompressibilityReward(), "nothing": nothing}
-    for name, local in local_rewards.items():
-
-        def call_local(local: Callable = local) -> list:
-            return list(local(prompts=prompts, images=images))
-
-        def call_remote(as_uint8: bool, name: str = name) -> list:
-            return asyncio.run(_score(RemoteReward(url, name, as_uint8=as_uint8), prompts, images))
-
-        calls = {
-            "local": call_local,
-            "remote_float32": lambda call=call_remote: call(False),
-            "remote_uint8": lambda call=call_remote: call(True),
-        }
+    for name, local in local_rewards().items():
+        calls: dict[str, Callable] = {"local": lambda local=local: list(local(prompts=prompts, images=images))}
+        for kind in ("float32", "uint8"):
+            remote = RemoteReward(url, name, as_uint8=kind == "uint8")
+            calls[f"remote_{kind}"] = lambda remote=remote: asyncio.run(_score(remote, prompts, images))
         times = seconds(calls, repeats)
         row: dict[str, float | bool] = {f"{key}_images_per_s": len(prompts) / took for key, took in times.items()}
         row |= {f"{key}_over_local": times["local"] / took for key, took in times.items() if key != "local"}
-        row["same_numbers"] = call_remote(False) == call_remote(True) == call_local()
+        first, *others = (call() for call in calls.values())
+        row["same_numbers"] = all(scores == first for scores in others)
         rows[name] = row
     return rows
 
@@ -151,13 +147,11 @@ def side_by_side(prompts: list[str], repeats: int) -> dict:
         await asyncio.sleep(0.2)
         return [0.0] * len(prompts)
 
-    functions = [waiting, waiting, waiting]
-
     async def in_turn() -> None:
-        for function in functions:
-            await function(prompts=prompts)
+        for _ in range(3):
+            await waiting(prompts=prompts)
 
-    with RewardScorer(functions, ["a", "b", "c"]) as scorer:
+    with RewardScorer([waiting] * 3, ["a", "b", "c"]) as scorer:
         calls = {
             "in_turn_s": lambda: asyncio.run(in_turn()),
             "together_s": lambda: scorer.submit(prompts=prompts, completions=[]).result(),
@@ -180,18 +174,11 @@ def main() -> None:
         given.images, given.side, given.chunks, given.repeats = 2, 64, 2, 1
     torch.set_num_threads(1)
     prompts, images = make_batch(given.images, given.side)
-    process, url = start_server()
+    process, url = start_server(local_rewards())
     try:
         results = {
-            "settings": {
-                "images": given.images,
-                "side": given.side,
-                "chunks": given.chunks,
-                "repeats": given.repeats,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "cpus": multiprocessing.cpu_count(),
-            },
+            "settings": {name: getattr(given, name) for name in ("images", "side", "chunks", "repeats")},
+            "machine": machine(),
             "local_and_remote": local_and_remote(url, prompts, images, given.repeats),
             "overlap_local": waited_and_overlapped(url, prompts, images, given.chunks, given.repeats, remote=False),
             "overlap_remote": waited_and_overlapped(url, prompts, images, given.chunks, given.repeats, remote=True),

@@ -6,10 +6,11 @@ Parameters, bytes and activations are those of `trl-apex plan`; traffic and oper
 shapes, on the meta device. No weights are needed and nothing is timed.
 """
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
+from _bench import table
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_apex import DiffusionGRPOConfig
@@ -29,8 +30,7 @@ def shapes(name: str) -> Shapes:
     return load_shapes(MODELS[name])
 
 
-@dataclass(frozen=True)
-class Elements:
+class Elements(NamedTuple):
     """How many elements are trained, how many are not."""
 
     trained: int
@@ -68,8 +68,7 @@ def held_bytes(name: str, lora: bool, engine: str, gpus: int) -> float:
 
 def gathered_bytes(name: str, lora: bool) -> int:
     """All weights in half precision, which `gather_for_rollout` holds during a rollout."""
-    e = elements(name, lora)
-    return 2 * (e.trained + e.frozen)
+    return 2 * sum(elements(name, lora))
 
 
 @cache
@@ -109,10 +108,6 @@ def update_traffic(name: str, lora: bool, engine: str, gpus: int, accumulation: 
 def rollout_traffic(name: str, gpus: int, forwards: int) -> float:
     """Bytes that each GPU sends for the weights of one rollout under ZeRO-3 or FSDP2, gathered `forwards` times."""
     return forwards * gathered_bytes(name, lora=False) * ring(gpus)
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
 def gb(value: float) -> str:

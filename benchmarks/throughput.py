@@ -11,8 +11,6 @@ Settings without "all" are the plain loop with one part exchanged; those with "a
 timed, trainer and plain loop compute the same iteration, and their latents and gradients are compared.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,56 +23,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import arguments, machine, ratio, write
+from _bench import arguments, machine, ratio, table, write
 from _loops import ExchangedLoop, Parts, Work
-from _speed import SMOKE, WORK, Model, PassCounter, Phases, TrainerRun, prompts, quiet, serial_rewards, timed
+from _speed import SMOKE, WORK, Model, PassCounter, TrainerRun, prompts, quiet, serial_rewards, timed
 
 from trl_apex.tiny.world import tiny_rewards
 
-BASE = "plain_loop"
+BASE, SAME = "plain_loop", "all_same_mathematics"
+PHASES = ("encode", "rollout", "reward", "update")
 LAST = range(-3, -1)  # the last two steps that can be stochastic; the very last is noise-free
-PARTS = {
-    BASE: Parts(),
-    "separate_guidance": Parts(separate_guidance=True),
-    "rewards_after_sampling": Parts(rewards_last=True),
-    "prompt_cache": Parts(cache_prompts=True),
-    "group_deduplication": Parts(encode_distinct=True),
-    "timestep_batching": Parts(timesteps_at_once=3),
-    "window": Parts(window=LAST),
-    "window_shared_prefix": Parts(window=LAST, shared_prefix=True),
-    "compile": Parts(compiled=True),
-}
 WINDOW: dict[str, Any] = {"sde_window_size": 2, "share_initial_noise": True}
 LAST_WINDOW = {**WINDOW, "sde_window_range": LAST}
 COMPILED = {"compile_denoiser": True}
-# One timestep a forward: more of them are for GPUs that one batch leaves idle.
-TRAINER: dict[str, dict[str, Any]] = {
-    "all_same_mathematics": {},
-    "all_same_mathematics_compiled": COMPILED,
-    "all_with_early_window": WINDOW,  # somewhere in the first half
-    "all_with_window": LAST_WINDOW,
-    "all_with_window_compiled": {**LAST_WINDOW, **COMPILED},
-    "all_with_window_unguided": {**LAST_WINDOW, "guidance_scale": 1.0},
+# What is changed in the plain loop (`Parts`), or the options of the trainer; and the words for it. The trainer takes one
+# timestep a forward: more of them are for GPUs that one batch leaves idle.
+PARTS: dict[str, tuple[Parts, str]] = {
+    BASE: (Parts(), "Flow-GRPO's order of work"),
+    "separate_guidance": (
+        Parts(separate_guidance=True),
+        "the branches of the guidance in two forwards (slower)",
+    ),
+    "rewards_after_sampling": (
+        Parts(rewards_last=True),
+        "rewards only when all is sampled (slower in wall time)",
+    ),
+    "prompt_cache": (Parts(cache_prompts=True), "prompts encoded before training"),
+    "group_deduplication": (Parts(encode_distinct=True), "a group's prompt encoded once an iteration"),
+    "timestep_batching": (Parts(timesteps_at_once=3), "three timesteps a forward of the update"),
+    "window": (
+        Parts(window=LAST),
+        "two stochastic, trained steps, the last possible; the others deterministic",
+    ),
+    "window_shared_prefix": (
+        Parts(window=LAST, shared_prefix=True),
+        "the same, one start a group, steps before the window once",
+    ),
+    "compile": (Parts(compiled=True), "compiled blocks, warm-up apart"),
 }
+TRAINER: dict[str, tuple[dict[str, Any], str]] = {
+    SAME: ({}, "APEXTrainer at identical mathematics"),
+    "all_same_mathematics_compiled": (COMPILED, "the same, compiled blocks, warm-up apart"),
+    "all_with_early_window": (WINDOW, "APEXTrainer, two steps in the first half, one start a group"),
+    "all_with_window": (LAST_WINDOW, "APEXTrainer, the last two steps, one start a group"),
+    "all_with_window_compiled": ({**LAST_WINDOW, **COMPILED}, "the same, compiled blocks, warm-up apart"),
+    "all_with_window_unguided": (
+        {**LAST_WINDOW, "guidance_scale": 1.0},
+        "APEXTrainer, the last two steps, one start a group, no guidance",
+    ),
+}
+SETTINGS = {**PARTS, **TRAINER}
 # On the mid-size model, where an iteration takes long.
 FEWER = [BASE, "timestep_batching", "window_shared_prefix", *TRAINER]
-MEANING = {
-    BASE: "Flow-GRPO's order of work",
-    "separate_guidance": "the branches of the guidance in two forwards (slower)",
-    "rewards_after_sampling": "rewards only when all is sampled (slower in wall time)",
-    "prompt_cache": "prompts encoded before training",
-    "group_deduplication": "a group's prompt encoded once an iteration",
-    "timestep_batching": "three timesteps a forward of the update",
-    "window": "two stochastic, trained steps, the last possible; the others deterministic",
-    "window_shared_prefix": "the same, one start a group, steps before the window once",
-    "compile": "compiled blocks, warm-up apart",
-    "all_same_mathematics": "APEXTrainer at identical mathematics",
-    "all_same_mathematics_compiled": "the same, compiled blocks, warm-up apart",
-    "all_with_early_window": "APEXTrainer, two steps in the first half, one start a group",
-    "all_with_window": "APEXTrainer, the last two steps, one start a group",
-    "all_with_window_compiled": "the same, compiled blocks, warm-up apart",
-    "all_with_window_unguided": "APEXTrainer, the last two steps, one start a group, no guidance",
-}
 
 
 def same_mathematics(loop: ExchangedLoop, run: TrainerRun) -> dict[str, float]:
@@ -102,53 +101,39 @@ def placed(window: range, work: Work) -> range:
     return range(max(work.steps + window.start, 0), work.steps + window.stop)
 
 
-def parts_for(name: str, work: Work) -> Parts:
-    parts = PARTS[name]
-    return replace(parts, window=parts.window and placed(parts.window, work))
-
-
-def trainer_for(name: str, work: Work) -> dict[str, Any]:
-    options = dict(TRAINER[name])
+def started(name: str, model: Model, work: Work, texts: list[str]) -> ExchangedLoop | TrainerRun:
+    """The plain loop or the trainer of one setting."""
+    changes = SETTINGS[name][0]
+    if isinstance(changes, Parts):
+        parts = replace(changes, window=changes.window and placed(changes.window, work))
+        return ExchangedLoop(model.fresh(), serial_rewards(), texts, work, parts, seed=0)
+    options = dict(changes)
     if "sde_window_range" in options:
         window = placed(options["sde_window_range"], work)
         options["sde_window_range"] = [window.start, window.stop]
-    return options
+    return TrainerRun(model.fresh(), tiny_rewards(), texts, work, seed=0, **options)
 
 
 class Race:
-    """All settings on one model, in turns.
-
-    Args:
-        model, work: what they run.
-        settings (`list[str]`): names; the plain loop and `all_same_mathematics` among them.
-        rounds (`int`): timed iterations each.
-    """
+    """All settings on one model, in turns; the plain loop and the trainer at the same mathematics are among them."""
 
     def __init__(self, model: Model, work: Work, settings: list[str], rounds: int):
         self.model, self.work, self.settings = model, work, settings
-        self.runs: dict[str, Any] = {}
+        self.runs: dict[str, ExchangedLoop | TrainerRun] = {}
         self.counters: dict[str, PassCounter] = {}
         self.warm: dict[str, float] = {}
         self.turns: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
         texts = prompts(work.groups * (rounds + 1))
         for name in settings:
-            if name in PARTS:
-                run = ExchangedLoop(model.fresh(), serial_rewards(), texts, work, parts_for(name, work), seed=0)
-                run.mark = self._marker(run)
-                self.counters[name] = PassCounter(run.pipeline.transformer)
-            else:
-                run = TrainerRun(model.fresh(), tiny_rewards(), texts, work, seed=0, **trainer_for(name, work))
-                self.counters[name] = PassCounter(run.trainer.policy.denoiser)
-            self.runs[name] = run
+            run = self.runs[name] = started(name, model, work, texts)
+            self.counters[name] = PassCounter(run.network)
             self.warm[name] = self._turn(name, 0)["cpu"]
             print(f"  {model.name} {name}: first iteration {self.warm[name]:.1f} s", flush=True)
-        self.agreement = same_mathematics(self.runs[BASE], self.runs["all_same_mathematics"])
+        self.agreement = same_mathematics(self.runs[BASE], self.runs[SAME])
         for seed, run in enumerate(self.runs.values(), start=1):
-            # Noise of its own from here on: no image is seen twice, so that no reward answers from memory.
-            if isinstance(run, TrainerRun):
-                run.trainer.args.seed = seed
-            else:
-                run.seed = seed
+            run.seed = (
+                seed  # noise of its own from here on: no image is seen twice, so that no reward answers from memory
+            )
 
     def round(self, turn: int) -> None:
         first = turn % len(self.settings)
@@ -158,20 +143,12 @@ class Race:
 
     def close(self) -> None:
         for run in self.runs.values():
-            if isinstance(run, TrainerRun):
-                run.close()
+            run.close()
 
     def _turn(self, name: str, turn: int) -> dict[str, Any]:
         run = self.runs[name]
-        if isinstance(run, ExchangedLoop):
-            run.phases.start()
         cpu, wall = timed(lambda: run.iteration(turn))
         return {"cpu": cpu, "wall": wall, **self.counters[name].take(), "phases": dict(run.phases.seconds)}
-
-    @staticmethod
-    def _marker(run: Any) -> Any:
-        run.phases = Phases()
-        return lambda phase: run.phases.stop(phase) if phase == "update" else run.phases.mark(phase)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a setting."""
@@ -181,10 +158,10 @@ class Race:
             cpu, wall = (
                 ratio([turn[kind] for turn in base], [turn[kind] for turn in own]) for kind in ("cpu", "wall")
             )
-            seconds = statistics.median(turn["cpu"] for turn in own)
+            seconds, wall_seconds = (statistics.median(turn[kind] for turn in own) for kind in ("cpu", "wall"))
             found.append({
                 "setting": name,
-                "meaning": MEANING[name],
+                "meaning": SETTINGS[name][1],
                 "model": self.model.name,
                 "ratio": cpu[0],
                 "ratio_se": cpu[1],
@@ -192,7 +169,7 @@ class Race:
                 "wall_ratio_se": wall[1],
                 "cpu_seconds": seconds,
                 "images_per_cpu_second": self.work.samples / seconds,
-                "images_per_second": self.work.samples / statistics.median(turn["wall"] for turn in own),
+                "images_per_second": self.work.samples / wall_seconds,
                 "forwards": statistics.mean(turn["forwards"] for turn in own),
                 "backwards": statistics.mean(turn["backwards"] for turn in own),
                 "warm_up_cpu_seconds": self.warm[name] - seconds,
@@ -203,7 +180,7 @@ class Race:
     def phases(self) -> list[dict[str, Any]]:
         """Images per processor second of prompt encoding, rollout, rewards and update apart."""
         found = []
-        for name in (one for one in (BASE, "all_same_mathematics", "all_with_window") if one in self.settings):
+        for name in (one for one in (BASE, SAME, "all_with_window") if one in self.settings):
             for phase in self.turns[name][0]["phases"]:
                 seconds = statistics.median(turn["phases"][phase] for turn in self.turns[name])
                 found.append({
@@ -243,59 +220,39 @@ def half_precision(model: Model, work: Work) -> dict[str, Any]:
 
 def markdown(rows: list[dict[str, Any]], parts: list[dict[str, Any]], checks: dict[str, Any]) -> str:
     """A table per model, and the phases."""
-    lines = []
+    text = ""
     for name, found in checks.items():
-        lines.append(f"\n{name}: trainer and plain loop differ by at most ")
-        lines[-1] += ", ".join(f"{value:.0e} ({what.replace('_', ' ')})" for what, value in found.items()) + "\n"
-        lines += [
-            "| setting | times as fast (processor) | (wall) | rows forward | rows backward | what |",
-            "|---" * 6 + "|",
-        ]
-        for row in rows:
-            if row["model"] != name:
-                continue
-            error = "" if row["ratio_se"] is None else f" ± {row['ratio_se']:.2f}"
+        text += f"\n{name}: trainer and plain loop differ by at most "
+        text += ", ".join(f"{value:.0e} ({what.replace('_', ' ')})" for what, value in found.items()) + "\n\n"
+        head = ["setting", "times as fast (processor)", "(wall)", "rows forward", "rows backward", "what"]
+        lines = []
+        for row in (row for row in rows if row["model"] == name):
+            processor = f"{row['ratio']:.2f}" + ("" if row["ratio_se"] is None else f" ± {row['ratio_se']:.2f}")
             wall = "" if row.get("wall_ratio_se") is None else f"{row['wall_ratio']:.2f} ± {row['wall_ratio_se']:.2f}"
-            lines.append(
-                f"| {row['setting']} | {row['ratio']:.2f}{error} | {wall} | {row['forwards']:.0f} | "
-                f"{row['backwards']:.0f} | {row['meaning']} |"
-            )
-    lines += [
-        "\nImages per processor second of each part\n",
-        "| setting | model | encode | rollout | reward | update |",
-    ]
-    lines.append("|---" * 6 + "|")
+            counts = f"{row['forwards']:.0f}", f"{row['backwards']:.0f}"
+            lines.append([row["setting"], processor, wall, *counts, row["meaning"]])
+        text += table(head, lines) + "\n"
+    lines = []
     for name, model in dict.fromkeys((part["setting"], part["model"]) for part in parts):
         own = {p["phase"]: p["images_per_cpu_second"] for p in parts if (p["setting"], p["model"]) == (name, model)}
-        cells = [f"{own[phase]:.2f}" if phase in own else "" for phase in ("encode", "rollout", "reward", "update")]
-        lines.append(f"| {name} | {model} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def kept(path: Path, models: list[str]) -> dict[str, Any]:
-    """What an earlier run wrote about other models."""
-    old = (
-        json.loads(path.read_text())
-        if path.is_file()
-        else {"settings": {}, "same_mathematics": {}, "rows": [], "phases": []}
-    )
-    result: dict[str, Any] = {
-        part: [row for row in old[part] if row["model"] not in models] for part in ("rows", "phases")
-    }
-    for part in ("settings", "same_mathematics"):
-        result[part] = {name: value for name, value in old[part].items() if name not in models}
-    return result
+        lines.append([name, model, *(f"{own[phase]:.2f}" if phase in own else "" for phase in PHASES)])
+    return f"{text}\nImages per processor second of each part\n\n{table(['setting', 'model', *PHASES], lines)}\n"
 
 
 def write_known(out: Path, name: str, settings: dict, race: Race, more: Sequence[dict] = ()) -> str:
     """Write what is known so far, beside what is there of other models; the table."""
-    result = kept(out / "throughput.json", [name])
+    path = out / "throughput.json"
+    result: dict[str, Any] = {"settings": {}, "same_mathematics": {}, "rows": [], "phases": []}
+    if path.is_file():
+        result = json.loads(path.read_text())
+    for part in ("rows", "phases"):
+        result[part] = [row for row in result[part] if row["model"] != name]
     result["settings"][name], result["same_mathematics"][name] = settings, race.agreement
     result["rows"] += [*race.rows(), *more]
     result["phases"] += race.phases()
-    table = markdown(result["rows"], result["phases"], result["same_mathematics"])
-    write(out / "throughput.json", result, table)
-    return table
+    made = markdown(result["rows"], result["phases"], result["same_mathematics"])
+    write(path, result, made)
+    return made
 
 
 def main() -> None:
@@ -317,9 +274,9 @@ def main() -> None:
         chosen = [one for one in chosen if "compile" not in one or given.compile]
         work = replace(work, groups=given.groups or work.groups)
         if given.settings:
-            chosen = [one for one in chosen if one in (BASE, "all_same_mathematics", *given.settings)]
+            chosen = [one for one in chosen if one in (BASE, SAME, *given.settings)]
         if given.smoke:
-            chosen = [BASE, "window_shared_prefix", "all_same_mathematics", "all_with_window"]
+            chosen = [BASE, "window_shared_prefix", SAME, "all_with_window"]
         settings = {
             "machine": machine(),
             "threads": 1,
@@ -330,11 +287,11 @@ def main() -> None:
         race = Race(model, work, chosen, rounds)
         for turn in range(1, rounds + 1):
             race.round(turn)
-            table = write_known(given.out, name, {**settings, "rounds": turn}, race)
+            made = write_known(given.out, name, {**settings, "rounds": turn}, race)
         race.close()
         if name == "tiny" and not given.smoke:
-            table = write_known(given.out, name, {**settings, "rounds": rounds}, race, [half_precision(model, work)])
-    print(table)
+            made = write_known(given.out, name, {**settings, "rounds": rounds}, race, [half_precision(model, work)])
+    print(made)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ setting was chosen on the seeds 1 to 5; seeds 0 and 100 were used for that.
 
 import json
 import math
-import statistics
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import arguments, machine, write
+from _bench import arguments, machine, mean_and_error, table, write
 from _tradeoff_figure import SHOWN, draw, objectives, shown_condition
 from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, OBJECTIVES, run
 
@@ -77,16 +76,13 @@ def packed(rows: list[Row]) -> dict[str, Any]:
     """The rows as one table, and the course of the runs that the picture shows."""
     shown = shown_condition(row["condition"] for row in rows)
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in COURSE))
-    return {
-        "columns": columns,
-        "rows": [[row.get(name) for name in columns] for row in rows],
-        "courses": [
-            {name: row[name] for name in ("condition", "method", "seed", "curve", "priorities") if name in row}
-            | ({} if row["method"] == "apex" else {"priorities": {}})
-            for row in rows
-            if row["method"] in SHOWN and row["condition"] == shown and "curve" in row
-        ],
-    }
+    courses = []
+    for row in rows:
+        if row["method"] in SHOWN and row["condition"] == shown and "curve" in row:
+            priorities = row["priorities"] if row["method"] == "apex" else {}
+            names = ("condition", "method", "seed", "curve")
+            courses.append({**{name: row[name] for name in names}, "priorities": priorities})
+    return {"columns": columns, "rows": [[row.get(name) for name in columns] for row in rows], "courses": courses}
 
 
 def unpacked(found: dict[str, Any]) -> list[Row]:
@@ -97,7 +93,7 @@ def unpacked(found: dict[str, Any]) -> list[Row]:
 
 
 def execute(jobs: list[Job], workers: int, folder: Path, prompts: int, **changes: Any) -> None:
-    """Every row goes to a file of its own as soon as it is there."""
+    """Run jobs; every row goes to a file of its own as soon as it is there."""
     context = get_context("forkserver")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = {pool.submit(run, *job, prompts, folder, **changes): job for job in jobs}
@@ -111,16 +107,9 @@ def execute(jobs: list[Job], workers: int, folder: Path, prompts: int, **changes
             print(f"[{done}/{len(jobs)}] {condition} {method} {seed}: {gains} ({row['cpu_seconds']} s)", flush=True)
 
 
-def with_error(values: Iterable[float]) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
-    found = list(values)
-    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-    return statistics.mean(found), error
-
-
 def summarize(rows: list[Row], reference: str = "apex") -> list[Row]:
     """A line a condition and method: every measure as (mean, standard error), and paired differences to `reference`."""
-    table = []
+    lines = []
     for condition in CONDITIONS:
         here = [row for row in rows if row["condition"] == condition]
         reference_rows = {row["seed"]: row for row in here if row["method"] == reference}
@@ -130,13 +119,15 @@ def summarize(rows: list[Row], reference: str = "apex") -> list[Row]:
             for name in mine[0]:
                 values = [row[name] for row in mine if row.get(name) is not None]
                 if name not in ("condition", "method", "seed", *COURSE):
-                    line[name] = with_error(values) if values else None
+                    line[name] = mean_and_error(values) if values else None
             pairs = [(reference_rows[row["seed"]], row) for row in mine if row["seed"] in reference_rows]
             for name in ("worst_gain", "hypervolume_below_base"):
                 if pairs and method != reference:
-                    line[f"{reference}_minus/{name}"] = with_error(ours[name] - theirs[name] for ours, theirs in pairs)
-            table.append(line)
-    return table
+                    line[f"{reference}_minus/{name}"] = mean_and_error(
+                        ours[name] - theirs[name] for ours, theirs in pairs
+                    )
+            lines.append(line)
+    return lines
 
 
 def cell(value: tuple[float, float] | None, digits: int = 2, sign: str = "") -> str:
@@ -145,33 +136,35 @@ def cell(value: tuple[float, float] | None, digits: int = 2, sign: str = "") -> 
     return f"{value[0]:{sign}.{digits}f}" + ("" if math.isnan(value[1]) else f" ± {value[1]:.{digits}f}")
 
 
-def markdown(table: list[Row]) -> str:
+def markdown(lines: list[Row]) -> str:
     """The summary as Markdown, a table a condition."""
     text = ""
-    for condition in dict.fromkeys(line["condition"] for line in table):
-        lines = [line for line in table if line["condition"] == condition]
-        names = objectives(lines[0])
-        heads = [
-            "method", "seeds", "worst", "mean", "apex − it, worst", *names, "HV", "HV from −1", "apex − it, HV from −1",
-            "JDR", "JCR", "seesaw", "conflict rate", "hijack index", "exact word", "attributes",
-        ]  # fmt: skip
-        text += f"\n### {condition}\n\n| " + " | ".join(heads) + " |\n|---|" + "---:|" * (len(heads) - 1) + "\n"
-        for line in lines:
-            cells = [
-                line["method"],
-                str(line["seeds"]),
-                cell(line["worst_gain"], sign="+"),
-                cell(line["mean_gain"], sign="+"),
-                cell(line.get("apex_minus/worst_gain"), sign="+"),
-                *(cell(line[f"gain/{name}"], sign="+") for name in names),
-                cell(line["hypervolume"], 3),
-                cell(line["hypervolume_below_base"]),
-                cell(line.get("apex_minus/hypervolume_below_base"), sign="+"),
-                *(cell(line[key]) for key in ("jdr", "jcr", "seesaw_rate", "conflict_rate", "hijack_index")),
-                cell(line["held_out/exact_word"], sign="+"),
-                cell(line["held_out/attributes"], sign="+"),
-            ]
-            text += "| " + " | ".join(cells) + " |\n"
+    for condition in dict.fromkeys(line["condition"] for line in lines):
+        here = [line for line in lines if line["condition"] == condition]
+        names = objectives(here[0])
+        # Heading, key of the line, decimals, sign.
+        columns = [
+            ("worst", "worst_gain", 2, "+"),
+            ("mean", "mean_gain", 2, "+"),
+            ("apex − it, worst", "apex_minus/worst_gain", 2, "+"),
+            *((name, f"gain/{name}", 2, "+") for name in names),
+            ("HV", "hypervolume", 3, ""),
+            ("HV from −1", "hypervolume_below_base", 2, ""),
+            ("apex − it, HV from −1", "apex_minus/hypervolume_below_base", 2, "+"),
+            ("JDR", "jdr", 2, ""),
+            ("JCR", "jcr", 2, ""),
+            ("seesaw", "seesaw_rate", 2, ""),
+            ("conflict rate", "conflict_rate", 2, ""),
+            ("hijack index", "hijack_index", 2, ""),
+            ("exact word", "held_out/exact_word", 2, "+"),
+            ("attributes", "held_out/attributes", 2, "+"),
+        ]
+        head = ["method", "seeds", *(heading for heading, *_ in columns)]
+        rows = [
+            [line["method"], str(line["seeds"]), *(cell(line.get(key), *form) for _, key, *form in columns)]
+            for line in here
+        ]
+        text += f"\n### {condition}\n\n{table(head, rows, '---:')}\n"
     return text
 
 
@@ -205,10 +198,10 @@ def main() -> None:
     if not given.redraw:
         rows = finished(given.part, results, given.runs)
         found |= {"machine": machine(), **packed(rows)}
-    table = summarize(rows)
-    write(results, found, markdown(table))
-    print(markdown(table))
-    draw(rows, table, results.with_suffix(".png"))
+    lines = summarize(rows)
+    write(results, found, markdown(lines))
+    print(markdown(lines))
+    draw(rows, lines, results.with_suffix(".png"))
 
 
 if __name__ == "__main__":
