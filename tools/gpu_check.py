@@ -15,8 +15,6 @@ Every part runs in a process of its own with a time limit and adds a line to a f
 fails or takes too long is recorded with its error, and the rest goes on.
 """
 
-from __future__ import annotations
-
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,9 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -40,7 +38,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402 (the paths come first)
+# The paths come first.
+import diffusers
+import torch
+import transformers
+from _bench import table, write
+from accelerate.state import AcceleratorState, PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from plain_loop import PlainLoop, Work
+
+from trl_apex import APEXConfig, APEXTrainer, MultiObjectiveRewardAggregator
+from trl_apex.demo import run_demo
+from trl_apex.plan import PlanSettings, load_shapes, memory
+from trl_apex.tiny.pipeline import build_pipeline
 
 Record = dict[str, Any]
 LIMITS = {"tests": 125, "demo": 70, "sd35": 200, "full": 75}  # seconds; 470 in all
@@ -65,28 +76,17 @@ VAE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Size:
-    """The shapes of parts `sd35` and `full`.
-
-    Args:
-        transformer, vae (`dict`): Configurations.
-        side (`int`): Pixels.
-        text (`int`): Tokens of a prompt.
-        images (`int`): Images of an iteration, one prompt.
-        batch (`int`): Images in a forward of the update.
-        steps (`int`): Denoising steps, of which two are trained.
-        rank (`int`): Of LoRA.
-        full (`list[dict]`): Configurations to fine-tune fully, the largest first.
-    """
+    """The shapes of parts `sd35` and `full`."""
 
     transformer: dict[str, Any] = field(default_factory=lambda: MEDIUM)
     vae: dict[str, Any] = field(default_factory=lambda: VAE)
-    side: int = 512
-    text: int = 333
-    images: int = 8
-    batch: int = 4
-    steps: int = 10
-    rank: int = 32
-    full: tuple[dict[str, Any], ...] = (
+    side: int = 512  # pixels
+    text: int = 333  # tokens of a prompt
+    images: int = 8  # of an iteration, one prompt
+    batch: int = 4  # images in a forward of the update
+    steps: int = 10  # denoising steps, of which two are trained
+    rank: int = 32  # of LoRA
+    full: tuple[dict[str, Any], ...] = (  # to fine-tune fully, the largest first
         LARGE,
         MEDIUM,
         {**MEDIUM, "num_layers": 16},
@@ -113,18 +113,13 @@ SMOKE = Size(
 
 
 class Meter:
-    """Seconds and peak memory of named phases; a phase inside another counts for both.
-
-    Args:
-        device (`torch.device`): Peaks are None on a CPU.
-    """
+    """Seconds and, on a GPU, peak memory of named phases; a phase inside another counts for both."""
 
     def __init__(self, device: torch.device):
         self.device, self.cuda = device, device.type == "cuda"
         self.clear()
 
     def clear(self) -> None:
-        """Forgets what was measured."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.peaks: dict[str, int] = defaultdict(int)
         self.open: dict[str, float] = {}
@@ -138,21 +133,16 @@ class Meter:
             self._read_peak()
             self.seconds[phase] += time.perf_counter() - self.open.pop(phase)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self.begin(name)
-        try:
-            yield
-        finally:
-            self.end(name)
-
     def around(self, owner: Any, method: str, phase: str) -> None:
-        """Measures every call of a method of one object."""
+        """Measure every call of a method of one object."""
         call = getattr(owner, method)
 
         def measured(*arguments: Any, **keywords: Any) -> Any:
-            with self.phase(phase):
+            self.begin(phase)
+            try:
                 return call(*arguments, **keywords)
+            finally:
+                self.end(phase)
 
         setattr(owner, method, measured)
 
@@ -176,34 +166,28 @@ class Meter:
 
 
 def random_transformer(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    from diffusers import SD3Transformer2DModel
-
-    return _made_on(device, dtype, lambda: SD3Transformer2DModel(**config)).eval().requires_grad_(False)
+    return _made_on(device, dtype, diffusers.SD3Transformer2DModel, config)
 
 
-def _made_on(device: torch.device, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
-    """A module whose weights are drawn on the device in `dtype`: nothing is copied and nothing is twice as large."""
+def _made_on(device: torch.device, dtype: torch.dtype, kind: Callable, config: dict[str, Any]) -> Any:
+    """A frozen module whose weights are drawn on the device in `dtype`: nothing is copied and nothing is twice as large."""
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return make().to(dtype)
+            return kind(**config).to(dtype).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
 
 
 def random_pipeline(size: Size, transformer: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A Stable Diffusion 3 pipeline whose prompts become random embeddings of the right shape."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-
-    from trl_apex.tiny.pipeline import build_pipeline
-
     tiny = build_pipeline(0)  # its text encoders fill the places; they are never asked
-    vae = _made_on(device, dtype, lambda: AutoencoderKL(**size.vae)).eval().requires_grad_(False)
+    vae = _made_on(device, dtype, diffusers.AutoencoderKL, size.vae)
     parts = {name: part for name, part in tiny.components.items() if name.startswith(("text_", "tokenizer"))}
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipeline: Any = StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline: Any = diffusers.StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=scheduler, **parts)
     config = transformer.config
 
     def encode_prompt(prompt: str | list[str], *others: Any, **options: Any) -> tuple[Any, None, Any, None]:
@@ -232,16 +216,9 @@ def redness(prompts: list[str], images: torch.Tensor, **columns: Any) -> list[fl
 def train_and_measure(pipeline: Any, size: Size, device: torch.device, peft: bool = True, **options: Any) -> Record:
     """Two iterations of an `APEXTrainer`; the second is measured, since the first warms up.
 
-    Returns:
-        `dict`: Seconds and peaks by phase (`rollout` holds `decode`), the largest |ratio - 1| of the first update, and the
-            memory that the plan foresees for the same configuration.
+    Seconds and peaks by phase (`rollout` holds `decode`), the largest |ratio - 1| of the first update, and the memory that the
+    plan foresees for the same configuration.
     """
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import PrinterCallback, TrainerCallback
-
-    from trl_apex import APEXConfig, APEXTrainer
-
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
             "output_dir": folder,
@@ -275,7 +252,7 @@ def train_and_measure(pipeline: Any, size: Size, device: torch.device, peft: boo
         )
         meter = Meter(device)
 
-        class Updates(TrainerCallback):
+        class Updates(transformers.TrainerCallback):
             def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
                 meter.begin("update")
 
@@ -288,14 +265,15 @@ def train_and_measure(pipeline: Any, size: Size, device: torch.device, peft: boo
 
         def measured_rollout(inputs: Any) -> Any:
             meter.open.pop("update", None)  # what comes after it is the update
-            with meter.phase("rollout"):
-                made = rollout(inputs)
+            meter.begin("rollout")
+            made = rollout(inputs)
+            meter.end("rollout")
             meter.begin("update")
             return made
 
         trainer._generate_and_score_completions = measured_rollout  # type: ignore[method-assign]
         meter.around(trainer.policy, "decode", "decode")
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(Updates())
         try:
             trainer.train()
@@ -313,23 +291,17 @@ def train_and_measure(pipeline: Any, size: Size, device: torch.device, peft: boo
             _free()
 
 
-@cache
-def medium_memory() -> Callable:
-    """The plan's estimate for Stable Diffusion 3.5 medium."""
-    from trl_apex.plan import load_shapes, memory
-
-    return partial(memory, load_shapes("sd3.5-medium"))
+medium_shapes = cache(partial(load_shapes, "sd3.5-medium"))
 
 
 def against_plan(config: Any, found: Record, rank: int) -> Record:
     """The memory that the plan foresees, and measured over planned."""
-    from trl_apex.plan import PlanSettings
-
-    memory = medium_memory()(PlanSettings(config, rank))
-    memory.always.pop("text encoders", None)  # the tiny encoders are none worth the name
-    planned = {phase: memory.total(phase) for phase in ("rollout", "update")}
-    result: Record = {f"planned_{phase}_gb": round(value, 2) for phase, value in planned.items()}
-    for phase, value in planned.items():
+    planned = memory(medium_shapes(), PlanSettings(config, rank))
+    planned.always.pop("text encoders", None)  # the tiny encoders are none worth the name
+    result: Record = {}
+    for phase in ("rollout", "update"):
+        value = planned.total(phase)
+        result[f"planned_{phase}_gb"] = round(value, 2)
         if found.get(f"{phase}_gb"):
             result[f"{phase}_over_plan"] = round(found[f"{phase}_gb"] / value, 3)
     return result
@@ -377,10 +349,6 @@ def part_sd35(size: Size, device: torch.device, record: Callable[[Record], None]
 
 def plain_loop(pipeline: Any, size: Size, device: torch.device) -> Record:
     """The second iteration of `examples/plain_loop.py` at the same size, with checkpointing."""
-    from plain_loop import PlainLoop, Work
-
-    from trl_apex import MultiObjectiveRewardAggregator
-
     work = Work(groups=1, group=size.images, batch=size.batch, side=size.side, steps=size.steps, rank=size.rank)
     aggregate = MultiObjectiveRewardAggregator(["brightness", "redness"])
 
@@ -418,12 +386,8 @@ def part_full(size: Size, device: torch.device, record: Callable[[Record], None]
         least = 16 * parameters / 1e9
         line: Record = {"what": f"{parameters / 1e9:.2f} B parameters", "state_gb": round(least, 1)}
         if least > free:
-            record(
-                {
-                    **line,
-                    "skipped": f"weights, gradients and Adam alone need more than the {free:.0f} GB that are free",
-                }
-            )
+            line["skipped"] = f"weights, gradients and Adam alone need more than the {free:.0f} GB that are free"
+            record(line)
             continue
 
         def once(config: dict[str, Any] = config) -> Record:
@@ -442,8 +406,6 @@ def part_full(size: Size, device: torch.device, record: Callable[[Record], None]
 
 def part_demo(size: Size, device: torch.device, record: Callable[[Record], None]) -> None:
     """The demo with few updates on the CPU and on the device, from the same seed."""
-    from trl_apex.demo import run_demo
-
     few = size is SMOKE
     means: dict[str, Record] = {}
     for name in dict.fromkeys(["cpu", device.type]):
@@ -475,9 +437,7 @@ def part_demo(size: Size, device: torch.device, record: Callable[[Record], None]
 
 
 def _forget_device() -> None:
-    """Lets accelerate choose its device anew in this process."""
-    from accelerate.state import AcceleratorState, PartialState
-
+    """Let accelerate choose its device anew in this process."""
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
 
@@ -487,8 +447,6 @@ def _forget_device() -> None:
 
 def part_tests(size: Size, device: torch.device, record: Callable[[Record], None]) -> None:
     """`pytest -m gpu`, with the names of what failed."""
-    import xml.etree.ElementTree as ElementTree
-
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         # Without conftest and with warnings as warnings: the machine may have other versions, and no test libraries.
@@ -521,14 +479,7 @@ PARTS: dict[str, Callable[[Size, torch.device, Callable[[Record], None]], None]]
 
 
 def run_part(name: str, command: list[str], lines: Path, limit: float) -> list[Record]:
-    """Runs a part in a process of its own, and returns its records with how it ended.
-
-    Args:
-        name (`str`): Of the part.
-        command (`list[str]`): That writes one JSON object a line into `lines`.
-        lines (`Path`): Read also when the process failed or was ended.
-        limit (`float`): Seconds.
-    """
+    """Run a part in a process that writes its records into `lines`; those records, and how the process ended."""
     started = time.perf_counter()
     end: Record = {"what": "the part"}
     try:
@@ -549,10 +500,8 @@ def markdown(machine: Record, records: list[Record]) -> str:
         rows = [record for record in records if record["part"] == part]
         columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("part", "what", "error")))
         columns += ["error"] if any("error" in row for row in rows) else []
-        text += f"\n### {part}\n\n| | " + " | ".join(columns) + " |\n|---" + "|---:" * len(columns) + "|\n"
-        for row in rows:
-            cells = [_cell(row.get(name)) for name in columns]
-            text += f"| {row['what']} | " + " | ".join(cells) + " |\n"
+        lines = [[row["what"], *(_cell(row.get(name)) for name in columns)] for row in rows]
+        text += f"\n### {part}\n\n{table(['', *columns], lines, '---:')}\n"
     return text
 
 
@@ -565,17 +514,10 @@ def _cell(value: Any) -> str:
 
 
 def describe_machine(device: torch.device, seconds: float) -> Record:
-    import diffusers
-    import transformers
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, toy size"
-    versions = {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-    }
-    memory = torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else None
-    return {"device": name, "memory_gb": memory, "python": sys.version.split()[0], **versions, "seconds": seconds}
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers)}
+    size = torch.cuda.get_device_properties(device).total_memory / 1e9 if device.type == "cuda" else None
+    return {"device": name, "memory_gb": size, "python": sys.version.split()[0], **versions, "seconds": seconds}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -587,7 +529,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     size, device = (SMOKE, torch.device("cpu")) if given.smoke else (Size(), torch.device("cuda", 0))
-    if not given.smoke and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         print("gpu_check needs a CUDA device. Found none. Use --smoke to see that the script works.", file=sys.stderr)
         return 2
     if given.child:
@@ -599,9 +541,8 @@ def main(arguments: list[str] | None = None) -> int:
         for part in given.parts:
             lines = Path(folder) / f"{part}.jsonl"
             command = [sys.executable, str(Path(__file__).resolve()), "--child", part, "--lines", str(lines)]
-            records += run_part(
-                part, command + ["--smoke"] * given.smoke, lines, LIMITS[part] * (4 if given.smoke else 1)
-            )
+            command += ["--smoke"] * given.smoke
+            records += run_part(part, command, lines, LIMITS[part] * (4 if given.smoke else 1))
             print(json.dumps(records[-1]), flush=True)
     machine = describe_machine(device, round(time.perf_counter() - started, 1))
     given.out.mkdir(parents=True, exist_ok=True)
@@ -610,12 +551,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_results(path: Path, machine: Record, records: list[Record]) -> None:
-    """The JSON file, one record a line, and the Markdown tables beside it."""
-    from _bench import write
-
-    table = markdown(machine, records)
-    write(path, {"machine": machine, "records": records}, table)
-    print(table)
+    """Write the JSON file, one record a line, and the Markdown tables beside it."""
+    made = markdown(machine, records)
+    write(path, {"machine": machine, "records": records}, made)
+    print(made)
 
 
 if __name__ == "__main__":

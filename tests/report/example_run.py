@@ -1,6 +1,7 @@
 """A run directory as training and evaluation leave it, with made-up numbers."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +17,20 @@ WORDS = ("CAT", "SUN", "HEX", "OAK", "TAN", "LUX")
 
 
 def write_run(path: Path, steps: int = 60, seed: int = 0, samples: int = 6, **config: object) -> Path:
-    """Write a complete run directory.
-
-    Args:
-        path (`Path`): where to.
-        steps (`int`): logged steps.
-        seed (`int`): of the made-up numbers.
-        samples (`int`): pairs of images.
-        **config: entries of `config.json`.
-    """
+    """Write a complete run directory; `config` are entries of `config.json`."""
     (path / "samples").mkdir(parents=True)
     rng = np.random.default_rng(seed)
     names = list(LEVELS)
     history = []
     for step in range(1, steps + 1):
         done = 1 - np.exp(-2.5 * step / steps)
-        entry: dict[str, float] = {"step": 2 * step, "epoch": step / steps, "loss": float(rng.normal(0, 1e-3))}
-        entry |= {
+        entry: dict[str, float] = {
+            "step": 2 * step,
+            "epoch": step / steps,
+            "loss": float(rng.normal(0, 1e-3)),
             "grad_norm": float(abs(rng.normal(2e-4, 4e-5))),
             "learning_rate": 3e-4,
             "step_time": float(rng.normal(2.1, 0.1)),
-        }
-        entry |= {
             "ratio/max_deviation": float(abs(rng.normal(1e-4, 3e-5))),
             "clip_ratio/region_mean": float(rng.uniform(0.2, 0.5)),
         }
@@ -52,9 +45,8 @@ def write_run(path: Path, steps: int = 60, seed: int = 0, samples: int = 6, **co
             entry[f"need/{name}"] = float(0.5 - 0.2 * done * gain)
             entry[f"hijack_share/{name}"] = float(weight + rng.normal(0, 0.02))
         entry["hijack_index"] = float(rng.uniform(1.1, 1.6))
-        for a in range(len(names)):
-            for b in range(a + 1, len(names)):
-                entry[f"conflict/{names[a]}/{names[b]}"] = float(0.4 * np.sin(a + 2 * b + done) + rng.normal(0, 0.02))
+        for (i, a), (j, b) in combinations(enumerate(names), 2):
+            entry[f"conflict/{a}/{b}"] = float(0.4 * np.sin(i + 2 * j + done) + rng.normal(0, 0.02))
         history.append(entry)
     history.append({"step": 2 * steps, "train_runtime": 131.4})
     _write(path / "trainer_state.json", {"global_step": 2 * steps, "max_steps": 2 * steps, "log_history": history})
@@ -67,16 +59,9 @@ def write_run(path: Path, steps: int = 60, seed: int = 0, samples: int = 6, **co
     }
     summary = {"objectives": objectives, "held_out": held_out, "seconds": {"train": 131.4}}
     _write(path / "summary.json", {**summary, "domination": {"all_at_least_as_good": 0.45}})
+    batch = {"num_generations": 8, "generation_batch_size": 64}
     _write(
-        path / "config.json",
-        {
-            "model": "tiny",
-            "num_generations": 8,
-            "generation_batch_size": 64,
-            "seed": seed,
-            "multi_objective_aggregation": "apex",
-            **config,
-        },
+        path / "config.json", {"model": "tiny", **batch, "seed": seed, "multi_objective_aggregation": "apex", **config}
     )
     prompts = []
     for index in range(samples):

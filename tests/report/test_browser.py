@@ -59,15 +59,8 @@ def test_controls_work_and_labels_do_not_overlap(tmp_path: Path, width: int, mon
     watch = "<script>window.failed = []; window.onerror = (m) => { window.failed.push(String(m)); };</script>"
     page = tmp_path / "probed.html"
     page.write_text(source.replace("<body>", "<body>" + watch, 1).replace("</body>", PROBE + "</body>"))
-    command = [
-        str(CHROMIUM),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--window-size={width},900",
-        "--dump-dom",
-    ]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"file://{page}"]
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", f"file://{page}"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     match = re.search(r'<pre id="found">(.*?)</pre>', shown, re.S)
     assert match, shown[-2000:]

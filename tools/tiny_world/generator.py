@@ -1,4 +1,4 @@
-"""Pretrains what draws the pictures: the tiny autoencoder, then the transformer and the text encoders together."""
+"""Pretrain what draws the pictures: the tiny autoencoder, then the transformer and the text encoders together."""
 
 from typing import Any
 
@@ -12,20 +12,12 @@ from trl_apex.tiny.render import as_float
 
 
 def fit_vae(vae: Any, pixels: UInt8[Tensor, "N 3 32 32"], *, steps: int, batch_size: int = 64, seed: int = 0) -> None:
-    """Trains the autoencoder in place, then sets its latent scale and shift.
+    """Train the autoencoder in place, then set its latent scale and shift.
 
     `loss = mean |x^ - x| + mean (x^ - x)^2 + 1e-4 mean KL(q(z|x) || N(0, 1))`
 
-    Args:
-        vae (`AutoencoderKL`): Changed in place.
-        pixels (`torch.Tensor`): Images of shape `[N, 3, 32, 32]`, uint8.
-        steps (`int`): Optimizer steps.
-        batch_size (`int`, *optional*, defaults to 64): Images per step.
-        seed (`int`, *optional*, defaults to 0): Seed of the batches.
-
-    Note:
-        The scale and the shift make latents zero-mean with unit variance, as Stable Diffusion 3's pipeline undoes
-        them: `latents / scaling_factor + shift_factor`.
+    The scale and the shift make latents zero-mean with unit variance, as Stable Diffusion 3's pipeline undoes them:
+    `latents / scaling_factor + shift_factor`.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -43,13 +35,13 @@ def fit_vae(vae: Any, pixels: UInt8[Tensor, "N 3 32 32"], *, steps: int, batch_s
 
 
 def encode_latents(vae: Any, pixels: UInt8[Tensor, "N 3 32 32"]) -> Float[Tensor, "N 16 8 8"]:
-    """Encodes images as scaled latents of shape `[N, 16, 8, 8]`: `(mean - shift_factor) * scaling_factor`."""
+    """Encode images as scaled latents of shape `[N, 16, 8, 8]`: `(mean - shift_factor) * scaling_factor`."""
     return (_latent_means(vae, pixels) - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 @torch.no_grad()
 def reconstruct(vae: Any, pixels: UInt8[Tensor, "N 3 32 32"]) -> UInt8[Tensor, "N 3 32 32"]:
-    """Encodes and decodes images, of shape `[N, 3, 32, 32]`, uint8."""
+    """Encode and decode images, of shape `[N, 3, 32, 32]`, uint8."""
     images = torch.cat([vae.decode(_latent_means(vae, part)).sample for part in pixels.split(256)])
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -76,19 +68,11 @@ def fit_flow(
     ema_decay: float = 0.998,
     seed: int = 0,
 ) -> None:
-    """Trains transformer and text encoders in place, for one cycle of the learning rate, and leaves their averaged weights.
+    """Train transformer and text encoders in place, for one cycle of the learning rate, and leave their averaged weights.
 
     `loss = mean (v(x_s, s, caption) - (eps - x_0))^2` with `x_s = (1 - s) x_0 + s eps` and `logit s ~ N(0, 1)`
 
-    Args:
-        pipeline (`StableDiffusion3Pipeline`): Its transformer and three text encoders are trained together.
-        latents (`torch.Tensor`): Scaled latents of shape `[N, 16, 8, 8]`.
-        captions (`list[str]`): Their captions.
-        steps (`int`): Optimizer steps.
-        batch_size (`int`, *optional*, defaults to 64): Images per step.
-        caption_drop (`float`, *optional*, defaults to 0.1): Share of empty captions, for classifier-free guidance.
-        ema_decay (`float`, *optional*, defaults to 0.998): Decay of the averaged weights.
-        seed (`int`, *optional*, defaults to 0): Seed of batches, noise and times.
+    Latents are scaled; a share `caption_drop` of the captions is empty, for classifier-free guidance.
     """
     generator = torch.Generator().manual_seed(seed)
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]

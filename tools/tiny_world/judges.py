@@ -1,4 +1,4 @@
-"""Pretrains what judges the pictures: CLIP and its aesthetic head, the model of quality, the held-out classifiers."""
+"""Pretrain what judges the pictures: CLIP and its aesthetic head, the model of quality, the held-out classifiers."""
 
 import re
 from collections.abc import Sequence
@@ -10,12 +10,22 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from tools.tiny_world.shared import clip_image_processor, descend
 from trl_apex.rewards.clip import AestheticHead
-from trl_apex.rewards.deqa import LEVELS, build_text, level_token_ids
+from trl_apex.rewards.deqa import ANSWER, LEVELS, QUESTION, build_text, level_token_ids
 from trl_apex.tiny.heldout import HeldoutClassifier
-from trl_apex.tiny.pipeline import MAX_LENGTH, build_tokenizer, build_word_tokenizer
+from trl_apex.tiny.pipeline import MAX_LENGTH, build_tokenizer, build_word_tokenizer, token_ids
 from trl_apex.tiny.prompts import COLOURS, LETTERS, SHAPES
 from trl_apex.tiny.render import SIZE, Scene, as_float
 
@@ -28,13 +38,6 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 def worse_scene(scene: Scene, rng: np.random.Generator) -> Scene:
     """The losing half of a preference pair: the caption fits it less well (two in three), or it looks worse (one in three).
-
-    Args:
-        scene (`Scene`): The scene that people would pick.
-        rng (`numpy.random.Generator`): Advanced by the draw.
-
-    Returns:
-        `Scene`: The scene that they would not pick for the caption of `scene`.
 
     Example:
         >>> scene = Scene("CAT", "red", "circle")
@@ -66,33 +69,16 @@ def _misspelled(word: str, rng: np.random.Generator) -> str:
 
 
 def build_clip(seed: int) -> Any:
-    """Builds the CLIP model, which plays PickScore's part, with fresh random weights.
-
-    Args:
-        seed (`int`): Seed of the weights.
-
-    Returns:
-        `CLIPModel`: For images of 32 x 32 pixels and captions of up to 12 tokens.
-
-    Example:
-        >>> build_clip(0).config.projection_dim
-        48
-    """
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-
+    """Build the `CLIPModel` that plays PickScore's part, for images of 32 x 32 pixels, with random weights of `seed`."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
         hidden_size=48,
         intermediate_size=96,
         projection_dim=EMBEDDING,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=MAX_LENGTH,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **token_ids(build_tokenizer()),
     )
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -124,7 +110,7 @@ def fit_clip(
     batch_size: int = 64,
     seed: int = 0,
 ) -> None:
-    """Trains contrastively with hard negatives, in place.
+    """Train contrastively with hard negatives, in place.
 
     `loss = CE(image_i -> its caption among all captions) + CE(caption_i -> its better image among all images) + 0.1 MSE`
 
@@ -132,25 +118,14 @@ def fit_clip(
     regresses beauty linearly from the normalized embedding, so that the embedding keeps what an aesthetic head needs.
 
     Args:
-        model (`CLIPModel`): Changed in place.
-        better (`torch.Tensor`): Images of shape `[N, 3, 32, 32]`, uint8.
-        worse (`torch.Tensor`): For each, an image that loses against it under the same caption.
-        captions (`list[str]`): The captions of `better`.
-        captions_of_worse (`list[str]`): The true captions of `worse`; some are equal to those of `better`.
-        beauties (`torch.Tensor`): Beauty of both images, of shape `[N, 2]`.
-        steps (`int`): Optimizer steps.
-        batch_size (`int`, *optional*, defaults to 64): Pairs per step.
-        seed (`int`, *optional*, defaults to 0): Seed of the batches.
+        better, worse (`torch.Tensor`): images and, for each, one that loses against it under the same caption.
+        captions, captions_of_worse (`list[str]`): their own captions; some are equal.
+        beauties (`torch.Tensor`): of both images.
     """
     generator = torch.Generator().manual_seed(seed)
     tokenizer = build_tokenizer()
-    ids = torch.stack(
-        [
-            tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-            for texts in (captions, captions_of_worse)
-        ],
-        dim=1,
-    )
+    padded = {"padding": "max_length", "return_tensors": "pt"}
+    ids = torch.stack([tokenizer(texts, **padded).input_ids for texts in (captions, captions_of_worse)], dim=1)
     centre = beauties.mean()
     probe = nn.Linear(EMBEDDING, 1)
     target = torch.arange(batch_size)
@@ -197,19 +172,7 @@ def fit_aesthetic(
     batch_size: int = 512,
     seed: int = 0,
 ) -> AestheticHead:
-    """Regresses beauty from the frozen image embeddings with the production head: five linear layers, 1024 wide.
-
-    Args:
-        clip (`CLIPModel`): Frozen.
-        pixels (`torch.Tensor`): Images of shape `[N, 3, 32, 32]`, uint8.
-        beauties (`torch.Tensor`): Their beauty, 1 to 10, of shape `[N]`.
-        steps (`int`): Optimizer steps.
-        batch_size (`int`, *optional*, defaults to 512): Images per step.
-        seed (`int`, *optional*, defaults to 0): Seed of weights and batches.
-
-    Returns:
-        `AestheticHead`: In evaluation mode.
-    """
+    """Regress beauty from the frozen image embeddings with the production head: five linear layers, 1024 wide."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     embeddings = embed_images(clip, pixels)
@@ -238,14 +201,7 @@ def fit_aesthetic(
 
 
 def build_chat_tokenizer(text: str, levels: Sequence[str]) -> Any:
-    """Builds the tokenizer of the vision-language model: the words of its one dialogue and of the answers.
-
-    Args:
-        text (`str`): What the model will be asked, and the start of its answer.
-        levels (`Sequence[str]`): The words it may answer with.
-
-    Returns:
-        `PreTrainedTokenizerFast`: Knows `<image>` as a special token; unknown words become `<unk>`.
+    """Build the tokenizer of the vision-language model: the words of its one dialogue, of the answers, and `<image>`.
 
     Example:
         >>> build_chat_tokenizer("How good?", ["fine"]).tokenize("<image> How good? fine day")
@@ -255,13 +211,11 @@ def build_chat_tokenizer(text: str, levels: Sequence[str]) -> Any:
     return build_word_tokenizer(words, r"[^\w\s]", "<bos> $A", max_length=256, extra_special=["<image>"])
 
 
-def build_quality_processor(question: str, answer: str) -> Any:
-    """Builds the processor: CLIP's image processor at 32 pixels and a tokenizer that knows the words of the question."""
-    from transformers import LlavaProcessor
-
+def build_quality_processor() -> Any:
+    """Build the processor: CLIP's image processor at 32 pixels and a tokenizer that knows the words of the question."""
     return LlavaProcessor(
         image_processor=clip_image_processor(),
-        tokenizer=build_chat_tokenizer(f"USER: {question} ASSISTANT: {answer}", LEVELS),
+        tokenizer=build_chat_tokenizer(f"USER: {QUESTION} ASSISTANT: {ANSWER}", LEVELS),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         image_token="<image>",
@@ -270,37 +224,25 @@ def build_quality_processor(question: str, answer: str) -> Any:
 
 
 def build_quality_model(clip: Any, processor: Any, seed: int) -> Any:
-    """Builds the vision-language model that names a level of quality, as DeQA-Score does.
+    """Build the `LlavaForConditionalGeneration` that names a level of quality, as DeQA-Score does.
 
-    Args:
-        clip (`CLIPModel`): Its vision tower is copied; projector and language model start from random weights.
-        processor (`LlavaProcessor`): Decides the vocabulary.
-        seed (`int`): Seed of the new weights.
-
-    Returns:
-        `LlavaForConditionalGeneration`: In float32, on the CPU.
+    The vision tower is that of `clip`; projector and language model have random weights of `seed`.
     """
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
     torch.manual_seed(seed)
-    tokenizer = processor.tokenizer
     text = LlamaConfig(
-        vocab_size=len(tokenizer),
         hidden_size=48,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **token_ids(processor.tokenizer),
     )
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=clip.config.vision_config.to_dict(),
             text_config=text.to_dict(),
-            image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+            image_token_id=processor.tokenizer.convert_tokens_to_ids("<image>"),
             vision_feature_layer=-1,
             vision_feature_select_strategy="default",
             image_seq_length=(clip.config.vision_config.image_size // PATCH) ** 2,
@@ -313,13 +255,7 @@ def build_quality_model(clip: Any, processor: Any, seed: int) -> Any:
 def level_targets(qualities: Float[Tensor, "B"]) -> Float[Tensor, "B 5"]:
     """Soft labels over the five levels whose expected level is the quality.
 
-    `y_l = max(0, 1 - |q - w_l|)`, `w = (5, 4, 3, 2, 1)`: the two nearest levels share the weight.
-
-    Args:
-        qualities (`torch.Tensor`): From 1 to 5, of shape `[B]`.
-
-    Returns:
-        `torch.Tensor`: Of shape `[B, 5]`, rows sum to 1, best level first.
+    `y_l = max(0, 1 - |q - w_l|)`, `w = (5, 4, 3, 2, 1)`: the two nearest levels share the weight; the best level is first.
 
     Example:
         >>> level_targets(torch.tensor([4.25])).tolist()
@@ -332,8 +268,6 @@ def level_targets(qualities: Float[Tensor, "B"]) -> Float[Tensor, "B 5"]:
 def fit_quality(
     model: Any,
     processor: Any,
-    question: str,
-    answer: str,
     pixels: UInt8[Tensor, "N 3 32 32"],
     qualities: Float[Tensor, "N"],
     *,
@@ -341,23 +275,12 @@ def fit_quality(
     batch_size: int = 64,
     seed: int = 0,
 ) -> None:
-    """Trains the next token after the start of the answer to be the level of the image, in place.
+    """Train the next token after the start of the answer to be the level of the image, in place.
 
     `loss = -sum_l y_l log p(level word l | image, question, start of the answer)`, `y` from [`level_targets`]
-
-    Args:
-        model (`LlavaForConditionalGeneration`): Changed in place.
-        processor (`LlavaProcessor`): Its processor.
-        question (`str`): The question about the image.
-        answer (`str`): The start of the answer.
-        pixels (`torch.Tensor`): Images of shape `[N, 3, 32, 32]`, uint8.
-        qualities (`torch.Tensor`): Their quality, 1 to 5, of shape `[N]`.
-        steps (`int`): Optimizer steps.
-        batch_size (`int`, *optional*, defaults to 64): Images per step.
-        seed (`int`, *optional*, defaults to 0): Seed of the batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    text = build_text(processor, question, answer)
+    text = build_text(processor, QUESTION, ANSWER)
     level_ids = torch.tensor(level_token_ids(processor.tokenizer, text, LEVELS))
     blank = pixels[0].permute(1, 2, 0).numpy()
     ids = processor(images=[blank], text=[text], return_tensors="pt").input_ids.expand(batch_size, -1)
@@ -372,29 +295,15 @@ def fit_quality(
     model.eval().requires_grad_(False)
 
 
-def label_ids(words: Sequence[str], colours: Sequence[str], shapes: Sequence[str]) -> Int[Tensor, "N 5"]:
-    """The classes of each image as integers, of shape `[N, 5]`: three letters, the colour, the shape."""
-    rows = [
-        [*(LETTERS.index(letter) for letter in word), COLOURS.index(colour), SHAPES.index(shape)]
-        for word, colour, shape in zip(words, colours, shapes, strict=True)
-    ]
-    return torch.tensor(rows)
+def label_ids(scenes: Sequence[Scene]) -> Int[Tensor, "N 5"]:
+    """The classes of each image as integers: three letters, the colour, the shape."""
+    return torch.tensor(
+        [[*map(LETTERS.index, s.word), COLOURS.index(s.colour), SHAPES.index(s.shape)] for s in scenes]
+    )
 
 
 def augment(images: Float[Tensor, "B 3 32 32"], generator: torch.Generator) -> Float[Tensor, "B 3 32 32"]:
-    """Shifts the batch by up to one pixel and changes contrast, brightness and noise of each image.
-
-    Args:
-        images (`torch.Tensor`): In [0, 1], of shape `[B, 3, 32, 32]`.
-        generator (`torch.Generator`): Advanced by the draw.
-
-    Returns:
-        `torch.Tensor`: In [0, 1], of the same shape.
-
-    Example:
-        >>> augment(torch.ones(2, 3, 32, 32), torch.Generator().manual_seed(0)).shape
-        torch.Size([2, 3, 32, 32])
-    """
+    """Shift the batch by up to one pixel and change contrast, brightness and noise of each image."""
     down, right = torch.randint(3, (2,), generator=generator).tolist()
     shifted = functional.pad(images, (1, 1, 1, 1), mode="replicate")[:, :, down : down + 32, right : right + 32]
     contrast, brightness, noise = torch.rand(3, len(images), 1, 1, 1, generator=generator)
@@ -410,18 +319,7 @@ def fit_heldout(
     batch_size: int = 96,
     seed: int = 0,
 ) -> HeldoutClassifier:
-    """Trains the classifiers with the sum of five cross-entropies: three letters, the colour, the shape.
-
-    Args:
-        pixels (`torch.Tensor`): Images of shape `[N, 3, 32, 32]`, uint8.
-        labels (`torch.Tensor`): Their classes, of shape `[N, 5]`, from [`label_ids`].
-        steps (`int`): Optimizer steps.
-        batch_size (`int`, *optional*, defaults to 96): Images per step.
-        seed (`int`, *optional*, defaults to 0): Seed of weights, batches and augmentation.
-
-    Returns:
-        `HeldoutClassifier`: In evaluation mode.
-    """
+    """Train the classifiers with the sum of five cross-entropies; `labels` are those of [`label_ids`]."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = HeldoutClassifier().train()

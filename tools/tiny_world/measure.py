@@ -1,4 +1,4 @@
-"""Measures what the tiny world ships, on test words that nothing was trained on: the figures of its model card.
+"""Measure what the tiny world ships, on test words that nothing was trained on: the figures of its model card.
 
 From the root of a checkout: `python -m tools.tiny_world.measure --output figures.json`.
 """
@@ -17,34 +17,17 @@ from tools.tiny_world.judges import worse_scene
 from trl_apex.tiny.heldout import heldout_metrics
 from trl_apex.tiny.pipeline import MAX_LENGTH
 from trl_apex.tiny.prompts import tiny_prompts, words
-from trl_apex.tiny.render import Scene, as_float, beauty, quality, render_batch, sample_scenes
+from trl_apex.tiny.render import as_float, beauty, quality, render_batch, sample_scenes
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
 
-STEPS, GUIDANCE = 8, 1.0
-"""Sampling settings of every figure: deterministic Euler steps and guidance scale."""
+STEPS, GUIDANCE = 8, 1.0  # of every figure: deterministic Euler steps and guidance scale
 
 
 @torch.no_grad()
 def sample_images(
-    pipeline: Any,
-    prompts: list[str],
-    seed: int,
-    *,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    pipeline: Any, prompts: list[str], seed: int, *, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> Float[Tensor, "B 3 32 32"]:
-    """Samples one image per prompt, without noise after the start.
-
-    Args:
-        pipeline (`StableDiffusion3Pipeline`): The tiny pipeline.
-        prompts (`list[str]`): One per image.
-        seed (`int`): Seed of the start noise.
-        steps (`int`, *optional*, defaults to 8): Denoising steps.
-        guidance (`float`, *optional*, defaults to 1.0): Guidance scale.
-
-    Returns:
-        `torch.Tensor`: In [0, 1], of shape `[B, 3, 32, 32]`.
-    """
+    """Sample one image in [0, 1] per prompt, without noise after the start, which `seed` decides."""
     output: Any = pipeline(
         prompt=prompts,
         height=32,
@@ -59,18 +42,7 @@ def sample_images(
 
 
 def base_rewards(pipeline: Any, n_prompts: int, group: int, seed: int, **sampling: Any) -> dict[str, dict[str, float]]:
-    """Mean, standard deviation and mean within-prompt standard deviation of every reward and held-out metric.
-
-    Args:
-        pipeline (`StableDiffusion3Pipeline`): The pipeline to measure.
-        n_prompts (`int`): Test prompts.
-        group (`int`): Images per prompt.
-        seed (`int`): Seed of prompts and noise.
-        **sampling: Passed to [`sample_images`].
-
-    Returns:
-        `dict[str, dict[str, float]]`: By name of the reward or metric: `mean`, `std`, `std_within_prompt`.
-    """
+    """Mean, standard deviation and mean within-prompt standard deviation of every reward and held-out metric, by name."""
     rows = tiny_prompts("test", n_prompts, seed)
     columns = {name: [value for value in rows[name] for _ in range(group)] for name in rows.column_names}
     images = sample_images(pipeline, columns["prompt"], seed, **sampling)
@@ -81,25 +53,13 @@ def base_rewards(pipeline: Any, n_prompts: int, group: int, seed: int, **samplin
     figures = {}
     for name, values in scores.items():
         table = np.asarray(values, dtype=np.float64).reshape(n_prompts, group)
-        figures[name] = {
-            "mean": table.mean(),
-            "std": table.std(),
-            "std_within_prompt": table.std(axis=1).mean(),
-        }
+        within = table.std(axis=1).mean()
+        figures[name] = {"mean": table.mean(), "std": table.std(), "std_within_prompt": within}
     return figures
 
 
 def rendered_figures(n: int, seed: int) -> dict[str, float]:
-    """How well the reward networks and the held-out classifiers read rendered images whose truth is known.
-
-    Args:
-        n (`int`): Images.
-        seed (`int`): Seed of the images.
-
-    Returns:
-        `dict[str, float]`: Rank correlations with the true quality and beauty; the share of pairs in which PickScore
-            prefers the better image, and the right caption; accuracies of OCR and of the held-out classifiers.
-    """
+    """How well the reward networks and the held-out classifiers read `n` rendered images whose truth is known."""
     scenes = sample_scenes(words("test"), n, seed)
     rng = np.random.default_rng(seed)
     losers = [worse_scene(scene, rng) for scene in scenes]
@@ -112,7 +72,8 @@ def rendered_figures(n: int, seed: int) -> dict[str, float]:
     deqa_scores = deqa(prompts=prompts, completions=images)
     truth = [quality(scene) for scene in scenes]
     beauties = [beauty(scene) for scene in scenes]
-    metrics = heldout_metrics(images, _columns(scenes))
+    columns = {name: [getattr(scene, name) for scene in scenes] for name in ("word", "colour", "shape")}
+    metrics = heldout_metrics(images, columns)
     return {
         "ocr_mean": float(np.asarray(ocr(prompts=prompts, completions=images), dtype=np.float64).mean()),
         "pickscore_prefers_better_image": float((won > lost).mean()),
@@ -136,12 +97,7 @@ def rank_correlation(first: Any, second: Any) -> float:
     return round(float(np.corrcoef(one, other)[0, 1]), 12)
 
 
-def _columns(scenes: list[Scene]) -> dict[str, list[str]]:
-    return {name: [getattr(scene, name) for scene in scenes] for name in ("word", "colour", "shape")}
-
-
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_world.measure", description=__doc__)
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--prompts", type=int, default=64)
@@ -149,13 +105,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     pipeline = load_tiny_pipeline()
+    sampling = {"steps": STEPS, "guidance_scale": GUIDANCE, "prompts": arguments.prompts, "group": arguments.group}
     figures = {
-        "sampling": {
-            "steps": STEPS,
-            "guidance_scale": GUIDANCE,
-            "prompts": arguments.prompts,
-            "group": arguments.group,
-        },
+        "sampling": sampling,
         "rendered": rendered_figures(1000, arguments.seed + 1),
         "base": base_rewards(pipeline, arguments.prompts, arguments.group, arguments.seed),
     }

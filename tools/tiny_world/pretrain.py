@@ -1,4 +1,4 @@
-"""Pretrains everything that the tiny world ships, from rendered images alone.
+"""Pretrain everything that the tiny world ships, from rendered images alone.
 
 From the root of a checkout: `python -m tools.tiny_world.pretrain --output DIR --seed 0`.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from tools.tiny_world.generator import encode_latents, fit_flow, fit_vae, reconstruct
@@ -26,9 +26,8 @@ from tools.tiny_world.judges import (
     label_ids,
     worse_scene,
 )
-from tools.tiny_world.shared import save_clip, save_pipeline, save_quality, save_tensors
-from trl_apex.rewards.deqa import ANSWER, QUESTION
-from trl_apex.tiny.pipeline import build_pipeline
+from tools.tiny_world.shared import clip_image_processor, save, save_pipeline, save_tensors
+from trl_apex.tiny.pipeline import build_pipeline, build_tokenizer
 from trl_apex.tiny.prompts import words
 from trl_apex.tiny.render import Scene, beauty, quality, render_batch, sample_scenes
 
@@ -62,28 +61,11 @@ class Pictures:
 
     @property
     def captions(self) -> list[str]:
-        """One caption per picture."""
         return [scene.prompt for scene in self.scenes]
-
-    @property
-    def qualities(self) -> Float[Tensor, "N"]:
-        """Quality from 1 to 5, of shape `[N]`."""
-        return torch.tensor([quality(scene) for scene in self.scenes])
-
-    @property
-    def beauties(self) -> Float[Tensor, "N"]:
-        """Beauty from 1 to 10, of shape `[N]`."""
-        return torch.tensor([beauty(scene) for scene in self.scenes])
 
 
 def pretrain(output: Path, seed: int = 0, lengths: Lengths = Lengths()) -> None:
-    """Trains and saves all parts, one after the other.
-
-    Args:
-        output (`pathlib.Path`): Folder for the weights; existing files are replaced.
-        seed (`int`, *optional*, defaults to 0): Seed of the data, the weights and the batches.
-        lengths (`Lengths`, *optional*): How long.
-    """
+    """Train and save all parts into a folder, one after the other; `seed` is that of data, weights and batches."""
     output.mkdir(parents=True, exist_ok=True)
     scenes = sample_scenes(words("train"), lengths.images, seed)
     pixels = render_batch(scenes)
@@ -101,53 +83,45 @@ def pretrain(output: Path, seed: int = 0, lengths: Lengths = Lengths()) -> None:
     save_pipeline(pipeline, output / "pipeline")
     fit_rewards(output, better_pictures, worse_pictures, seed, lengths)
 
-    labels = label_ids([s.word for s in scenes], [s.colour for s in scenes], [s.shape for s in scenes])
-    heldout = fit_heldout(better_pictures.pixels, labels, steps=lengths.heldout, seed=seed)
+    heldout = fit_heldout(better_pictures.pixels, label_ids(scenes), steps=lengths.heldout, seed=seed)
     save_tensors(heldout, output / "heldout.safetensors")
 
 
 def fit_rewards(output: Path, better: Pictures, worse: Pictures, seed: int, lengths: Lengths) -> None:
-    """Trains and saves the three reward networks on pairs of a better and a worse picture.
-
-    Args:
-        output (`pathlib.Path`): Folder for the weights.
-        better (`Pictures`): The pictures that win under their captions.
-        worse (`Pictures`): For each, one that loses.
-        seed (`int`): Seed of the weights and the batches.
-        lengths (`Lengths`): How long.
-    """
+    """Train and save the three reward networks on pairs of a picture that wins under its caption, and one that loses."""
     clip = build_clip(seed)
-    pair_beauties = torch.stack([better.beauties, worse.beauties], dim=1)
+    beauties, qualities = (
+        torch.tensor([[judge(scene) for scene in pictures.scenes] for pictures in (better, worse)])
+        for judge in (beauty, quality)
+    )
     fit_clip(
         clip,
         better.pixels,
         worse.pixels,
         better.captions,
         worse.captions,
-        pair_beauties,
+        beauties.T.contiguous(),
         steps=lengths.clip,
         seed=seed,
     )
     both = torch.cat([better.pixels, worse.pixels])
-    beauties, qualities = (torch.cat([getattr(better, n), getattr(worse, n)]) for n in ("beauties", "qualities"))
-    head = fit_aesthetic(clip, both, beauties, steps=lengths.aesthetic, seed=seed)
-    processor = build_quality_processor(QUESTION, ANSWER)
+    head = fit_aesthetic(clip, both, beauties.flatten(), steps=lengths.aesthetic, seed=seed)
+    processor = build_quality_processor()
     model = build_quality_model(clip, processor, seed)
-    fit_quality(model, processor, QUESTION, ANSWER, both, qualities, steps=lengths.quality, seed=seed)
-    save_clip(clip, output / "clip")
+    fit_quality(model, processor, both, qualities.flatten(), steps=lengths.quality, seed=seed)
+    save(output / "clip", clip, build_tokenizer(), clip_image_processor())
     save_tensors(head, output / "aesthetic.safetensors")
-    save_quality(model, processor, output / "deqa")
+    save(output / "deqa", model, processor)
 
 
 def half_reconstructed(vae: torch.nn.Module, pixels: UInt8[Tensor, "N 3 32 32"]) -> UInt8[Tensor, "N 3 32 32"]:
-    """Replaces every second image by its reconstruction."""
+    """Replace every second image by its reconstruction."""
     mixed = pixels.clone()
     mixed[1::2] = reconstruct(vae, pixels[1::2])
     return mixed
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.tiny_world.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--seed", type=int, default=0)
