@@ -322,9 +322,7 @@ class TrainArguments:
     lora_alpha: int | None = _field(None, "scale of the adapter; None for twice the rank")
     lora_target_modules: list[str] | None = _field(None, "layers to adapt; None for the family's attention layers")
     use_rslora: bool = _field(False, "scale by alpha / sqrt(r) instead of alpha / r")
-    adapter: str | None = _field(
-        None, "run folder or hub id of an adapter to go on from, with its rank, scale, layers"
-    )
+    adapter: str | None = _field(None, "run folder or hub id of an adapter to go on from; its own rank and scale hold")
 
 
 def train_options(
@@ -332,10 +330,7 @@ def train_options(
 ) -> tuple[TrainArguments, Any]:
     """[`TrainArguments`] and [`APEXConfig`] from the flags of `trl-apex train` and the YAML file of `--config`.
 
-    Args:
-        arguments (`Sequence[str]`): the command line after `train`.
-        required (`Sequence[str]`): options that must have a value.
-        on_gpu (`bool`): read them as on a machine with a GPU, if there is none here.
+    The `required` options must have a value. `on_gpu` reads them as on a machine with a GPU, if there is none here.
 
     Raises:
         ValueError: for an unknown flag or key, or a value that does not fit.
@@ -500,9 +495,8 @@ def _lora_config(given: TrainArguments) -> Any:
     if given.adapter and given.lora_r == 0:
         raise ValueError("`lora_r` 0 trains all weights, and `adapter` trains an adapter. Found both. Leave one out.")
     names = ("lora_r", "lora_alpha", "lora_target_modules", "use_rslora")
-    if given.adapter and all(getattr(given, name) == getattr(TrainArguments, name) for name in names):
-        return None  # the adapter has its own
-    if given.lora_r == 0:
+    of_adapter = given.adapter and all(getattr(given, name) == getattr(TrainArguments, name) for name in names)
+    if of_adapter or given.lora_r == 0:
         return None
     from peft import LoraConfig
 

@@ -154,7 +154,6 @@ def _build(class_name: str, config: dict[str, Any]) -> Any:
 def _read_components(model: str, revision: str | None) -> tuple[str, dict[str, list]]:
     """Pipeline class and components, as in `CONFIGS`, of a folder or a model on the Hub."""
     import diffusers
-    import transformers
 
     try:
         if "/" not in model and not Path(model).is_dir():
@@ -170,12 +169,9 @@ def _read_components(model: str, revision: str | None) -> tuple[str, dict[str, l
     components = {}
     for name, value in index.items():
         library, class_name = value if isinstance(value, list) else ("", "")
-        where = {"subfolder": name, "revision": revision}
-        if library == "diffusers" and hasattr(diffusers, class_name):
-            components[name] = [class_name, dict(getattr(diffusers, class_name).load_config(model, **where))]
-        elif library == "transformers" and name.startswith("text_encoder") and hasattr(transformers, class_name):
-            config_class = getattr(transformers, class_name).config_class
-            components[name] = [class_name, config_class.from_pretrained(model, **where).to_dict()]
+        if library == "diffusers" or (library == "transformers" and name.startswith("text_encoder")):
+            cls: Any = getattr(diffusers, class_name, diffusers.AutoencoderKL)  # which reads any config.json
+            components[name] = [class_name, dict(cls.load_config(model, subfolder=name, revision=revision))]
     return index["_class_name"], components
 
 
