@@ -12,7 +12,7 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
-# Warn 10 minutes before the time is over. Training resumes from the last whole checkpoint, see below.
+# Warn 10 minutes before the time is over. Training resumes from the last valid checkpoint, see below.
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 
@@ -36,7 +36,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-8} / gpus > 
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
 # Put the job back into the queue when its time is nearly over. The next start adds `--resume_from_checkpoint true` and goes
-# on from the last whole checkpoint; a save that was cut off is not mistaken for one.
+# on from the last valid checkpoint; a save that was cut off is not mistaken for one.
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
   set -- "$@" --resume_from_checkpoint true
 fi

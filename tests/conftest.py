@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 
 # The options of the aggregation check themselves.
 AGGREGATION = ("aggregator", "conflict", "metrics", "normalize", "priority", "rules", "state")
-TRAINERS = ("apex", "diffusion_grpo", "evaluation", "logs", "probe", "weights")
+TRAINERS = ("adapters", "apex", "diffusion_grpo", "evaluation", "logs", "probe", "weights")
 MODULES = [f"trl_apex.{folder}" for folder in ("diffusion", "evaluation", "prompts", "rewards", "serving", "tiny")]
 MODULES += [f"trl_apex.aggregation.{name}" for name in AGGREGATION]
 MODULES += [f"trl_apex.trainers.{name}" for name in TRAINERS]

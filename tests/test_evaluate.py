@@ -128,7 +128,7 @@ def test_full_weights_and_averages(tmp_path):
     for ema in (False, True):
         found = run_evaluation(build("sd3"), tmp_path / "run", PROMPTS, redness, tmp_path / "out", ema=ema, **call)
         assert (found["models"]["run"]["redness"]["mean"] == pytest.approx(own, abs=1e-6)) is ema
-    with pytest.raises(ValueError, match="Found the hub id me/run. Leave it out"):
+    with pytest.raises(ValueError, match="Found none in me/run. Runs with"):
         run_evaluation(build("sd3"), "me/run", PROMPTS, redness, tmp_path / "out", ema=True, **call)
     other = build("sd3", seed=1)
     save_denoiser(other.transformer, tmp_path / "full" / "transformer")

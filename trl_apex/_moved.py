@@ -42,9 +42,10 @@ _NEW_TO_OLD = {
     "serving.server": "rewards.batching rewards.limits rewards.server",
     "serving.wire": "rewards.wire",
     "tiny.pipeline": "tiny.tokenizer",
+    "trainers.adapters": "policy.adapters trainer.lora",
     "trainers.apex": "trainer.apex_trainer",
     "trainers.callbacks": "trainer.callbacks trainer.monitor trainer.progress",
-    "trainers.checkpoint": "trainer.checkpoint trainer.disk trainer.fit trainer.saving",
+    "trainers.checkpoint": "trainer.fit trainer.saving",
     "trainers.config": "trainer.aggregation_fields trainer.apex_config trainer.apex_grpo_config "
     "trainer.diffusion_grpo_config trainer.field_types",
     "trainers.detectors": "trainer.detectors",
@@ -53,10 +54,11 @@ _NEW_TO_OLD = {
     "trainers.inputs": "trainer.inputs",
     "trainers.language": "trainer.apex_grpo_trainer",
     "trainers.logs": "trainer.logs trainer.pictures trainer.run_record",
+    "trainers.manifest": "trainer.checkpoint trainer.disk",
     "trainers.probe": "trainer.gradient_probe",
     "trainers.publishing": "hub hub.card hub.failure hub.upload trainer.publishing",
     "trainers.trl_seam": "trainer.trl_seam",
-    "trainers.weights": "policy.adapters trainer.denoiser trainer.ema trainer.lora",
+    "trainers.weights": "trainer.denoiser trainer.ema",
 }
 MOVED = {f"trl_apex.{old}": f"trl_apex.{new}" for new, olds in _NEW_TO_OLD.items() for old in olds.split()}
 

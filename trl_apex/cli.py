@@ -96,6 +96,8 @@ def explain(error: Exception) -> tuple[str, int]:
         ("KeyError: 'x'. Run it again with --traceback to see where.", 1)
     """
     text = " ".join(str(error).split())
+    if hasattr(error, "exit_code"):  # of this package, with a message that says everything
+        return text, error.exit_code
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | PermissionError):
         return text if not error.filename else f"{error.strerror}: {error.filename}", USER_MISTAKE
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]

@@ -2,17 +2,14 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed
 from accelerate.utils import gather, gather_object, reduce
 from torch import Tensor, nn
-
-logger = logging.getLogger(__name__)
 
 
 class OtherRankError(RuntimeError):
@@ -25,6 +22,7 @@ def num_ranks() -> int:
 
 
 def this_rank() -> int:
+    """Number of this process, from 0."""
     return torch.distributed.get_rank() if _distributed() else 0
 
 
@@ -64,32 +62,15 @@ def failing_together(what: str) -> Iterator[None]:
     """Make all ranks fail if one of them fails in this block, which must not call collectives.
 
     An exception on one rank alone would leave the others waiting in the next collective. The rank that failed raises its
-    own error, every other rank an [`OtherRankError`] that quotes it.
-
-    Args:
-        what (`str`): the work, for the message, such as "the rollout".
-
-    Example:
-        ```python
-        >>> with failing_together("scoring"):
-        ...     scores = [0.5]
-        >>> with failing_together("scoring"):
-        ...     raise ValueError("one score for two images")
-        Traceback (most recent call last):
-        ValueError: one score for two images
-
-        ```
+    own error, every other rank an [`OtherRankError`] that quotes it. `what` is the work, for the message, such as "the rollout".
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    if not _distributed():
-        if error is not None:
-            raise error
-        return
-    told = gather_list([None if error is None else f"{type(error).__name__}: {error}"])
+    own = None if error is None else f"{type(error).__name__}: {error}"
+    told = gather_list([own]) if _distributed() else []
     if error is not None:
         raise error
     failed = {rank: text for rank, text in enumerate(told) if text is not None}
@@ -106,13 +87,8 @@ def lost_rank(error: BaseException) -> bool:
     """Whether an error means that another process died or closed its connections.
 
     Example:
-        ```python
         >>> lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"))
         True
-        >>> lost_rank(RuntimeError("shapes do not match"))
-        False
-
-        ```
     """
     if isinstance(error, torch.distributed.DistBackendError):  # NCCL has words of its own
         return True
@@ -122,7 +98,7 @@ def lost_rank(error: BaseException) -> bool:
 
 
 def check_equal(name: str, state: Any) -> None:
-    """Raise a RuntimeError on every rank if `state`, anything JSON can hold, differs between ranks; `name` is for the message."""
+    """Raise a RuntimeError on every rank if `state`, anything JSON can hold, differs between them; `name` is for the message."""
     text = json.dumps(state, sort_keys=True, default=repr)
     digests = gather_list([hashlib.sha256(text.encode()).hexdigest()]) if _distributed() else []
     if len(set(digests)) > 1:
@@ -157,24 +133,18 @@ def local_shard(parameter: Any) -> Tensor:
 def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[str, Tensor]:
     """Unsharded trainable parameters by name, on the CPU; all ranks must call it, with `main_only` the others get none."""
     weights = {}
-    parameter: Any  # an engine adds to it what nn.Parameter does not have
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in _trainable(model):
         with _gathered([parameter]):
             value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             if not main_only or this_rank() == 0:
-                weights[name.removeprefix("module.")] = value.detach().cpu().clone()
+                weights[name] = value.detach().cpu().clone()
     return weights
 
 
 def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load unsharded weights, by name, into a model that an engine may have sharded; all ranks must call it."""
-    parameter: Any  # an engine adds to it what nn.Parameter does not have
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        value = weights[name.removeprefix("module.")].to(parameter.device, parameter.dtype)
+    for name, parameter in _trainable(model):
+        value = weights[name].to(parameter.device, parameter.dtype)
         if hasattr(parameter, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
 
@@ -186,6 +156,11 @@ def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
                 parameter.data.copy_(value)
 
 
+def _trainable(model: nn.Module) -> list[tuple[str, Any]]:
+    """Trainable parameters by name; Any, since an engine adds to them what nn.Parameter does not have."""
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
+
+
 @contextmanager
 def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
     """Keep unsharded weights on every rank during a rollout, instead of gathering each layer in each forward.
@@ -194,10 +169,7 @@ def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
     """
     parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
     sharded: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
-    with ExitStack() as stack:
-        if parameters:
-            stack.enter_context(_gathered(parameters))
-            stack.enter_context(_without_zero3_hooks(model))
+    with _gathered(parameters), _without_zero3_hooks(model) if parameters else nullcontext():
         for module in sharded:
             module.unshard()
             module.set_reshard_after_forward(False, recurse=False)
@@ -239,16 +211,16 @@ def whole_models() -> Iterator[None]:
     """
     from transformers.integrations import deepspeed as integration
 
-    config = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
-    if config is None or config() is None:
+    reference = getattr(integration, "_hf_deepspeed_config_weak_ref", None)
+    config = reference and reference()
+    if config is None:
         yield
         return
-    kept = config()
     integration.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        integration.set_hf_deepspeed_config(kept)
+        integration.set_hf_deepspeed_config(config)
 
 
 def _distributed() -> bool:

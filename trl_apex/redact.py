@@ -4,30 +4,24 @@ import os
 import re
 from typing import Any
 
-_SECRET_KEY = re.compile(
-    r"(^|_)(token|tokens|secret|password|passwd|api_key|apikey|access_key|private_key|credential|credentials|authorization)$",
-    re.I,
-)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,})\b"
-)
-_SECRET_FLAG = re.compile(
-    r"(--[\w-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]key|private[_-]key|credentials?)[= ])('[^']*'|\S+)",
-    re.I,
-)
-_BEARER = re.compile(r"(\bBearer\s+)[^\s'\"]+", re.I)
-_URL_USER = re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@")
 HIDDEN = "(hidden)"
+_SECRET_KEY = re.compile(
+    r"(^|_)(tokens?|secret|password|passwd|api_?key|access_key|private_key|credentials?|authorization)$", re.I
+)
+_IN_TEXT = {  # pattern -> what is shown in its place
+    re.compile(r"(\bBearer\s+)[^\s'\"]+", re.I): rf"\1{HIDDEN}",
+    re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,})\b"): HIDDEN,
+    re.compile(
+        r"(--[\w-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]key|private[_-]key|credentials?)[= ])('[^']*'|\S+)",
+        re.I,
+    ): rf"\1{HIDDEN}",
+    re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@"): rf"\1{HIDDEN}@",
+}
 _IN_USE: set[str] = set()
 
 
 def secret_from(variable: str) -> str | None:
-    """The key or token in an environment variable, without the white space around it; None if there is none.
-
-    [`redacted`] hides it from then on.
-
-    Raises:
-        ValueError: if it holds characters that no HTTP header can carry.
+    """The key or token in an environment variable, which [`redacted`] hides from then on; None if there is none.
 
     Example:
         >>> os.environ["MY_KEY"] = "a-key-from-a-file\\n"
@@ -36,12 +30,11 @@ def secret_from(variable: str) -> str | None:
         >>> redacted("the server refuses a-key-from-a-file")
         'the server refuses (hidden)'
     """
-    secret = checked_secret(os.environ.get(variable), f"the environment variable {variable}")
-    return secret or None
+    return checked_secret(os.environ.get(variable), f"the environment variable {variable}") or None
 
 
 def checked_secret(secret: str | None, where: str) -> str:
-    """A key or token without the white space around it; the ValueError for others says `where` it is, not the value."""
+    """A key or token without white space around it; ValueError if no HTTP header can carry it, with `where` it is."""
     secret = (secret or "").strip()
     if not secret.isascii() or not secret.isprintable() or " " in secret:
         raise ValueError(
@@ -76,6 +69,6 @@ def redacted(value: Any) -> Any:
     if isinstance(value, str):
         for secret in _IN_USE:
             value = value.replace(secret, HIDDEN)
-        value = _BEARER.sub(rf"\1{HIDDEN}", value)
-        return _URL_USER.sub(rf"\1{HIDDEN}@", _SECRET_FLAG.sub(rf"\1{HIDDEN}", _SECRET_VALUE.sub(HIDDEN, value)))
+        for pattern, shown in _IN_TEXT.items():
+            value = pattern.sub(shown, value)
     return value

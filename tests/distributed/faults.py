@@ -117,7 +117,7 @@ def save_forever(rank: int, output_dir: str, seed: int) -> None:
     """Publish one checkpoint after another, until killed."""
     import random
 
-    from trl_apex.trainers.checkpoint import PARTIAL, publish
+    from trl_apex.trainers.manifest import PARTIAL, finalize
 
     source = random.Random(seed)
     for step in range(1, 100_000):
@@ -130,7 +130,7 @@ def save_forever(rank: int, output_dir: str, seed: int) -> None:
                 for _ in range(source.randrange(1, 20)):
                     file.write(source.randbytes(50_000))
                     file.flush()
-        publish(partial, Path(output_dir, f"checkpoint-{step % 7}"), world_size=1)
+        finalize(partial, Path(output_dir, f"checkpoint-{step % 7}"), world_size=1)
 
 
 def train_slowly(rank: int, output_dir: str) -> None:

@@ -12,7 +12,7 @@ from engines import CONFIGS, ENGINES, STAGE, environment, parse
 from processes import launch, run
 from training import train
 
-from trl_apex.trainers.checkpoint import last_whole
+from trl_apex.trainers.manifest import last_valid
 
 HERE = Path(__file__).parent
 EXAMPLES = CONFIGS.parent
@@ -95,7 +95,7 @@ def test_accelerate_launch_ends_when_a_rank_is_killed(tmp_path):
     assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr.replace(" ", "").replace(
         "exitcode:", "exitcode: "
     )
-    assert last_whole(tmp_path).name == "checkpoint-1"
+    assert last_valid(tmp_path).name == "checkpoint-1"
 
 
 @pytest.mark.distributed

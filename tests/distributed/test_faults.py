@@ -18,14 +18,14 @@ from faults import (
 from processes import attempt, run
 from training import train
 
-from trl_apex.trainers.checkpoint import PARTIAL, checkpoints, defects, last_whole
+from trl_apex.trainers.manifest import PARTIAL, checkpoints, defects, last_valid
 
 
 def test_a_bug_in_a_reward_on_one_rank_ends_all_ranks(tmp_path):
     outcomes = attempt(train_with_a_broken_reward, 2, environment("ddp"), output_dir=str(tmp_path), how="wrong")
     assert "must return one number or None per sample" in outcomes[1].error
     assert "Rank 1 failed with ValueError: The reward `breaks` must return one number" in outcomes[0].error
-    assert last_whole(tmp_path).name == "checkpoint-1"
+    assert last_valid(tmp_path).name == "checkpoint-1"
 
 
 @pytest.mark.distributed
@@ -41,7 +41,7 @@ def test_too_many_failures_on_one_rank_stop_all_ranks_with_a_checkpoint(tmp_path
     outcomes = attempt(train_with_a_broken_reward, 2, environment("ddp"), **options)
     for outcome in outcomes:
         assert "reward 'breaks' failed for 4 of 8 images" in outcome.error
-    assert last_whole(tmp_path).name == "checkpoint-2"
+    assert last_valid(tmp_path).name == "checkpoint-2"
 
 
 @pytest.mark.distributed
@@ -50,7 +50,7 @@ def test_a_killed_rank_ends_the_others(engine, tmp_path):
     outcomes = attempt(train_with_a_broken_reward, 2, environment(engine), output_dir=str(tmp_path), how="die")
     assert outcomes[1].exit_code == -signal.SIGKILL
     assert "Found that another one is gone (at step 1, on rank 0" in outcomes[0].error
-    assert f"resume from {tmp_path}/checkpoint-1, the last whole checkpoint" in outcomes[0].error
+    assert f"resume from {tmp_path}/checkpoint-1, the last valid checkpoint" in outcomes[0].error
     options = {"output_dir": str(tmp_path), "how": "never", "resume": True, "max_steps": 2}
     assert run(train_with_a_broken_reward, 2, environment(engine), **options)[0]["step"] == 2
 
@@ -110,14 +110,14 @@ def test_a_save_that_is_killed_leaves_whole_checkpoints_only(moments, tmp_path):
         assert outcome.exit_code == -signal.SIGKILL
         found = checkpoints(folder)
         assert found and all(defects(checkpoint) == [] for checkpoint in found)
-        assert last_whole(folder) == found[0]
+        assert last_valid(folder) == found[0]
         cut_short += any((folder / PARTIAL).glob("checkpoint-*"))
     assert cut_short > moments / 2
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("seconds", [0.1, 0.7, 1.5])
-def test_a_killed_run_resumes_from_its_last_whole_checkpoint(seconds, tmp_path):
+def test_a_killed_run_resumes_from_its_last_valid_checkpoint(seconds, tmp_path):
     with _killing(tmp_path, "checkpoint-2", seconds):
         attempt(train_until_killed, 1, environment("ddp", 1), output_dir=str(tmp_path))
     found = checkpoints(tmp_path)

@@ -84,7 +84,7 @@ def test_the_moving_average_is_saved_whole_and_resumed(engine, reference, tmp_pa
 def test_another_number_of_processes_is_refused_by_zero(engine, tmp_path):
     options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
     run(train, 2, environment(engine), max_steps=1, **options)
-    with pytest.raises(RankFailed, match="resumes on the number of processes that saved it, 2. Found 1"):
+    with pytest.raises(RankFailed, match="also on as many processes: zero. on 2. Found zero. on 1"):
         run(train, 1, environment(engine, 1), max_steps=2, resume=True, **options)
 
 
@@ -103,4 +103,4 @@ def test_another_engine_is_refused(tmp_path):
     options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
     run(train, 2, environment("ddp"), max_steps=1, **options)
     outcomes = attempt(train, 2, environment("zero2"), max_steps=2, resume=True, **options)
-    assert all("under the engine that saved it, ddp. Found zero2" in outcome.error for outcome in outcomes)
+    assert all("ddp on 2. Found zero2 on 2" in outcome.error for outcome in outcomes)

@@ -20,7 +20,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator:
     from loopback_hub import Hub
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # The library itself tries a broken request again for half a minute: here without the pauses.
+    # The library repeats a broken request for half a minute, the trainer a broken commit: here without pauses.
+    monkeypatch.setattr("trl_apex.trainers.publishing.PAUSES", (0.0, 0.0))
     monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
     server = Hub()
     yield server

@@ -13,7 +13,6 @@ from trl_apex.cli import main
 def push(hub: Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Runs the command; returns exit code, what was printed, and the lines on stderr."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr("trl_apex.trainers.publishing.PAUSES", (0.0, 0.0))
 
     def call(*flags: str, token: str = WRITER):
         monkeypatch.setenv("HF_TOKEN", token)

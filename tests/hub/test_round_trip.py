@@ -197,7 +197,6 @@ def test_a_wrong_token_is_named_before_any_compute(endpoint: Hub, tmp_path: Path
 def test_a_cut_in_the_middle_of_training_loses_nothing(
     endpoint: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trl_apex.trainers.publishing.PAUSES", (0.0, 0.0))
     trainer = make_trainer(tmp_path / "run", push_to_hub=True, hub_strategy="every_save", hub_always_push=True)
     endpoint.fail("cut", 1000)
     caplog.set_level(logging.WARNING)

@@ -11,7 +11,7 @@ from trl_apex.trainers.publishing import PushError, push_run, refresh_model_card
 
 def push(run_dir: Path, hub: Hub, repo_id: str = "me/apex", token: str = WRITER, **options) -> str:
     refresh_model_card(run_dir, repo_id)
-    return push_run(run_dir, repo_id, token=token, endpoint=hub.url, pauses=(0.0, 0.0), **options)
+    return push_run(run_dir, repo_id, token=token, endpoint=hub.url, **options)
 
 
 def snapshot(run_dir: Path) -> dict[str, bytes]:
@@ -78,7 +78,7 @@ def test_a_mistake_is_named_and_changes_nothing(
     refresh_model_card(run_dir, "me/apex")
     before = snapshot(run_dir)
     with pytest.raises(PushError, match=message) as raised:
-        push_run(run_dir, repo_id, token=token, endpoint=hub.url, create=create, pauses=(0.0, 0.0))
+        push_run(run_dir, repo_id, token=token, endpoint=hub.url, create=create)
     assert raised.value.user
     assert f"trl-apex push {run_dir} --repo-id {repo_id}" in str(raised.value)
     assert snapshot(run_dir) == before and hub.repos == {}
@@ -115,7 +115,7 @@ def test_an_error_that_is_not_the_networks_is_not_tried_again() -> None:
         raise TypeError("a mistake in the code")
 
     with pytest.raises(PushError, match="TypeError: a mistake in the code") as raised:
-        trying(attempt, "me/apex", None, "http://hub", pauses=(0.0, 0.0))
+        trying(attempt, "me/apex", "http://hub")
     assert len(calls) == 1 and not raised.value.user
 
 

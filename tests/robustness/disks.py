@@ -9,7 +9,7 @@ from typing import Any
 from tiny_runs import fingerprints, tiny_trainer
 from transformers import TrainerCallback
 
-from trl_apex.trainers.checkpoint import checkpoints, defects
+from trl_apex.trainers.manifest import checkpoints, defects
 
 FILLER = "filler"
 

@@ -11,7 +11,7 @@ from typing import Any
 from tiny_runs import contrast, fingerprints, redness, tiny_trainer
 
 from trl_apex import APEXTrainer
-from trl_apex.trainers.checkpoint import checkpoints
+from trl_apex.trainers.manifest import checkpoints
 
 PHASES = ("start", "rollout", "reward", "update", "evaluation", "saving", "end")
 SETTINGS: dict[str, Any] = {
@@ -91,7 +91,7 @@ class MarkedTrainer(APEXTrainer):
 
 
 def train_marked(folder: str, marks: str, resume: bool) -> dict[str, Any]:
-    """Train to the end, from the last whole checkpoint or anew, and return the state and where it began."""
+    """Train to the end, from the last valid checkpoint or anew, and return the state and where it began."""
 
     def slow_redness(images, **others):
         with MarkedTrainer.marks.during("reward"):

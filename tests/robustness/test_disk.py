@@ -28,8 +28,10 @@ def small_disk(folder, size="2M"):
 def check(failed: dict, run, tmp_path, reason: str) -> None:
     """The message, and that the first checkpoint leads to the same end as an undisturbed run."""
     assert failed["kind"] == "SaveError", failed
-    assert "checkpoint-4 must be written whole to" in failed["error"] and reason in failed["error"], failed["error"]
-    assert f"resume from {run}/checkpoint-2, the last whole checkpoint, which is as it was" in failed["error"]
+    assert "checkpoint-4 must be written completely to" in failed["error"] and reason in failed["error"], failed[
+        "error"
+    ]
+    assert f"resume from {run}/checkpoint-2, the last valid checkpoint, which is unchanged" in failed["error"]
     assert failed["whole"] == ["checkpoint-2"] and failed["broken"] == []
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import contrast, redness, tiny_pipeline, tiny_trainer
 
 from trl_apex.diffusion.families.sd3 import SD3Policy
-from trl_apex.trainers.checkpoint import MANIFEST, PARTIAL, defects, last_whole, publish, to_resume_from
-from trl_apex.trainers.weights import LORA_FILE, adapted
+from trl_apex.trainers.adapters import adapted
+from trl_apex.trainers.manifest import MANIFEST, PARTIAL, defects, finalize, last_valid, to_resume_from
+from trl_apex.trainers.weights import LORA_FILE
 
 
 def mostly_slow(values, *sample):
@@ -28,7 +29,7 @@ SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A run with two whole checkpoints."""
+    """A run with two valid checkpoints."""
     run = tmp_path_factory.mktemp("original") / "run"
     tiny_trainer(run, **SAVING).train()
     return run
@@ -45,7 +46,7 @@ def forge(checkpoint: Path) -> None:
     staged = checkpoint.parent / PARTIAL / checkpoint.name
     staged.parent.mkdir(exist_ok=True)
     checkpoint.rename(staged)
-    publish(staged, checkpoint, engine="ddp", world_size=1)
+    finalize(staged, checkpoint, engine="ddp", world_size=1)
     assert defects(checkpoint) == []
 
 
@@ -96,7 +97,7 @@ def test_random_damage_is_found_and_passed_over(count, original, run, figure):
         else:
             assert name in defect[0], (name, harm, defect)
             assert to_resume_from(True, run).name == "checkpoint-1"
-            with pytest.raises(ValueError, match="must be whole.*Resume from .*checkpoint-1"):
+            with pytest.raises(ValueError, match="must be valid.*Resume from .*checkpoint-1"):
                 to_resume_from(second, run)
             found += 1
         shutil.copy2(original / "checkpoint-2" / name, second / name)
@@ -110,7 +111,7 @@ def refused(run: Path, match: str, **options) -> None:
     with pytest.raises(ValueError, match=match) as error:
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert "Found" in str(error.value)
-    assert last_whole(run).name in ("checkpoint-1", "checkpoint-2")
+    assert last_valid(run).name in ("checkpoint-1", "checkpoint-2")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +122,7 @@ def test_a_pickle_in_place_of_a_state_is_not_run(name, forged, run, tmp_path):
     checkpoint, sign = run / "checkpoint-2", tmp_path / "sign"
     torch.save(Malicious(sign), checkpoint / name)
     if not forged:
-        refused(run, f"must be whole. Found .*{name} has")
+        refused(run, f"must be valid. Found .*{name} has")
     else:
         forge(checkpoint)
         if name == "training_args.bin":  # which nothing reads
@@ -141,7 +142,7 @@ def test_a_pickle_in_place_of_the_weights_is_not_run(name, run, tmp_path):
     (checkpoint / "adapter_model.safetensors").unlink()
     (checkpoint / name).write_bytes(pickle.dumps(Malicious(sign)))
     forge(checkpoint)
-    refused(run, "Weights must be a safetensors file" if name.endswith("safetensors") else "Found no such file")
+    refused(run, "Weights must be a safetensors file" if name.endswith("safetensors") else f"Found {name} in")
     assert not sign.exists()
 
 
@@ -152,12 +153,12 @@ def test_a_pickle_in_place_of_the_weights_is_not_run(name, run, tmp_path):
 def test_a_file_beside_the_weights_is_refused(name, run, tmp_path):
     sign = tmp_path / "sign"
     (run / "checkpoint-2" / name).write_bytes(pickle.dumps(Malicious(sign)))
-    refused(run, f"Found {name} beside them")
+    refused(run, f"in adapter_model.safetensors alone. Found .*{name}")
     assert not sign.exists()
 
 
 def another_rank(run):
-    return {"lora": LoraConfig(r=3, lora_alpha=4)}, r"weights in .*adapter_model.safetensors that differ"
+    return {"lora": LoraConfig(r=3, lora_alpha=4)}, r"weights that differ, e.g. .* in .*adapter_model.safetensors"
 
 
 def another_scale(run):
@@ -165,11 +166,13 @@ def another_scale(run):
 
 
 def other_layers(run):
-    return {"lora": LoraConfig(r=2, lora_alpha=4, target_modules=["attn.to_q"])}, "that differ from this model's"
+    return {
+        "lora": LoraConfig(r=2, lora_alpha=4, target_modules=["attn.to_q"])
+    }, "must be of the same model and adapter. Found .*that differ"
 
 
 def no_adapter(run):
-    return {"lora": None}, "all weights in model.safetensors. Found no such file"
+    return {"lora": None}, "all weights, in model.safetensors alone. Found adapter_model.safetensors in"
 
 
 def other_objectives(run):
@@ -188,7 +191,7 @@ def weights_renamed(run):
     file = run / "checkpoint-2" / "adapter_model.safetensors"
     save_file({f"x.{name}": value for name, value in load_file(file).items()}, file)
     forge(run / "checkpoint-2")
-    return {}, "that differ from this model's"
+    return {}, "must be of the same model and adapter. Found .*that differ"
 
 
 def no_state(run):
@@ -238,7 +241,8 @@ def test_a_checkpoint_of_something_else_is_refused(foreign, run):
 def test_a_checkpoint_of_another_model_is_refused_in_full_fine_tuning(tmp_path):
     run = tmp_path / "run"
     tiny_trainer(run, lora=None, **SAVING).train()
-    refused(run, "weights in .*model.safetensors that differ", lora=None, pipeline=tiny_pipeline(blocks=3))
+    pipeline = tiny_pipeline(blocks=3)
+    refused(run, "weights that differ, e.g. .* in .*model.safetensors", lora=None, pipeline=pipeline)
 
 
 def saved_adapter(run: Path) -> Path:

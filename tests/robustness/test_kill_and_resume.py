@@ -12,7 +12,7 @@ import pytest
 from killing import PHASES, Marks, train_marked
 from processes import Child, call, finish
 
-from trl_apex.trainers.checkpoint import PARTIAL, checkpoints, defects
+from trl_apex.trainers.manifest import PARTIAL, checkpoints, defects
 
 PATIENCE = 240.0  # seconds to reach a moment
 AT_ONCE = 4

@@ -10,7 +10,7 @@ from tiny_runs import contrast, equal_weights, fingerprints, history, redness, t
 
 from trl_apex import DiffusionGRPOTrainer
 from trl_apex.rewards import RewardFailureRateError, RewardList
-from trl_apex.trainers.checkpoint import checkpoints, defects, last_whole
+from trl_apex.trainers.manifest import checkpoints, defects, last_valid
 
 CALL, ROWS = 3, (1, 2)  # the third iteration of six; a sample of either group
 
@@ -168,7 +168,7 @@ def test_a_bug_in_mid_run_stops_with_a_checkpoint_of_the_step(kind, tmp_path):
     with pytest.raises(ValueError, match="contrast") as error:
         trainer.train()
     assert told in str(error.value)
-    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"] and not defects(last_whole(tmp_path))
+    assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"] and not defects(last_valid(tmp_path))
     mended = run(tmp_path, contrast, resume=True)
     assert mended.resumed_from == str(tmp_path / "checkpoint-2")
     sound = run(tmp_path / "sound", contrast)
@@ -211,7 +211,7 @@ def test_a_reward_that_always_fails_stops_the_run_with_a_checkpoint(tmp_path, fi
         ),
     ):
         trainer.train()
-    assert last_whole(tmp_path).name == "checkpoint-1"
+    assert last_valid(tmp_path).name == "checkpoint-1"
     figure("failing_100_percent", {"stopped_at_step": trainer.state.global_step, "checkpoint": "whole"})
 
 

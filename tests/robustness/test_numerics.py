@@ -8,7 +8,7 @@ import torch
 from tiny_runs import PROMPTS, contrast, history, redness, tiny_pipeline, tiny_trainer, weights_of
 
 from trl_apex import DiffusionGRPOTrainer
-from trl_apex.trainers.checkpoint import last_whole
+from trl_apex.trainers.manifest import last_valid
 
 
 def assert_sound(trainer, updates: int = 1) -> None:
@@ -117,4 +117,4 @@ def test_what_is_not_a_number_stops_the_run_with_the_step_and_the_images(tmp_pat
         trainer.train()
     assert "Update 4 has non-finite gradients and is skipped (1 in a row): image " in caplog.text
     assert any(f"({prompt!r})" in caplog.text for prompt in PROMPTS)
-    assert "at denoising step 0" in caplog.text and last_whole(tmp_path).name == "checkpoint-5"
+    assert "at denoising step 0" in caplog.text and last_valid(tmp_path).name == "checkpoint-5"

@@ -3,15 +3,15 @@ import shutil
 
 import pytest
 
-from trl_apex.trainers.checkpoint import (
+from trl_apex.trainers.checkpoint import check_engine
+from trl_apex.trainers.manifest import (
     MANIFEST,
     PARTIAL,
-    check_engine,
     checkpoints,
     clear_partial,
     defects,
-    last_whole,
-    publish,
+    finalize,
+    last_valid,
     rotate,
     to_resume_from,
 )
@@ -22,7 +22,7 @@ def save(run, step, content=b"weights" * 100, **facts):
     (partial / "state").mkdir(parents=True)
     (partial / "weights").write_bytes(content)
     (partial / "state" / "rank0").write_bytes(b"state")
-    publish(partial, run / f"checkpoint-{step}", **facts)
+    finalize(partial, run / f"checkpoint-{step}", **facts)
     return run / f"checkpoint-{step}"
 
 
@@ -40,12 +40,12 @@ def save(run, step, content=b"weights" * 100, **facts):
 )
 def test_a_harmed_checkpoint_is_passed_over(tmp_path, caplog, harm, told):
     first, second = save(tmp_path, 9), save(tmp_path, 10)
-    assert last_whole(tmp_path) == second
+    assert last_valid(tmp_path) == second
     harm(second)
     assert defects(second) == [told]
     assert to_resume_from(True, tmp_path) == first
-    assert told in caplog.text and "Resuming from" in caplog.text
-    with pytest.raises(ValueError, match="must be whole") as error:
+    assert f"{second} is not valid and is passed over: {told}" in caplog.text
+    with pytest.raises(ValueError, match="must be valid") as error:
         to_resume_from(second, tmp_path)
     assert told in str(error.value) and f"Resume from {first}" in str(error.value)
 
@@ -64,9 +64,9 @@ def test_the_latest_step_counts_not_the_alphabet(tmp_path):
 
 
 def test_nothing_to_resume_from(tmp_path):
-    with pytest.raises(ValueError, match="Found none, none of them whole"):
+    with pytest.raises(ValueError, match="Found none. Start anew"):
         to_resume_from(True, tmp_path / "absent")
-    with pytest.raises(ValueError, match="There is no whole one beside it"):
+    with pytest.raises(ValueError, match="There is no valid one beside it"):
         to_resume_from(tmp_path / "checkpoint-1", tmp_path)
 
 
@@ -92,20 +92,20 @@ def test_rotation_spares_the_last_that_can_be_resumed_from(tmp_path):
     checkpoint = save(tmp_path, 1)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
         (checkpoint / name).write_text("state")
-    publish(checkpoint.rename(tmp_path / "staged"), checkpoint, engine="ddp")
+    finalize(checkpoint.rename(tmp_path / "staged"), checkpoint, engine="ddp")
     for step in (2, 3):
         save(tmp_path, step, engine="ddp")  # weights alone
     rotate(tmp_path, 1)
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-1"]
-    assert last_whole(tmp_path) == checkpoint
+    assert last_valid(tmp_path) == checkpoint
 
 
 def test_engines_and_numbers_of_processes(tmp_path):
     checkpoint = save(tmp_path, 1, engine="zero3", world_size=8)
     check_engine(checkpoint, "zero3", 8)
-    with pytest.raises(ValueError, match="saved it, 8. Found 4"):
+    with pytest.raises(ValueError, match="zero3 on 8. Found zero3 on 4"):
         check_engine(checkpoint, "zero3", 4)
-    with pytest.raises(ValueError, match="saved it, zero3. Found ddp"):
+    with pytest.raises(ValueError, match="zero3 on 8. Found ddp on 8"):
         check_engine(checkpoint, "ddp", 8)
     check_engine(save(tmp_path, 2, engine="ddp", world_size=8), "ddp", 1)
 
@@ -113,7 +113,7 @@ def test_engines_and_numbers_of_processes(tmp_path):
 def test_what_a_killed_save_left_is_no_checkpoint_and_is_cleared(tmp_path):
     whole = save(tmp_path, 1)
     shutil.copytree(whole, tmp_path / PARTIAL / "checkpoint-2")
-    assert last_whole(tmp_path) == whole
+    assert last_valid(tmp_path) == whole
     clear_partial(tmp_path)
     assert not (tmp_path / PARTIAL).exists()
 

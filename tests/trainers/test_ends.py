@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback
 from trl import GRPOConfig
 
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig
-from trl_apex.trainers.checkpoint import publish
+from trl_apex.trainers.manifest import finalize
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_a_checkpoint_without_the_whole_state_is_refused(build, option, tmp_path
         checkpoint = tmp_path / "full" / "checkpoint-2"
         (checkpoint / option).unlink()
         checkpoint.rename(tmp_path / "staged")
-        publish(tmp_path / "staged", checkpoint, engine="ddp", world_size=1)
+        finalize(tmp_path / "staged", checkpoint, engine="ddp", world_size=1)
     for wanted in (True, str(checkpoint)):
         later = build(checkpoint.parent.name, max_steps=4)
         with pytest.raises(ValueError, match="whole state.*load its adapter"):
@@ -176,7 +176,7 @@ def test_an_average_without_its_step_is_refused_by_name(build, tmp_path):
     average = load_file(checkpoint / "ema.safetensors")
     del average["optimization_step"]
     save_file(average, checkpoint / "ema.safetensors")
-    publish(checkpoint.rename(tmp_path / "staged"), checkpoint, engine="ddp", world_size=1)
+    finalize(checkpoint.rename(tmp_path / "staged"), checkpoint, engine="ddp", world_size=1)
     with pytest.raises(ValueError, match=r"ema\.safetensors must hold.*optimization_step"):
         build(max_steps=4, ema_decay=0.9).train(resume_from_checkpoint=True)
 

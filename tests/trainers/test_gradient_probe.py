@@ -74,15 +74,36 @@ def surrogate(
     return -torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages).mean()
 
 
-def separate_backwards(model, probe, loss_of) -> torch.Tensor:
+def backwards(parameters, losses) -> torch.Tensor:
+    """The gradient of each loss, one row each."""
+    gradients = [torch.autograd.grad(loss, parameters) for loss in losses]
+    return torch.stack([torch.cat([part.flatten() for part in gradient]).double() for gradient in gradients])
+
+
+def separate_backwards(model, probe, b, advantages=None, loss_of=surrogate) -> torch.Tensor:
     """Gram matrix by the textbook way: one backward per objective, over the same parameters, and the direction."""
     modules = dict(model.named_modules())
     parameters = [p for name in probe.layer_names for p in modules[name].parameters() if p.requires_grad]
-    rows = []
-    for k in [*range(3), None]:
-        gradient = torch.autograd.grad(loss_of(k), parameters)
-        rows.append(torch.cat([part.flatten() for part in gradient]).double())
-    return torch.stack(rows) @ torch.stack(rows).T
+    advantages = advantages_of(b["scores"]) if advantages is None else advantages
+    rows = backwards(parameters, (loss_of(model, b, weights) for weights in (*b["scores"].T, advantages)))
+    return rows @ rows.T
+
+
+def probe_step(probe, model, b, advantages=None, halves=None, loss_of=surrogate) -> None:
+    """The training backward that the probe listens to."""
+    advantages = advantages_of(b["scores"]) if advantages is None else advantages
+    with probe.step():
+        probe.rows(advantages, b["scores"], halves)
+        loss_of(model, b, advantages).backward()
+
+
+def joined(parts):
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def set_checkpointing(lora, on) -> None:
+    transformer = lora.base_model.model
+    transformer.enable_gradient_checkpointing() if on else transformer.disable_gradient_checkpointing()
 
 
 def cosines(gramian: torch.Tensor) -> torch.Tensor:
@@ -106,36 +127,26 @@ def check(result, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_equals_separate_backwards(lora, checkpointing):
     b = batch()
-    advantages = advantages_of(b["scores"])
-    transformer = lora.base_model.model
-    transformer.enable_gradient_checkpointing() if checkpointing else transformer.disable_gradient_checkpointing()
+    set_checkpointing(lora, checkpointing)
     lora.train()
     probe = GradientProbe(lora, OBJECTIVES)
     assert len(probe.layer_names) >= 14
-    expected = separate_backwards(
-        lora, probe, lambda k: surrogate(lora, b, advantages if k is None else b["scores"][:, k])
-    )
+    expected = separate_backwards(lora, probe, b)
     lora.zero_grad()
-    with probe.step():
-        probe.rows(advantages, b["scores"])
-        surrogate(lora, b, advantages).backward()
-    transformer.disable_gradient_checkpointing()
+    probe_step(probe, lora, b)
+    set_checkpointing(lora, False)
     check(probe.result(), expected)
 
 
 def test_leaves_the_training_gradient_alone(lora):
     b = batch()
-    advantages = advantages_of(b["scores"])
     gradients = []
     for probed in (False, True):
         lora.zero_grad()
-        probe = GradientProbe(lora, OBJECTIVES)
         if probed:
-            with probe.step():
-                probe.rows(advantages, b["scores"])
-                surrogate(lora, b, advantages).backward()
+            probe_step(GradientProbe(lora, OBJECTIVES), lora, b)
         else:
-            surrogate(lora, b, advantages).backward()
+            surrogate(lora, b, advantages_of(b["scores"])).backward()
         gradients.append([p.grad.clone() for p in lora.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert not any(module._forward_hooks for module in lora.modules() if isinstance(module, nn.Linear))
@@ -143,18 +154,11 @@ def test_leaves_the_training_gradient_alone(lora):
 
 def test_micro_batches_accumulate(lora):
     parts = [batch(4, seed) for seed in (1, 2)]
-    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    advantages = advantages_of(whole["scores"])
     probe = GradientProbe(lora, OBJECTIVES)
     for part in parts:
-        with probe.step():
-            probe.rows(advantages_of(part["scores"]), part["scores"])
-            (surrogate(lora, part, advantages_of(part["scores"])) / 2).backward()
-    expected = separate_backwards(
-        lora, probe, lambda k: surrogate(lora, whole, advantages if k is None else whole["scores"][:, k])
-    )
+        probe_step(probe, lora, part, loss_of=lambda *given: surrogate(*given) / 2)
     result = probe.result()
-    check(result, expected)
+    check(result, separate_backwards(lora, probe, joined(parts)))
     assert result.rows == 8
     assert probe.result() is None  # forgotten
 
@@ -163,12 +167,11 @@ def test_several_steps_of_a_sample_and_batched_guidance(lora):
     """Rows are (sample, step) pairs; with guidance in one forward the rows come twice."""
     b = batch()
     b["scores"] = b["scores"][[0, 0, 1, 1, 2, 2]]
-    advantages = advantages_of(b["scores"])
     double = {key: torch.cat([b[key], b[key]]) for key in b}
     double["text"] = torch.cat([torch.zeros_like(b["text"]), b["text"]])
 
-    def loss(k):
-        out = lora(
+    def loss_of(model, b, advantages):
+        out = model(
             hidden_states=double["latents"],
             timestep=double["timestep"],
             encoder_hidden_states=double["text"],
@@ -178,14 +181,11 @@ def test_several_steps_of_a_sample_and_batched_guidance(lora):
         without, with_prompt = out.chunk(2)
         guided = without + 3.0 * (with_prompt - without)
         now = -((guided - b["noise"]) ** 2).flatten(1).mean(1)
-        return -(now * (advantages if k is None else b["scores"][:, k])).mean()
+        return -(now * advantages).mean()
 
     probe = GradientProbe(lora, OBJECTIVES)
-    expected = separate_backwards(lora, probe, loss)
-    with probe.step():
-        probe.rows(advantages, b["scores"])
-        loss(None).backward()
-    check(probe.result(), expected)
+    probe_step(probe, lora, b, loss_of=loss_of)
+    check(probe.result(), separate_backwards(lora, probe, b, loss_of=loss_of))
 
 
 def test_clipped_and_tiny_rows_are_left_out(lora):
@@ -195,46 +195,28 @@ def test_clipped_and_tiny_rows_are_left_out(lora):
     drift = torch.zeros(ROWS)
     drift[1] = 0.5  # the ratio is above the clip range, with a positive advantage
     probe = GradientProbe(lora, OBJECTIVES)
-    with probe.step():
-        probe.rows(advantages, b["scores"])
-        surrogate(lora, b, advantages, drift).backward()
+    probe_step(probe, lora, b, advantages, loss_of=lambda *given: surrogate(*given, drift))
     result = probe.result()
     rest = {key: b[key][2:] for key in b}
-    expected = separate_backwards(
-        lora,
-        probe,
-        lambda k: surrogate(lora, rest, advantages[2:] if k is None else rest["scores"][:, k]) * (ROWS - 2) / ROWS,
-    )
-    check(result, expected)
+    share = (ROWS - 2) / ROWS
+    check(result, separate_backwards(lora, probe, rest, advantages[2:], lambda *given: surrogate(*given) * share))
     assert result.rows == ROWS - 1
 
 
 def test_full_fine_tuning_of_chosen_layers():
-    model = tiny_transformer()
-    b = batch()
-    advantages = advantages_of(b["scores"])
+    model, b = tiny_transformer(), batch()
     probe = GradientProbe(model, OBJECTIVES, layers=[r"attn\.to_(q|out)", r"ff\.net\.2$"])
     assert 0 < len(probe.layer_names) < 12
-    expected = separate_backwards(
-        model, probe, lambda k: surrogate(model, b, advantages if k is None else b["scores"][:, k])
-    )
-    with probe.step():
-        probe.rows(advantages, b["scores"])
-        surrogate(model, b, advantages).backward()
-    check(probe.result(), expected)
+    probe_step(probe, model, b)
+    check(probe.result(), separate_backwards(model, probe, b))
 
 
 def test_under_autocast_the_cosines_stay_close(lora):
     b = batch()
-    advantages = advantages_of(b["scores"])
     probe = GradientProbe(lora, OBJECTIVES)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = separate_backwards(
-            lora, probe, lambda k: surrogate(lora, b, advantages if k is None else b["scores"][:, k])
-        )
-        with probe.step():
-            probe.rows(advantages, b["scores"])
-            surrogate(lora, b, advantages).backward()
+        expected = separate_backwards(lora, probe, b)
+        probe_step(probe, lora, b)
     assert (probe.result().cosine - cosines(expected)[:3, :3]).abs().max() < 0.02
 
 
@@ -249,11 +231,8 @@ def test_kl_through_a_paused_forward_keeps_the_probe_exact(lora, checkpointing):
         return 0.5 * (-log_prob(lora, {**b, "noise": target})).mean()
 
     probe = GradientProbe(lora, OBJECTIVES)
-    expected = separate_backwards(
-        lora, probe, lambda k: surrogate(lora, b, advantages if k is None else b["scores"][:, k])
-    )
-    transformer = lora.base_model.model
-    transformer.enable_gradient_checkpointing() if checkpointing else transformer.disable_gradient_checkpointing()
+    expected = separate_backwards(lora, probe, b)
+    set_checkpointing(lora, checkpointing)
     lora.train()
     lora.zero_grad()
     with probe.step():
@@ -262,13 +241,11 @@ def test_kl_through_a_paused_forward_keeps_the_probe_exact(lora, checkpointing):
         with probe.paused():
             loss = loss + kl()
         loss.backward()
-    transformer.disable_gradient_checkpointing()
+    set_checkpointing(lora, False)
     check(probe.result(), expected)
     apart = [p.grad.clone() for p in lora.parameters() if p.grad is not None]
     lora.zero_grad()
-    with probe.step():
-        probe.rows(advantages, b["scores"])
-        (surrogate(lora, b, advantages) + kl()).backward()
+    probe_step(probe, lora, b, loss_of=lambda *given: surrogate(*given) + kl())
     together = [p.grad for p in lora.parameters() if p.grad is not None]
     for one, other in zip(apart, together, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
@@ -280,11 +257,8 @@ def test_reduce_sums_gradients_over_ranks_before_the_products(lora):
     probes = [GradientProbe(lora, OBJECTIVES) for _ in parts]
     whole = GradientProbe(lora, OBJECTIVES)
     for part, probe in zip(parts, probes, strict=True):
-        advantages = advantages_of(part["scores"])
         for listener in (probe, whole):
-            with listener.step():
-                listener.rows(advantages, part["scores"])
-                surrogate(lora, part, advantages).backward()
+            probe_step(listener, lora, part)
     waiting = [[probe._sums[name].clone() for name in probe.layer_names] for probe in probes]
 
     def reduce_from(rank):
@@ -303,11 +277,7 @@ def _rank(rank: int, store: str, model: nn.Module, queue) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     ddp = nn.parallel.DistributedDataParallel(model)
     probe = GradientProbe(model, OBJECTIVES)
-    part = batch(4, seed=3 + rank)
-    advantages = advantages_of(part["scores"])
-    with probe.step():
-        probe.rows(advantages, part["scores"])
-        surrogate(ddp, part, advantages).backward()
+    probe_step(probe, ddp, batch(4, seed=3 + rank))
 
     def total(values: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(values)
@@ -329,46 +299,22 @@ def test_two_processes_under_ddp_see_the_gradients_of_the_whole_batch(lora, tmp_
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0
-    parts = [batch(4, seed) for seed in (3, 4)]
-    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    advantages = advantages_of(whole["scores"])
-    expected = separate_backwards(
-        lora,
-        GradientProbe(lora, OBJECTIVES),
-        lambda k: surrogate(lora, whole, advantages if k is None else whole["scores"][:, k]),
-    )
+    expected = separate_backwards(lora, GradientProbe(lora, OBJECTIVES), joined([batch(4, seed) for seed in (3, 4)]))
     for _rank_number, cosine, rows, world in found:
         assert world == 2 and rows == 8
         assert (torch.tensor(cosine) - cosines(expected)[:3, :3]).abs().max() < 1e-4
 
 
 def test_halves_give_the_products_between_prompts(lora):
-    b = batch()
-    advantages = advantages_of(b["scores"])
-    halves = torch.tensor([0, 0, 0, 1, 1, 1])
-    probe = GradientProbe(lora, OBJECTIVES)
-    whole = GradientProbe(lora, OBJECTIVES)
-    for listener, given in ((probe, halves), (whole, None)):
-        with listener.step():
-            listener.rows(advantages, b["scores"], given)
-            surrogate(lora, b, advantages).backward()
+    b, halves = batch(), torch.tensor([0, 0, 0, 1, 1, 1])
+    probe, whole = GradientProbe(lora, OBJECTIVES), GradientProbe(lora, OBJECTIVES)
+    probe_step(probe, lora, b, halves=halves)
+    probe_step(whole, lora, b)
     parameters = [p for p in lora.parameters() if p.requires_grad]
-    sides = []
-    for half in (0, 1):
-        rows = [
-            torch.cat(
-                [
-                    part.flatten()
-                    for part in torch.autograd.grad(
-                        surrogate(lora, b, torch.where(halves == half, b["scores"][:, k], 0.0)), parameters
-                    )
-                ]
-            ).double()
-            for k in range(3)
-        ]
-        sides.append(torch.stack(rows))
+    masked = [[torch.where(halves == half, scores, 0.0) for scores in b["scores"].T] for half in (0, 1)]
+    first, second = (backwards(parameters, (surrogate(lora, b, weights) for weights in side)) for side in masked)
     result, plain = probe.result(), whole.result()
-    expected = sides[0] @ sides[1].T
+    expected = first @ second.T
     torch.testing.assert_close(result.cross, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     torch.testing.assert_close(result.gramian, plain.gramian, rtol=1e-3, atol=1e-6)
     assert abs(result.harmony - plain.harmony) < 1e-4
@@ -376,21 +322,17 @@ def test_halves_give_the_products_between_prompts(lora):
 
 def test_one_objective_is_its_own_direction(lora):
     b = batch()
+    b["scores"] = b["scores"][:, :1]
     probe = GradientProbe(lora, ["only"])
-    with probe.step():
-        probe.rows(b["scores"][:, 0], b["scores"][:, :1])
-        surrogate(lora, b, b["scores"][:, 0]).backward()
+    probe_step(probe, lora, b, b["scores"][:, 0])
     assert probe.result().harmony == pytest.approx(1.0, abs=1e-6)
 
 
 def test_an_objective_without_scores_has_no_cosine(lora):
     b = batch()
-    scores = b["scores"].clone()
-    scores[:, 1] = 0.0
+    b["scores"][:, 1] = 0.0
     probe = GradientProbe(lora, OBJECTIVES)
-    with probe.step():
-        probe.rows(advantages_of(scores), scores)
-        surrogate(lora, b, advantages_of(scores)).backward()
+    probe_step(probe, lora, b)
     result = probe.result()
     assert result.cosine[1].isnan().all() and result.cosine[0, 2].isfinite()
     assert result.harmony == result.harmony

@@ -1,12 +1,11 @@
 """What `evaluate` draws with is what `save_model`, a checkpoint's adapter and an upload hold: plain diffusers draws its images."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
+import adapter_trainers
 import pytest
 import torch
-from datasets import Dataset
+from adapter_trainers import PROMPTS, build, distance
 from diffusers import AutoModel
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -14,29 +13,14 @@ from safetensors.torch import load_file
 from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.diffusion.families import load_policy
 from trl_apex.diffusion.rollout import evaluation_noise
-from trl_apex.trainers import weights as adapters
+from trl_apex.trainers import adapters, weights
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
-from families import build
-
-PROMPTS = Dataset.from_dict({"prompt": ['a red circle with "CAT"', 'a blue star with "HUT"']})
-FILE = "pytorch_lora_weights.safetensors"
+FILE = weights.LORA_FILE
 
 
 def make(output_dir, peft_config, name="sd3", adapter=None, **overrides):
-    def redness(images, **columns):
-        return images[:, 0].mean((1, 2)).tolist()
-
-    values = {
-        "output_dir": str(output_dir), "use_cpu": True, "per_device_train_batch_size": 4, "num_generations": 2,
-        "num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "max_sequence_length": 12,
-        "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no", "disable_tqdm": True, "seed": 5,
-        "eval_num_inference_steps": 2, "gradient_accumulation_steps": 1,
-    }  # fmt: skip
-    args = DiffusionGRPOConfig(**{**values, **overrides})
-    return DiffusionGRPOTrainer(
-        build(name), [redness], args, PROMPTS, PROMPTS, peft_config=peft_config, adapter=adapter
-    )
+    options = {"max_steps": 2, "learning_rate": 1e-2, **overrides}
+    return adapter_trainers.make(build(name), output_dir, peft_config, adapter, **options)
 
 
 def evaluated(trainer):
@@ -69,10 +53,6 @@ def plain(folder, trainer, name="sd3", lora=True):
     given = {"max_sequence_length": 12} if name == "sd3" else {}
     call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt", **given}
     return pipeline(PROMPTS["prompt"][:], latents=noise, **call).images
-
-
-def distance(first, second):
-    return (first - second).abs().max().item()
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
@@ -167,12 +147,12 @@ def test_a_save_that_misses_weights_and_a_load_that_takes_a_part_are_errors(tmp_
     state = trainer.model.state_dict()
     del state[next(name for name in state if "lora_A" in name)]
     with pytest.raises(RuntimeError, match=r"all its (\d+) layers, \d+ in all. Found \d+"):
-        adapters.save_diffusers_lora(trainer.model, trainer.policy, tmp_path / "run", state)
+        weights.save_diffusers_lora(trainer.model, trainer.policy, tmp_path / "run", state)
     assert not (tmp_path / "run" / FILE).exists()
     trainer = make(tmp_path / "dual", LoraConfig(r=2, target_modules=["attn2.to_q", "to_k"]), "sd3.5-medium")
     trainer.save_model()
     # sd3 has no attn2
-    with pytest.raises(ValueError, match="must load as a whole. Found .* of which the transformer took"):
+    with pytest.raises(ValueError, match="must load completely. Found .* of which the transformer took"):
         make(tmp_path / "run", None, adapter=str(tmp_path / "dual"))
 
 
@@ -191,7 +171,7 @@ def test_all_weights_of_a_pipeline_in_bf16_are_trained_in_float32_at_a_rate_of_t
     assert full.args.learning_rate == 1e-5
     assert trainer(build("sd3"), LoraConfig(r=2)).args.learning_rate == 3e-4
     assert args.learning_rate is None, "the same arguments serve both"
-    monkeypatch.setattr(adapters, "MANY_WEIGHTS", 1000)
+    monkeypatch.setattr(weights, "MANY_WEIGHTS", 1000)
     with pytest.warns(UserWarning, match="All 0.0 billion weights of SD3Transformer2DModel.*peft_config=LoraConfig"):
         trainer(build("sd3"))
 

@@ -1,38 +1,16 @@
 """Going on from an adapter, however it comes to the trainer: from its images, it alone trains, it alone is saved."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from adapter_trainers import PROMPTS, build, distance, make
 from peft import LoHaConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.diffusion.families import load_policy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
-from families import build
-
-PROMPTS = Dataset.from_dict({"prompt": ['a red circle with "CAT"', 'a blue star with "HUT"']})
 LORA = {"r": 2, "lora_alpha": 6, "init_lora_weights": "gaussian"}
-
-
-def redness(images, **columns):
-    return images[:, 0].mean((1, 2)).tolist()
-
-
-def make(pipeline, output_dir, peft_config=None, adapter=None, **overrides):
-    values = {
-        "output_dir": str(output_dir), "use_cpu": True, "per_device_train_batch_size": 4, "num_generations": 2,
-        "num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "max_sequence_length": 12,
-        "max_steps": 1, "learning_rate": 3e-2, "save_strategy": "no", "disable_tqdm": True, "seed": 5,
-        "eval_num_inference_steps": 2, "gradient_accumulation_steps": 1, "logging_steps": 1,
-    }  # fmt: skip
-    args = DiffusionGRPOConfig(**{**values, **overrides})
-    return DiffusionGRPOTrainer(pipeline, [redness], args, PROMPTS, PROMPTS, peft_config=peft_config, adapter=adapter)
 
 
 def images(pipeline):
@@ -52,10 +30,6 @@ def drawn(trainer):
     pipeline, name = copy.copy(trainer.policy.pipeline), trainer.policy.denoiser_name
     setattr(pipeline, name, trainer.model)
     return images(pipeline)
-
-
-def distance(first, second):
-    return (first - second).abs().max().item()
 
 
 def tuned(name, run):

@@ -17,9 +17,9 @@ from ..prompts.embeddings import unload_encoders
 from ..report.figures import image_grid, save_samples
 from ..rewards.base import default_device
 from ..rewards.scoring import RewardScorer, reward_name
+from ..trainers.adapters import adapted, check_adapter
 from ..trainers.evaluation import draw_and_score, reward_means
 from ..trainers.inputs import as_list
-from ..trainers.weights import adapted, check_adapter
 from .measures import compare, joint_hypervolume
 
 BASE = "base"

@@ -12,10 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 from torch.nn.utils import get_total_norm
 from transformers import EarlyStoppingCallback, TrainerCallback
 
@@ -26,10 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class IterationCallback(TrainerCallback):
-    """Moves saves, stops and the evaluations that pick a best model to the end of the iteration, or of the run.
-
-    A rollout belongs to the weights that sampled it, and is not saved.
-    """
+    """Moves saves, stops and evaluations that pick a best model to the end of the iteration: no rollout is saved."""
 
     def __init__(self, trainer):
         self.trainer = trainer
@@ -47,9 +42,7 @@ class IterationCallback(TrainerCallback):
         if self.trainer.save_and_stop:
             control.should_save = control.should_training_stop = True
         boundary = state.global_step % self.trainer.updates_per_iteration == 0 or state.global_step >= state.max_steps
-        events = {"should_save", "should_training_stop"}
-        if args.metric_for_best_model:
-            events.add("should_evaluate")
+        events = ["should_save", "should_training_stop", *(["should_evaluate"] if args.metric_for_best_model else [])]
         self._postponed |= {event for event in events if getattr(control, event)}
         for event in events:
             setattr(control, event, boundary and event in self._postponed)
@@ -89,28 +82,24 @@ class GradientGuardCallback(TrainerCallback):
         dead, self.update_is_dead = self.update_is_dead, True
         ratios, self._ratios = self._ratios, []
         if trainer.is_deepspeed_enabled:  # has stepped already, unless a gradient was not finite
-            if dead:
-                self._count(dead=True)
-                return
-            finite = trainer.model_wrapped.was_step_applied()
+            finite = dead or trainer.model_wrapped.was_step_applied()
         else:
             gradients = [local_shard(p.grad) for p in model.parameters() if p.grad is not None]
             norm = get_total_norm(gradients).item()  # the one time that an update waits for the device
             finite = math.isfinite(norm)
+            dead = args.skip_dead_updates and args.beta == 0 and not any_rank(not dead, device)
         if any_rank(not finite, device):
             if not trainer.is_deepspeed_enabled:
                 model.zero_grad(set_to_none=True)
             self._report_nonfinite(ratios, state.global_step + 1)
             return
         self._nonfinite_in_a_row = 0
-        if trainer.is_deepspeed_enabled:
-            self._count()
-        elif args.skip_dead_updates and args.beta == 0 and not any_rank(not dead, device):
-            model.zero_grad(set_to_none=True)
-            self._count(dead=True)
-        else:
-            self._count()
-            self._compare_with_epsilon(norm, sum(g.numel() for g in gradients), args.adam_epsilon)
+        self._count(dead=dead)
+        if not trainer.is_deepspeed_enabled:
+            if dead:
+                model.zero_grad(set_to_none=True)
+            else:
+                self._compare_with_epsilon(norm, sum(g.numel() for g in gradients), args.adam_epsilon)
 
     def _report_nonfinite(self, ratios: list[tuple[torch.Tensor, dict[str, Any]]], update: int) -> None:
         """Name the rows of a skipped update whose ratio is not a number; stop the run after too many in a row."""
@@ -129,9 +118,9 @@ class GradientGuardCallback(TrainerCallback):
             return
         self._nonfinite_in_a_row += 1
         self._count(nonfinite=True)
+        count = self._nonfinite_in_a_row
         where = "; ".join(culprits[:3]) or "all ratios here are finite, so the backward pass overflowed"
         where += f" and {len(culprits) - 3} more" if len(culprits) > 3 else ""
-        count = self._nonfinite_in_a_row
         logger.warning("Update %d has non-finite gradients and is skipped (%d in a row): %s.", update, count, where)
         if count >= trainer.args.max_nonfinite_updates:
             trainer.request_stop(
@@ -164,9 +153,9 @@ class GradientGuardCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Stops the trainer at the end of the iteration after SIGINT or SIGTERM, on all processes together.
+    """Stops the trainer at the end of the iteration after SIGINT or SIGTERM; a second signal stops at once.
 
-    A second signal stops at once, and the iteration is lost. Set `trainer` before training starts.
+    Set `trainer` before training starts.
     """
 
     def __init__(self) -> None:
@@ -200,30 +189,22 @@ class InterruptCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows progress, and the latest reward and priority of the objectives `names`: live, or off a terminal a line per log."""
+    """Shows a progress bar with the latest reward and priority of the objectives `names`, or, without a terminal, a line."""
 
     def __init__(self, names: list[str], console: Console | None = None):
         self.names, self.console = names, console or Console()
-        self._live: Live | None = None
+        self._bar: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero or not self.console.is_terminal:
-            return
-        self._bar = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("updates, elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
-        self._text = Text("reward (priority): waiting for the first iteration", overflow="ellipsis", no_wrap=True)
-        self._live = Live(Group(self._bar, self._text), console=self.console, refresh_per_second=4)
-        self._live.start()
+        if state.is_world_process_zero and self.console.is_terminal:
+            times = TextColumn("updates, elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+            rewards = TextColumn("{task.description}", markup=False)
+            self._bar = Progress(BarColumn(24), MofNCompleteColumn(), *times, rewards, console=self.console)
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self._bar.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self._live is not None:
+        if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -234,15 +215,15 @@ class ProgressCallback(TrainerCallback):
             reward, priority = logs.get(f"rewards/{name}/mean"), logs.get(f"priority/{name}")
             if reward is not None:
                 parts.append(f"{name} {reward:.3g}" + (f" ({priority:.0%})" if priority is not None else ""))
-        if parts and self._live is not None:
-            self._text.plain = "  ".join(parts)
+        if parts and self._bar is not None:
+            self._bar.update(self._task, description="  ".join(parts))
         elif parts and not self.console.is_terminal:
             self.console.print(f"update {state.global_step}/{state.max_steps}:", *parts, sep="  ", soft_wrap=True)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 class RewardHackingWatch:
@@ -257,7 +238,8 @@ class RewardHackingWatch:
         """Compare an evaluation (one record a row, with `prompt` and `rewards`) with the first one of its dataset."""
         prompts = json.dumps([[record["prompt"] for record in records], names])
         key = hashlib.sha256(prompts.encode()).hexdigest()[:16]
-        rewards = [[_finite(record["rewards"][name]) for name in names] for record in records]
+        rows = [[record["rewards"][name] for name in names] for record in records]
+        rewards = [[value if math.isfinite(value) else None for value in row] for row in rows]
         first = self._first.get(dataset)
         if first is None or first["key"] != key:
             self._first[dataset] = {"key": key, "rewards": rewards}
@@ -281,10 +263,6 @@ class RewardHackingWatch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._first, self._warned = state["first"], state["warned"]
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _tensor(rows: list[list[float | None]]) -> torch.Tensor:

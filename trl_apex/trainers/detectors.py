@@ -1,4 +1,4 @@
-"""Whether a run learns at all: a few numbers an iteration that cost one small forward, and one plain warning each."""
+"""Whether a run learns at all: a few numbers an iteration that cost one small forward, and one warning each."""
 
 import logging
 from collections import deque
@@ -26,10 +26,10 @@ SKETCH = 64
 class LearningDetectors(TrainerCallback):
     """Watches for runs that go on and learn nothing, or something else than the reward.
 
+    - Every objective scores some image, and most iterations have an advantage.
     - The denoiser that samples gives another velocity for the same noise once its weights have changed.
     - The importance ratio of a first update is 1, up to rounding.
     - Pixels, latents and velocities keep the size that they had in the first iteration.
-    - Most training steps have an advantage, and every objective scores some image.
     """
 
     def __init__(self, trainer):
@@ -60,15 +60,12 @@ class LearningDetectors(TrainerCallback):
         if len(self._scored) == PATIENCE:
             return
         self._scored.append(rewards.isfinite().any(0))
-        if len(self._scored) < PATIENCE:
-            return
         for name, scored in zip(self.trainer.reward_func_names, torch.stack(self._scored).any(0), strict=True):
-            if not scored:
-                logger.warning(
-                    "The reward %r has scored no image in %d iterations, so nothing is learned from it. It returns None "
-                    "or fails for every prompt: check the column it reads and the prompts it applies to.",
-                    name,
-                    PATIENCE,
+            if len(self._scored) == PATIENCE and not scored:
+                self._warn(
+                    f"unscored/{name}",
+                    f"The reward {name!r} has scored no image in {PATIENCE} iterations, so nothing is learned from it. It "
+                    "returns None or fails for every prompt: check the column it reads and the prompts it applies to.",
                 )
 
     # Does the adapter reach the rollout?
@@ -91,12 +88,10 @@ class LearningDetectors(TrainerCallback):
             self._probe = self._kept_input()
         was_training = model.training
         model.eval()
-        try:
-            with torch.no_grad():
-                guidance = trainer.args.guidance_scale
-                self._velocity = guided_prediction(trainer.policy, model, *self._probe, None, guidance).flatten()
-        finally:
-            model.train(was_training)
+        with torch.no_grad():
+            guidance = trainer.args.guidance_scale
+            self._velocity = guided_prediction(trainer.policy, model, *self._probe, None, guidance).flatten()
+        model.train(was_training)
 
     def _kept_input(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The first step of the first training prompt, the same in every iteration, on every rank and after a resume."""
@@ -122,8 +117,9 @@ class LearningDetectors(TrainerCallback):
         trainer._metrics["train"]["ratio/first_update_deviation"].append(deviation)
         limit = min(trainer.epsilon_low, trainer.epsilon_high) / 4
         if deviation > limit:
-            dropout = active_dropout(trainer.model)
-            because = f"Dropout is active in {dropout[0]}: set disable_dropout=True. " if dropout else ""
+            modules = trainer.model.named_modules()
+            dropout = next((name for name, m in modules if isinstance(m, nn.Dropout) and m.p > 0), None)
+            because = f"Dropout is active in {dropout}: set disable_dropout=True. " if dropout else ""
             self._warn(
                 "ratio",
                 f"On the first update of an iteration the importance ratio must be 1. Found a distance of {deviation:.2g}, "
@@ -190,15 +186,3 @@ class LearningDetectors(TrainerCallback):
             self._warned.add(name)
             if self.trainer.is_world_process_zero():
                 logger.warning("%s", text)
-
-
-def active_dropout(model: nn.Module) -> list[str]:
-    """The names of dropout layers with a probability above 0."""
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout layer to 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

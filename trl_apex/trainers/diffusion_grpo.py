@@ -44,6 +44,7 @@ from ..rewards.base import to_pil
 from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardFailureRateError, RewardScorer
 from . import evaluation
+from .adapters import prepare_denoiser, take_adapter
 from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallback, RewardHackingWatch
 from .checkpoint import save_before_failing
 from .config import DiffusionGRPOConfig
@@ -65,7 +66,7 @@ from .logs import (
 )
 from .publishing import without_token
 from .trl_seam import RunTrainer
-from .weights import ADAPTER_RATE, FULL_RATE, EMACallback, prepare_denoiser, take_adapter
+from .weights import ADAPTER_RATE, FULL_RATE, EMACallback
 
 logger = logging.getLogger(__name__)
 
@@ -241,10 +242,9 @@ class DiffusionGRPOTrainer(RunTrainer):
             self.add_callback(ProgressCallback(names))
         self._watch = RewardHackingWatch(len(names))
         self._detectors, self._guard = LearningDetectors(self), GradientGuardCallback(self)
-        self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps) if args.ema_decay else None
+        self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps)
         for callback in (IterationCallback(self), self._detectors, self._guard, self._ema):
-            if callback is not None:
-                self.add_callback(callback)
+            self.add_callback(callback)
 
     def _stateful(self) -> dict[str, Any]:
         """What a checkpoint keeps in `apex_state.json`: objects with `state_dict` and `load_state_dict`, by name."""

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -84,8 +84,7 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[
         return trainer._sample(trainer._conditions(prompts), initial, sampler, guidance).images
 
     scorer = trainer._open_scorer(funcs, names)
-    averaged = trainer._ema.averaged() if trainer._ema is not None else nullcontext()
-    with averaged, closing(scorer):
+    with trainer._ema.averaged(), closing(scorer):
         own = draw_and_score(
             dataset, mine, draw, partial(trainer._submit, scorer), names,
             seed=args.seed, shape=trainer.latent_shape, batch_size=args.per_device_eval_batch_size,

@@ -14,7 +14,7 @@ from trl import GRPOConfig
 from ..diffusion.families import dtype_argument
 from ..prompts.datasets import check_dataset
 from ..rewards.scoring import numbered_names, reward_name, takes_images
-from .checkpoint import check_writable
+from .manifest import check_writable
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward call gets, beside dataset columns and, where it takes them, `images`."""

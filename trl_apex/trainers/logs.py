@@ -1,11 +1,11 @@
-"""What a run logs and records: metrics, pictures, its arguments and environment."""
+"""What a run logs and records: metrics, pictures, its arguments, versions and warnings."""
 
 import json
 import logging
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,165 +24,90 @@ from ..redact import redacted
 from ..rewards.base import to_pil
 from ..rewards.scoring import ScoredBatch
 
-
-def send_picture(callbacks: Iterable[Any], name: str, picture: Image.Image, step: int) -> None:
-    """Log a picture with every tracker that is among a trainer's callbacks and has a run open.
-
-    Args:
-        callbacks (`Iterable[transformers.TrainerCallback]`): the trainer's.
-        name (`str`): its key.
-        picture (`PIL.Image.Image`): what to log.
-        step (`int`): optimizer steps so far.
-
-    Note:
-        TRL's table of completions holds the images in trackio; in Weights & Biases its cells say "Image" (TRL 1.16,
-        wandb 0.31), and TensorBoard has no tables.
-    """
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
-            callback.tb_writer.flush()
-        elif isinstance(callback, WandbCallback):
-            import wandb
-
-            if wandb.run is not None:
-                wandb.log({name: wandb.Image(picture), "train/global_step": step})
-        elif isinstance(callback, TrackioCallback):
-            import trackio
-
-            if trackio.context_vars.current_run.get() is not None:
-                trackio.log({name: trackio.Image(picture), "train/global_step": step})
-
-
-PACKAGES = (
-    *("trl_apex", "torch", "trl", "transformers", "diffusers", "accelerate", "peft", "datasets", "huggingface_hub"),
-    *("safetensors", "numpy", "pillow", "deepspeed", "torchjd", "rapidocr", "onnxruntime", "fastapi", "matplotlib"),
-)
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that matter; optional ones may be missing."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def record_arguments(output_dir: Path, groups: Sequence[Any], command: str) -> None:
-    """Write `config.json` (every argument) and `environment.json`, without secrets.
-
-    `environment.json` holds the command, the date, the versions, and the names of the arguments that differ from their
-    defaults.
-
-    Args:
-        output_dir (`Path`): the run directory; made if needed.
-        groups (`Sequence`): dataclass instances, such as an [`APEXConfig`].
-        command (`str`): the command line.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    arguments: dict[str, Any] = {}
-    changed = []
-    for group in groups:
-        arguments |= group.to_dict() if hasattr(group, "to_dict") else vars(group)
-        for f in fields(group):
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            if getattr(group, f.name, default) != default:
-                changed.append(f.name)
-    date = datetime.now().astimezone().isoformat(" ", "minutes")
-    record = {"command": command, "date": date, "changed": changed, "versions": versions()}
-    for name, content in (("config.json", dict(sorted(arguments.items()))), ("environment.json", record)):
-        (output_dir / name).write_text(json.dumps(redacted(content), indent=1, default=str))
-
-
-@contextmanager
-def recorded_warnings(output_dir: Path | None, trainer: Any) -> Iterator[None]:
-    """Append this package's warnings to `warnings.jsonl`, each once, and show them as usual.
-
-    Args:
-        output_dir (`Path`, *optional*): None records nothing.
-        trainer: its step is recorded with each warning.
-    """
-    if output_dir is None:
-        yield
-        return
-    seen: set[str] = set()
-
-    def record(text: str) -> None:
-        text = str(redacted(" ".join(text.split())))
-        if text not in seen:
-            seen.add(text)
-            with (output_dir / "warnings.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": trainer.state.global_step, "text": text}) + "\n")
-
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda entry: record(entry.getMessage())  # type: ignore[method-assign, assignment, misc]
-    package = logging.getLogger("trl_apex")
-    with warnings.catch_warnings():  # puts `showwarning` back at the end
-        show = warnings.showwarning
-
-        def show_and_record(message, category, filename, lineno, file=None, line=None):
-            if "trl_apex" in filename or category.__module__.startswith("trl_apex"):
-                record(str(message))
-            show(message, category, filename, lineno, file, line)
-
-        warnings.showwarning = show_and_record
-        package.addHandler(handler)
-        try:
-            yield
-        finally:
-            package.removeHandler(handler)
-
-
-logger = logging.getLogger(__name__)
-
 COLUMNS, ROWS = 8, 8
 """Of the pictures that are logged, at most."""
 PICTURES = COLUMNS * ROWS
 """The main process keeps no more than these, all of its own rows: pictures are not gathered."""
 COUNTS = ("reward_failures/", "skipped_updates/dead", "skipped_updates/nonfinite")
 """Metrics that a log line sums, where TRL would average them. A share is logged beside each."""
-PATIENCE = 3
-"""Iterations without any score after which an objective is named in a warning."""
+PACKAGES = (
+    *("trl_apex", "torch", "trl", "transformers", "diffusers", "accelerate", "peft", "datasets", "huggingface_hub"),
+    *("safetensors", "numpy", "pillow", "deepspeed", "torchjd", "rapidocr", "onnxruntime", "fastapi", "matplotlib"),
+)
 
 
-def log_samples(logs: dict[str, Any], rewards: dict[str, list[float]], **columns: list[Any]) -> None:
-    """Append the rows of a rollout to TRL's table of completions."""
-    for name, values in columns.items():
-        logs[name].extend(values)
-    for name, values in rewards.items():
-        logs["rewards"][name].extend(values)
+# Metrics of a rollout
 
 
-def newest_samples(logs: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """The rows of TRL's table that have a picture: prompt, image and rewards."""
-    return [
-        {
-            "prompt": logs["prompt"][i],
-            "image": images[0],
-            "rewards": {name: logs["rewards"][name][i] for name in names},
-        }
-        for i, images in enumerate(logs["images"])
-        if images
-    ]
+def log_scoring(
+    scored: list[ScoredBatch], names: list[str], metrics: dict[str, list[float]], device: torch.device
+) -> tuple[dict[str, int], int]:
+    """Log the time and the failures of each reward; return the failures of all ranks, and how many images there were."""
+    counts = [sum(batch.failures.get(name, 0) for batch in scored) for name in names]
+    images = sum(len(batch.rewards) for batch in scored)
+    totals = all_reduce_sum(torch.tensor([*counts, images], dtype=torch.float32, device=device))
+    *all_counts, samples = map(int, totals.tolist())
+    for name, failures in zip(names, all_counts, strict=True):
+        metrics[f"time/reward/{name}"].append(sum(batch.seconds.get(name, 0.0) for batch in scored))
+        metrics[f"reward_failures/{name}"].append(float(failures))
+        metrics[f"reward_failure_rate/{name}"].append(failures / samples)
+    return dict(zip(names, all_counts, strict=True)), samples
 
 
-def shown_pictures(images: Tensor, group_size: int, size: int) -> list[list[Image.Image]]:
-    """One list a row of all ranks: a picture for the rows that the grid shows, nothing for the others.
+def log_rewards(
+    rewards: Tensor, names: list[str], weights: Tensor, group_size: int, metrics: dict[str, list[float]]
+) -> None:
+    """Log mean and spread of each objective and of the weighted sum; `rewards` `[B, K]` are all ranks', NaN where missing."""
+    rewards = rewards.double()
+    for name, column in zip(names, rewards.T, strict=True):
+        metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
+        metrics[f"rewards/{name}/std"].append(_std(column))
+    total = weighted_sum(rewards, weights)
+    groups = [_std(group) for group in total.reshape(-1, group_size)]
+    spreads = torch.tensor([std for std in groups if math.isfinite(std)], dtype=torch.float64)
+    metrics["reward"].append(total.nanmean().item())
+    metrics["reward_std"].append(_std(total))
+    metrics["reward_std_in_group"].append(spreads.mean().item())
+    metrics["frac_reward_zero_std"].append((spreads < 1e-8).double().mean().item())
 
-    Args:
-        images (`torch.Tensor` of shape `[B, 3, H, W]`): of the main process, which has the first rows.
-        group_size (`int`): images of one prompt.
-        size (`int`): rows of all ranks.
+
+def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum `[B]` of rewards `[B, K]` without those that are missing (NaN); NaN where all of a row are.
+
+    An objective of weight 0 is only watched.
+
+    Example:
+        >>> weighted_sum(torch.tensor([[1.0, 2.0], [1.0, torch.nan], [torch.nan, torch.nan]]), torch.tensor([1.0, 0.5]))
+        tensor([2., 1., nan])
     """
-    columns = min(group_size, COLUMNS)
-    shown = [i for i in range(len(images)) if i % group_size < columns][: columns * ROWS]
-    pictures: list[list[Image.Image]] = [[] for _ in range(size)]
-    for row, picture in zip(shown, to_pil(images[shown]), strict=True):
-        pictures[row] = [picture]
-    return pictures
+    total = (rewards * weights).nansum(1)
+    return total.masked_fill(~(rewards.isfinite() & (weights != 0)).any(1), math.nan)
+
+
+def _std(values: Tensor) -> float:
+    valid = values[values.isfinite()]
+    return valid.std().item() if len(valid) > 1 else math.nan
+
+
+def log_from_rewards(
+    pending: tuple[dict[str, list], dict[str, list]], metrics: dict[str, list[float]], extra: dict[str, Any]
+) -> None:
+    """Collect what reward functions logged through `log_metric` and `log_extra` on any rank, in one exchange.
+
+    A call that outlasted its timeout may still be logging from its thread, hence the copies.
+    """
+    own = tuple({name: list(values) for name, values in list(logged.items())} for logged in pending)
+    for logged in pending:
+        logged.clear()
+    everyone = gather_list([own])
+    for name in sorted({name for logged, _ in everyone for name in logged}):
+        values = [value for logged, _ in everyone for value in logged.get(name, [])]
+        metrics[name].append(sum(values) / len(values))
+    for column in sorted({column for _, columns in everyone for column in columns}):
+        extra[column].extend(value for _, columns in everyone for value in columns.get(column, []))
+
+
+# Metrics of updates
 
 
 def update_metrics(surrogate: Surrogate, distance: Tensor | None) -> dict[str, Tensor]:
@@ -218,84 +143,126 @@ def sum_counts(metrics: dict[str, list[float]]) -> None:
             values[:] = [sum(values)]
 
 
-def log_scoring(
-    scored: list[ScoredBatch], names: list[str], metrics: dict[str, list[float]], device: torch.device
-) -> tuple[dict[str, int], int]:
-    """Log the time and the failures of each reward; return the failures of all ranks, and how many images there were."""
-    counts = [sum(batch.failures.get(name, 0) for batch in scored) for name in names]
-    images = sum(len(batch.rewards) for batch in scored)
-    totals = all_reduce_sum(torch.tensor([*counts, images], dtype=torch.float32, device=device))
-    *all_counts, samples = map(int, totals.tolist())
-    for name, failures in zip(names, all_counts, strict=True):
-        metrics[f"time/reward/{name}"].append(sum(batch.seconds.get(name, 0.0) for batch in scored))
-        metrics[f"reward_failures/{name}"].append(float(failures))
-        metrics[f"reward_failure_rate/{name}"].append(failures / samples)
-    return dict(zip(names, all_counts, strict=True)), samples
+# Pictures
 
 
-def log_rewards(
-    rewards: Tensor, names: list[str], weights: Tensor, group_size: int, metrics: dict[str, list[float]]
-) -> None:
-    """Log mean and spread of each objective and of the weighted sum.
+def log_samples(logs: dict[str, Any], rewards: dict[str, list[float]], **columns: list[Any]) -> None:
+    """Append the rows of a rollout to TRL's table of completions."""
+    for name, values in columns.items():
+        logs[name].extend(values)
+    for name, values in rewards.items():
+        logs["rewards"][name].extend(values)
 
-    Args:
-        rewards (`torch.Tensor` of shape `[B, K]`): of all ranks, on the CPU; NaN for a missing one.
-        names (`list[str]`): K names.
-        weights (`torch.Tensor` of shape `[K]`): the user's.
-        group_size (`int`): images of one prompt.
-        metrics (`dict[str, list[float]]`): where to append.
+
+def newest_samples(logs: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The rows of TRL's table that have a picture: prompt, image and rewards."""
+    shown = [i for i, images in enumerate(logs["images"]) if images]
+    return [
+        {
+            "prompt": logs["prompt"][i],
+            "image": logs["images"][i][0],
+            "rewards": {n: logs["rewards"][n][i] for n in names},
+        }
+        for i in shown
+    ]
+
+
+def shown_pictures(images: Tensor, group_size: int, size: int) -> list[list[Image.Image]]:
+    """A list for each of all ranks' `size` rows: a picture for the rows that the grid shows, else empty.
+
+    The `images` `[B, 3, H, W]` are those of the main process, which has the first rows.
     """
-    rewards = rewards.double()
-    for name, column in zip(names, rewards.T, strict=True):
-        valid = column[column.isfinite()]
-        metrics[f"rewards/{name}/mean"].append(valid.mean().item() if len(valid) else math.nan)
-        metrics[f"rewards/{name}/std"].append(_std(column))
-    total = weighted_sum(rewards, weights)
-    groups = [_std(group) for group in total.reshape(-1, group_size)]
-    spreads = torch.tensor([std for std in groups if math.isfinite(std)], dtype=torch.float64)
-    metrics["reward"].append(total.nanmean().item())
-    metrics["reward_std"].append(_std(total))
-    metrics["reward_std_in_group"].append(spreads.mean().item())
-    metrics["frac_reward_zero_std"].append((spreads < 1e-8).double().mean().item())
+    columns = min(group_size, COLUMNS)
+    shown = [i for i in range(len(images)) if i % group_size < columns][: columns * ROWS]
+    pictures: list[list[Image.Image]] = [[] for _ in range(size)]
+    for row, picture in zip(shown, to_pil(images[shown]), strict=True):
+        pictures[row] = [picture]
+    return pictures
 
 
-def log_from_rewards(
-    pending: tuple[dict[str, list], dict[str, list]], metrics: dict[str, list[float]], extra: dict[str, Any]
-) -> None:
-    """Collect what reward functions logged through `log_metric` and `log_extra` on any rank.
+def send_picture(callbacks: Iterable[Any], name: str, picture: Image.Image, step: int) -> None:
+    """Log a picture under `name` with every tracker among a trainer's `callbacks` that has a run open.
 
-    All names travel in one exchange, since a reward may log on some ranks only. A call that outlasted its timeout may
-    still be logging from its thread, hence the copies.
+    TRL's table of completions holds the images in trackio; in Weights & Biases its cells say "Image" (TRL 1.16, wandb 0.31),
+    and TensorBoard has no tables.
     """
-    own = tuple({name: list(values) for name, values in list(logged.items())} for logged in pending)
-    for logged in pending:
-        logged.clear()
-    everyone = gather_list([own])
-    for name in sorted({name for logged, _ in everyone for name in logged}):
-        values = [value for logged, _ in everyone for value in logged.get(name, [])]
-        metrics[name].append(sum(values) / len(values))
-    for column in sorted({column for _, columns in everyone for column in columns}):
-        extra[column].extend(value for _, columns in everyone for value in columns.get(column, []))
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            callback.tb_writer.flush()
+        elif isinstance(callback, WandbCallback):
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({name: wandb.Image(picture), "train/global_step": step})
+        elif isinstance(callback, TrackioCallback):
+            import trackio
+
+            if trackio.context_vars.current_run.get() is not None:
+                trackio.log({name: trackio.Image(picture), "train/global_step": step})
 
 
-def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of each row's rewards, without those that are missing; NaN where all are.
+# Files beside the run
 
-    Args:
-        rewards (`torch.Tensor` of shape `[B, K]`): NaN for a missing one.
-        weights (`torch.Tensor` of shape `[K]`): the user's; an objective of weight 0 is only watched.
 
-    Example:
-        ```python
-        >>> weighted_sum(torch.tensor([[1.0, 2.0], [1.0, torch.nan], [torch.nan, torch.nan]]), torch.tensor([1.0, 0.5]))
-        tensor([2., 1., nan])
+def record_arguments(output_dir: Path, groups: Sequence[Any], command: str) -> None:
+    """Write every argument of the dataclasses `groups` to `config.json`, without secrets, and `environment.json`.
 
-        ```
+    That one holds the command, the date, the versions, and the names of the arguments that differ from their defaults.
     """
-    total = (rewards * weights).nansum(1)
-    return total.masked_fill(~(rewards.isfinite() & (weights != 0)).any(1), math.nan)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    arguments: dict[str, Any] = {}
+    changed = []
+    for group in groups:
+        arguments |= group.to_dict() if hasattr(group, "to_dict") else vars(group)
+        for f in fields(group):
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if getattr(group, f.name, default) != default:
+                changed.append(f.name)
+    date = datetime.now().astimezone().isoformat(" ", "minutes")
+    record = {"command": command, "date": date, "changed": changed, "versions": versions()}
+    for name, content in (("config.json", dict(sorted(arguments.items()))), ("environment.json", record)):
+        (output_dir / name).write_text(json.dumps(redacted(content), indent=1, default=str))
 
 
-def _std(values: Tensor) -> float:
-    valid = values[values.isfinite()]
-    return valid.std().item() if len(valid) > 1 else math.nan
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that matter; optional ones may be missing."""
+    found = dict.fromkeys(PACKAGES, "not installed")
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@contextmanager
+def recorded_warnings(output_dir: Path | None, trainer: Any) -> Iterator[None]:
+    """Append this package's warnings, with the trainer's step, to `warnings.jsonl`, each once; with None they are only shown."""
+    if output_dir is None:
+        yield
+        return
+    seen: set[str] = set()
+
+    def record(text: str) -> None:
+        text = str(redacted(" ".join(text.split())))
+        if text not in seen:
+            seen.add(text)
+            with (output_dir / "warnings.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": trainer.state.global_step, "text": text}) + "\n")
+
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda entry: record(entry.getMessage())  # type: ignore[method-assign, assignment, misc]
+    package = logging.getLogger("trl_apex")
+    with warnings.catch_warnings():  # puts `showwarning` back at the end
+        show = warnings.showwarning
+
+        def show_and_record(message, category, filename, lineno, file=None, line=None):
+            if "trl_apex" in filename or category.__module__.startswith("trl_apex"):
+                record(str(message))
+            show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show_and_record
+        package.addHandler(handler)
+        try:
+            yield
+        finally:
+            package.removeHandler(handler)

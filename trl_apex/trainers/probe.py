@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,8 @@ class ProbeResult:
     Args:
         gramian (`Tensor` of shape `[K, K]`): inner products of the objectives' gradients, float64.
         cosine (`Tensor` of shape `[K, K]`): their cosines; NaN where a gradient is zero.
-        harmony (`float`): \(\min_k \cos(d, g_k)\), d the direction that training takes; below 0, some objective is
-            made worse to first order. NaN where all are zero.
+        harmony (`float`): \(\min_k \cos(d, g_k)\), d the direction that training takes; below 0, some objective gets
+            worse to first order. NaN where all are zero.
         cross (`Tensor` of shape `[K, K]`, *optional*): \(\langle g_k^{(1)}, g_l^{(2)} \rangle\) between the two halves
             of the prompts, where halves were given.
         rows (`int`): (sample, step) rows behind it, over all ranks.
@@ -49,8 +50,8 @@ class GradientProbe:
         model (`nn.Module`): what is trained, e.g. a PEFT model; not compiled.
         objectives (`list[str]`): names, in the order of the scores' columns.
         layers (`list[str]`, *optional*): regular expressions; a layer is probed if one of them is found in its name.
-            All linear layers with a trainable weight if not given: right for LoRA, costly for full fine-tuning, where
-            K + 1 copies of every probed weight are held during a probed step.
+            By default all linear layers with a trainable weight: right for LoRA, costly for full fine-tuning, since a
+            probed step holds K + 1 copies of every probed weight.
         every (`int`): optimizer steps between two probes.
         min_advantage (`float`): rows with a smaller \(|A_i|\) are left out.
 
@@ -72,8 +73,8 @@ class GradientProbe:
         The rows must enter the loss through their advantage alone. A KL term breaks that: on a probed step, make its
         forward under [`paused`]; the gradients add up to the same.
 
-        Works under gradient accumulation, gradient checkpointing, autocast, DDP and DeepSpeed, because it sees the
-        layers' activations alone. Full fine-tuning with DeepSpeed ZeRO-3 or FSDP works likewise.
+        Works under gradient accumulation and checkpointing, autocast, DDP, DeepSpeed and FSDP, because it sees the layers'
+        activations alone.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class GradientProbe:
         return list(self._layers)
 
     def due(self, update: int) -> bool:
-        """Whether the optimizer step with this number (from 0) is to be probed."""
+        """Whether the optimizer step `update` (from 0) is to be probed."""
         return update % self.every == 0
 
     @contextmanager
@@ -129,10 +130,7 @@ class GradientProbe:
             self._paused = False
 
     def rows(
-        self,
-        advantages: Float[Tensor, " R"],
-        scores: Float[Tensor, "R K"],
-        halves: Int[Tensor, " R"] | None = None,
+        self, advantages: Float[Tensor, " R"], scores: Float[Tensor, "R K"], halves: Int[Tensor, " R"] | None = None
     ) -> None:
         """Say what the rows of this micro-batch are.
 
@@ -141,9 +139,6 @@ class GradientProbe:
             scores (`Tensor` of shape `[R, K]`): each objective's own, e.g. `aggregator.normalized` of the row's sample.
             halves (`Tensor` of shape `[R]`, *optional*): 0 or 1, the half that the row's *prompt* belongs to, for the
                 cross-fitted population estimate.
-
-        Raises:
-            ValueError: if the shapes do not fit.
         """
         size = len(self.objectives)
         if scores.ndim != 2 or scores.shape != (len(advantages), size):
@@ -154,22 +149,16 @@ class GradientProbe:
         scores, advantages = scores.detach().float(), advantages.detach().float()
         used = advantages.abs() > self.min_advantage
         ratios = torch.where(used[:, None], scores / torch.where(used, advantages, 1.0)[:, None], 0.0)
-        columns = [ratios, torch.ones_like(ratios[:, :1])]
         self._halved = halves is not None
-        if halves is not None:
-            first = (halves == 0)[:, None]
-            columns = [torch.where(first, ratios, 0.0), columns[1], torch.where(first, 0.0, ratios)]
-        self._coefficients = torch.cat(columns, 1)
+        first = torch.ones_like(used) if halves is None else halves == 0
+        parts = [ratios * first[:, None], torch.ones_like(ratios[:, :1]), ratios * ~first[:, None]]
+        self._coefficients = torch.cat(parts if self._halved else parts[:2], 1)
         self._count += int(used.sum())
 
     def result(self, reduce: Callable[[Tensor], Tensor] | None = None) -> ProbeResult | None:
-        """What was measured since the last call, which this call forgets.
+        """What was measured since the last call, which this call forgets; None if nothing was.
 
-        Args:
-            reduce (`Callable`, *optional*): sums a tensor over ranks, e.g. an all-reduce. Every rank must call.
-
-        Returns:
-            [`ProbeResult`], or `None` if nothing was measured.
+        `reduce` sums a tensor over ranks, e.g. an all-reduce; then every rank must call.
         """
         sums, self._sums, count, self._count = self._sums, {}, self._count, 0
         if not sums:
@@ -181,11 +170,10 @@ class GradientProbe:
                 gradients = sums.pop(name)
                 gradients = reduce(gradients) if reduce else gradients
                 parts.append((gradients @ gradients.T).cpu().double())  # float64 only there: some devices have none
-        rows = torch.tensor([float(count)], dtype=torch.float64)
-        if reduce:
-            device = next(iter(self._layers.values())).weight.device
-            rows = reduce(rows.to(device, torch.float32)).cpu()
-        return _summarize(torch.stack(parts).sum(0), len(self.objectives), self._halved, int(rows))
+        device = next(iter(self._layers.values())).weight.device
+        counted = torch.tensor([count], dtype=torch.float32, device=device)
+        rows = int(reduce(counted) if reduce else counted)
+        return _summarize(torch.stack(parts).sum(0), len(self.objectives), self._halved, rows)
 
     def _hook(self, name: str):
         def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -246,11 +234,6 @@ def weighted_gradients(
 
     Returns:
         `Tensor` of shape `[M, out * in]`, or `[M, out * in + out]` with the bias, float32.
-
-    Example:
-        >>> inputs, gradient = torch.eye(2), torch.ones(2, 1)
-        >>> weighted_gradients(inputs, gradient, torch.tensor([[1.0, 0.0], [0.0, 3.0]])).tolist()
-        [[1.0, 0.0], [0.0, 3.0]]
     """
     rows, wide, narrow = len(gradient), gradient.shape[-1], inputs.shape[-1]
     d, a = gradient.float().reshape(rows, -1, wide), inputs.float().reshape(rows, -1, narrow)
@@ -274,19 +257,15 @@ def _linear_layers(model: nn.Module, patterns: Iterable[str] | None) -> Iterator
 
 
 def _summarize(products: Float[Tensor, "M M"], size: int, halved: bool, rows: int) -> ProbeResult:
-    # Columns: K objectives (of the first half of the prompts), the training direction, K objectives of the second.
+    """Turn inner products of [objectives (of the first half of the prompts), direction, objectives of the second] into a result."""
     cross = None
     if halved:
-        first, second = slice(0, size), slice(size + 1, 2 * size + 1)
-        cross = products[first, second]
-        merge = torch.zeros(size + 1, 2 * size + 1, dtype=products.dtype)
-        merge[:, : size + 1] = torch.eye(size + 1)
+        cross = products[:size, size + 1 :]
+        merge = torch.eye(2 * size + 1, dtype=products.dtype)[: size + 1]  # a gradient is the sum of its halves
         merge[:size, size + 1 :] = torch.eye(size)
         products = merge @ products @ merge.T
     norms = products.diagonal().clamp(min=0.0).sqrt()
-    outer = norms[:, None] * norms[None, :]
+    outer = torch.outer(norms, norms)
     cosine = torch.where(outer > 0, products / outer, torch.nan)
-    to_direction = cosine[size, :size]
-    known = to_direction[~to_direction.isnan()]
-    harmony = float(known.min()) if len(known) else float("nan")
-    return ProbeResult(products[:size, :size], cosine[:size, :size], harmony, cross, rows)
+    known = [value for value in cosine[size, :size].tolist() if value == value]
+    return ProbeResult(products[:size, :size], cosine[:size, :size], min(known, default=math.nan), cross, rows)

@@ -14,8 +14,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -23,7 +21,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -35,7 +40,7 @@ from .weights import save_denoiser
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Not among it: training_args.bin (a pickle of the arguments, the token among them), completions/ and logs.
+# Not training_args.bin (a pickle of the arguments), completions/ and logs.
 UPLOADED = [
     *("README.md", "report.html", "pytorch_lora_weights.safetensors"),
     *("adapter_model.safetensors", "adapter_config.json", "transformer/*", "unet/*"),
@@ -44,6 +49,8 @@ UPLOADED = [
 ]
 PAUSES = (1.0, 4.0)
 """Seconds before each further attempt after a network failure."""
+SENT_ONCE = ("/repos/create", "/validate-yaml", "/commit/")
+"""Requests that the client of the Hub sends once. It repeats the others of an upload by itself."""
 FACTS_FILE = "card.json"
 
 
@@ -52,50 +59,38 @@ FACTS_FILE = "card.json"
 
 def without_token(args: Any) -> tuple[Any, str | None]:
     """A copy of the arguments without the token of the Hub, since every checkpoint holds them, and the token."""
-    if not args.hub_token:
-        return args, None
-    token, args = args.hub_token, copy.copy(args)
-    args.hub_token = None
+    token = args.hub_token
+    if token:
+        args = copy.copy(args)
+        args.hub_token = None
     return args, token
 
 
-def init_hf_repo(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
-    """Create the repository, or find it, before any compute.
-
-    Raises:
-        PushError: if the token, the name or the connection will not do.
-    """
+def init_hf_repo(trainer: Any, token: str | None, private: bool | None) -> None:
+    """[`RunTrainer.init_hf_repo`]."""
     if not trainer.is_world_process_zero():
         return
     args = trainer.args
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     private = args.hub_private_repo if private is None else private
     api = HfApi(token=token or trainer._hub_token)
-    repo = trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, None, api.endpoint)
+    repo = trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, api.endpoint)
     trainer.hub_model_id = repo.repo_id
     trainer.push_in_progress = None
 
 
 def push_to_hub(
     trainer: Any,
-    commit_message: str | None = "End of training",
-    blocking: bool = True,
-    token: str | None = None,
-    revision: str | None = None,
-    private: bool | None = None,
+    commit_message: str | None,
+    blocking: bool,
+    token: str | None,
+    revision: str | None,
+    private: bool | None,
     *,
-    hub_model_id: str | None = None,
+    hub_model_id: str | None,
     **kwargs: Any,
 ) -> Any:
-    """Save the model and upload it with its card; returns the repository's address, or a future of it.
-
-    Every rank must call it; the main process uploads. The repository is `hub_model_id`, here or in the configuration;
-    by default it is named after `output_dir`.
-
-    Raises:
-        ValueError: if the commit message is the name of a repository.
-        PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
-    """
+    """[`RunTrainer.push_to_hub`]."""
     if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
         raise ValueError(
             "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
@@ -117,41 +112,28 @@ def push_to_hub(
         logger.warning("The model card has no pictures: %s", error)
     trainer.create_model_card(**kwargs)
     trainer._finish_current_push()
-    push = partial(
-        push_run,
-        run,
-        trainer.hub_model_id,
-        token=token or trainer._hub_token,
-        revision=revision or trainer.args.hub_revision,
-        create=False,
-        commit_message=commit_message or "End of training",
-    )
+    options: Any = {"token": token or trainer._hub_token, "revision": revision or trainer.args.hub_revision}
+    options |= {"create": False, "commit_message": commit_message or "End of training"}
+    push = partial(push_run, run, trainer.hub_model_id, **options)
     return push() if blocking else HfApi().run_as_future(push)
 
 
 def create_model_card(
-    trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None, **kwargs: Any
+    trainer: Any, model_name: str | None, dataset_name: str | None, tags: Any, **kwargs: Any
 ) -> None:
-    """Write the model card of the run as it stands.
-
-    Args:
-        model_name (`str`, *optional*): by default the name of the repository or of the output directory.
-        dataset_name (`str`, *optional*): hub id of the prompts.
-        tags (`str` or `list[str]`, *optional*): further tags.
-        kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
-    """
+    """[`RunTrainer.create_model_card`]."""
     if not trainer.is_world_process_zero():
         return
     further = [tags] if isinstance(tags, str) else list(tags or [])
+    rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), trainer.reward_funcs, strict=True)
     adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
-    weights = trainer.reward_weights.tolist()
     facts = CardFacts(
         base_model=str(getattr(trainer.policy.pipeline.config, "_name_or_path", "") or ""),
         objectives=[
-            {"name": name, "weight": weight, "licence": getattr(func, "weights_licence", "")}
-            for name, weight, func in zip(trainer.reward_func_names, weights, trainer.reward_funcs, strict=True)
+            {"name": name, "weight": weight, "licence": getattr(reward, "weights_licence", "")}
+            for name, weight, reward in rewards
         ],
-        tags=list(dict.fromkeys([*trainer._tag_names, *(["lora"] if adapter else []), *further])),
+        tags=list(dict.fromkeys([*trainer._tag_names, "lora", *further])),
         trainer=type(trainer).__name__,
         adapter=adapter,
         denoiser=trainer.policy.denoiser_name,
@@ -164,7 +146,7 @@ def create_model_card(
 
 
 def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
-    """Upload a whole checkpoint in the background, by `hub_strategy`; a failure is a warning."""
+    """Upload a checkpoint in the background, by `hub_strategy`; a failure is a warning."""
     args, strategy = trainer.args, trainer.args.hub_strategy
     if strategy == HubStrategy.END or not trainer.is_world_process_zero():
         return
@@ -174,62 +156,49 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
     trainer.create_model_card()
     # The folder is laid out as the repository, out of links that outlive the checkpoint.
     staged = Path(tempfile.mkdtemp(prefix=".push-", dir=args.output_dir))
-    left_out = {"README.md", *(("adapter_model.safetensors",) if trainer._ema is not None else ())}  # not averaged
-    _link(checkpoint, staged, lambda path: is_uploaded(path) and path not in left_out)
+    left_out = {"README.md", *(("adapter_model.safetensors",) if args.ema_decay else ())}  # not averaged
+    for path in checkpoint.iterdir():
+        if is_uploaded(path.name) and path.name not in left_out:
+            _link(path, staged / path.name)
     shutil.copy(Path(args.output_dir) / "README.md", staged)
     folder = {"checkpoint": "last-checkpoint", "all_checkpoints": checkpoint.name}.get(str(strategy.value))
     if folder:
-        _link(checkpoint, staged / folder)
+        shutil.copytree(checkpoint, staged / folder, copy_function=_link)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if not isinstance(model, PeftModel) and trainer._engine == "ddp":
-        with trainer._ema.averaged() if trainer._ema is not None else nullcontext():
+        with trainer._ema.averaged():
             save_denoiser(model, staged / trainer.policy.denoiser_name)
     api, repo_id = HfApi(token=trainer._hub_token), trainer.hub_model_id
-    options = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": args.hub_revision}
+    options: Any = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": args.hub_revision}
 
     def upload() -> None:
         try:
-            once = partial(api.upload_folder, repo_id=repo_id, folder_path=staged, **options)
-            trying(once, repo_id, None, api.endpoint)
+            trying(lambda: api.upload_folder(repo_id=repo_id, folder_path=staged, **options), repo_id, api.endpoint)
+        except PushError as error:
+            logger.warning("%s The run goes on, and the next upload holds everything.", error)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
     job = api.run_as_future(upload)
-    job.add_done_callback(_report_failure)
     if busy:
         trainer.push_in_progress.jobs.append(job)
     else:
         trainer.push_in_progress = PushInProgress([job])
 
 
-def _link(source: Path, target: Path, keep: Callable[[str], bool] = lambda path: True) -> None:
-    """The same files in another folder, as links where the disk has them; `keep` takes paths relative to `source`."""
-    for path in [path for path in source.rglob("*") if path.is_file()]:
-        name = path.relative_to(source)
-        if keep(name.as_posix()):
-            place = target / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:
-                shutil.copy(path, place)
-
-
-def _report_failure(job: Future) -> None:
-    error = job.exception()
-    if error is not None:
-        text = str(error) if isinstance(error, PushError) else f"{type(error).__name__} while uploading a checkpoint"
-        logger.warning("%s The run goes on, and the next upload holds everything.", text)
+def _link(source: str | Path, target: str | Path) -> None:
+    """Give a file another place too: as a link, or as a copy where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 # Uploading a run directory
 
 
 class PushError(RuntimeError):
-    """An upload failed. The run is on disk as before, and the message says how to try again.
-
-    `user` says whether the user can mend it (token, name, permission) or the network must recover.
-    """
+    """An upload failed; the run on disk is unchanged. `user` says whether the user can mend it (token, name, permission)."""
 
     def __init__(self, message: str, user: bool = False) -> None:
         super().__init__(message)
@@ -248,11 +217,7 @@ def is_uploaded(path: str) -> bool:
 
 
 def check_uploadable(run_dir: str | Path) -> None:
-    """Refuse a directory that holds no weights to upload.
-
-    Raises:
-        FileNotFoundError: if it does not exist, or holds no weights.
-    """
+    """Raise FileNotFoundError for a directory that does not exist or holds no weights to upload."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(
@@ -275,9 +240,8 @@ def push_run(
     create: bool = True,
     commit_message: str = "Upload run",
     endpoint: str | None = None,
-    pauses: tuple[float, ...] | None = None,
 ) -> str:
-    """Upload a run in one commit: either all of it arrives, or nothing.
+    """Upload a run in one commit, all of it or nothing, and return the address of the repository.
 
     Args:
         run_dir (`str` or `Path`): the run directory, with its model card.
@@ -286,11 +250,6 @@ def push_run(
         private (`bool`, *optional*): visibility of a repository that is created.
         revision (`str`, *optional*): branch to commit to.
         create (`bool`): create the repository if it is missing.
-        endpoint (`str`, *optional*): address of the hub.
-        pauses (`tuple[float, ...]`, *optional*): seconds before each further attempt after a network failure; 1 and 4.
-
-    Returns:
-        `str`: address of the repository.
 
     Raises:
         FileNotFoundError: if there is no such run, or it holds no weights.
@@ -301,81 +260,61 @@ def push_run(
 
     def upload() -> str:
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id if create else repo_id
-        done = api.upload_folder(
-            repo_id=name,
-            folder_path=run_dir,
-            allow_patterns=UPLOADED,
-            commit_message=commit_message,
-            revision=revision,
-        )
-        return str(done.repo_url)
+        options: Any = {"commit_message": commit_message, "revision": revision, "allow_patterns": UPLOADED}
+        return str(api.upload_folder(repo_id=name, folder_path=run_dir, **options).repo_url)
 
-    return trying(upload, repo_id, run_dir, api.endpoint, pauses)
+    return trying(upload, repo_id, api.endpoint, run_dir)
 
 
-def trying(
-    attempt: Callable[[], T],
-    repo_id: str,
-    run_dir: str | Path | None,
-    endpoint: str,
-    pauses: tuple[float, ...] | None = None,
-) -> T:
-    """Call something that talks to the Hub and is safe to repeat. After a network failure, wait and call it again.
-
-    Raises:
-        PushError: if the last attempt fails, or one fails for another reason than the network.
-    """
-    for pause in (*(PAUSES if pauses is None else pauses), None):
+def trying(attempt: Callable[[], T], repo_id: str, endpoint: str, run_dir: str | Path | None = None) -> T:
+    """Call something that talks to the Hub; after a network failure in a request that its client sends once, call it again."""
+    for pause in (*PAUSES, None):
         try:
             return attempt()
         except Exception as error:
-            if pause is None or not is_network_failure(error):
+            if pause is None or not (is_network_failure(error) and _sent_once(error)):
                 cause, user = _cause(error, repo_id, endpoint)
                 again = f" Nothing is lost: the run is in {run_dir}. To try again: trl-apex push {run_dir} --repo-id {repo_id}"
-                text = f"Could not upload to {repo_id}: {cause}.{again if run_dir else ''}"
-                raise PushError(text, user) from error
+                raise PushError(f"Could not upload to {repo_id}: {cause}.{again if run_dir else ''}", user) from error
             time.sleep(pause)
     raise AssertionError("unreachable")
 
 
 def is_network_failure(error: BaseException) -> bool:
-    """Whether another attempt may help: the server is busy or broken, or gave no answer.
+    """Whether another attempt may help: the server is busy or broken, or gave no answer."""
+    status = _status(error)
+    network = isinstance(error, HTTPError | ConnectionError | TimeoutError)
+    return network and (status is None or status >= 500 or status == 429)
 
-    Errors of the HTTP library are told from errors of the code, which are Python's own exceptions: that library has changed
-    between versions of huggingface_hub.
 
-    Example:
-        >>> is_network_failure(TimeoutError()), is_network_failure(ValueError()), is_network_failure(KeyError("x"))
-        (True, False, False)
-    """
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status >= 500 or status == 429
-    if isinstance(error, ValueError | OfflineModeIsEnabled | LocalTokenNotFoundError):
+def _sent_once(error: BaseException) -> bool:
+    if not isinstance(error, HTTPError):
         return False
-    return isinstance(error, ConnectionError | TimeoutError) or type(error).__module__ != "builtins"
+    request = error.response.request if isinstance(error, HfHubHTTPError) else error.request
+    return any(part in str(request.url) for part in SENT_ONCE)
+
+
+def _status(error: BaseException) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
 def _cause(error: BaseException, repo_id: str, endpoint: str) -> tuple[str, bool]:
     """What went wrong and what to do, and whether the user can mend it."""
-    answer: Any = getattr(error, "response", None)
-    status = getattr(answer, "status_code", None)
-    sent = {name.lower() for name in getattr(getattr(answer, "request", None), "headers", {})}
-    # The hub does not tell strangers which private repositories exist: then a 401 says that there is none.
-    hidden = status == 401 and answer.headers.get("X-Error-Code") == "RepoNotFound"
-    no_token = status == 401 and "authorization" not in sent and "nvalid" not in str(error)
+    status, no_token = _status(error), isinstance(error, LocalTokenNotFoundError)
+    if isinstance(error, HfHubHTTPError) and status == 401:
+        no_token = "authorization" not in error.response.request.headers and "nvalid" not in str(error)
     if isinstance(error, OfflineModeIsEnabled):
         cause = "offline mode is on. Unset HF_HUB_OFFLINE"
     elif isinstance(error, HFValidationError):
         cause = f"{repo_id!r} is no name of a repository. Use `user/name`"
-    elif isinstance(error, LocalTokenNotFoundError) or no_token:
+    elif no_token:
         cause = f"{endpoint} wants a token and there is none. Run `hf auth login`, or set HF_TOKEN"
-    elif status == 401 and not hidden:
+    elif status == 404 or isinstance(error, RepositoryNotFoundError):  # a private one looks absent to strangers
+        cause = f"there is no repository {repo_id} at {endpoint}, or the token does not see it. Check name and token"
+    elif status == 401:
         cause = f"{endpoint} does not accept the token. Make a new one with write access, and run `hf auth login`"
     elif status == 403:
         cause = f"the token may not write to {repo_id}. Use one with write access to it, or another --repo-id"
-    elif status in (401, 404):
-        cause = f"there is no repository {repo_id} at {endpoint}, or the token does not see it. Check name and token"
     elif is_network_failure(error):
         return f"the connection to {endpoint} failed ({type(error).__name__}). Check it, or wait", False
     else:
@@ -403,10 +342,11 @@ class CardFacts:
 
 
 def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None = None) -> Path:
-    """Write `README.md` from the facts and what else lies in the run directory, and keep the facts for later."""
+    """Write `README.md` from the facts and the other files of the run directory, and keep the facts for later."""
     run_dir = Path(run_dir)
     (run_dir / FACTS_FILE).write_text(json.dumps(redacted(asdict(facts)), indent=1))
-    hub_model = facts.base_model if _is_hub_id(facts.base_model) else None
+    base = facts.base_model
+    hub_model = base if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None
     samples = _samples(run_dir)
     data = ModelCardData(
         base_model=hub_model,
@@ -441,6 +381,7 @@ def refresh_model_card(run_dir: str | Path, repo_id: str | None = None) -> Path:
 
 
 def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None, samples: list) -> str:
+    """The text of the card: `model_card.md.jinja`, filled from the files of the run directory."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -475,27 +416,14 @@ def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None
 
 def _samples(run_dir: Path) -> list[dict[str, str]]:
     images = sorted((run_dir / "samples").glob("tuned_*.png"), key=lambda path: (len(path.stem), path.stem))
-    try:
-        prompts = json.loads((run_dir / "samples" / "prompts.json").read_text(encoding="utf-8"))
-        return [
-            {"prompt": str(prompts[int(path.stem.rpartition("_")[2])]["prompt"]), "image": f"samples/{path.name}"}
-            for path in images
-        ]
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
+    prompts = list(_read(run_dir / "samples" / "prompts.json"))
+    numbered = [(int(path.stem.rpartition("_")[2]), f"samples/{path.name}") for path in images]
+    return [{"prompt": str(prompts[i]["prompt"]), "image": name} for i, name in numbered if i < len(prompts)]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _is_hub_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not Path(name).exists()
+def _read(path: Path) -> Any:
+    """What a JSON file holds; an empty dictionary where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _cell(value: Any) -> str:

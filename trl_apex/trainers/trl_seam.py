@@ -27,6 +27,7 @@ from ..distributed import (
 )
 from . import checkpoint, publishing
 from .callbacks import is_finished
+from .manifest import last_valid
 from .weights import frozen_copy
 
 logger = logging.getLogger(__name__)
@@ -47,14 +48,14 @@ class RunTrainer(GRPOTrainer):
     _stop_error: type[RuntimeError] = RuntimeError
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train to the end, from the start or from a whole checkpoint.
+        """Train to the end, from the start or from a valid checkpoint.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or True for the run's last whole one.
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or True for the run's last valid one.
             kwargs: as in `transformers.Trainer`.
 
         Raises:
-            ValueError: if the checkpoint is not whole or of other settings, before anything is loaded.
+            ValueError: if the checkpoint is not valid or of other settings, before anything is loaded.
             RuntimeError: if the run was stopped by [`request_stop`], with a checkpoint saved.
         """
         self.resumed_from = resume_from_checkpoint = checkpoint.resume_point(self, resume_from_checkpoint)
@@ -66,12 +67,12 @@ class RunTrainer(GRPOTrainer):
         except RuntimeError as error:
             if isinstance(error, OtherRankError) or not lost_rank(error):
                 raise
-            whole = checkpoint.last_whole(self.args.output_dir)
+            valid = last_valid(self.args.output_dir)
             raise OtherRankError(
                 f"All {self.accelerator.num_processes} processes must live until the end. Found that another one is gone "
                 f"(at step {self.state.global_step}, on rank {self.accelerator.process_index}: {str(error)[:200]}). Look "
                 "for the first error of the other ranks, then "
-                + (f"resume from {whole}, the last whole checkpoint." if whole else "start anew: none was saved yet.")
+                + (f"resume from {valid}, the last valid checkpoint." if valid else "start anew: none was saved yet.")
             ) from error
         finally:
             self._scorer.close()
@@ -112,7 +113,7 @@ class RunTrainer(GRPOTrainer):
         checkpoint.load(self, checkpoint_dir)
 
     def _load_rng_state(self, checkpoint_dir) -> None:
-        with checkpoint.nothing_but_tensors(checkpoint_dir):
+        with checkpoint.refusing_pickles(checkpoint_dir):
             super()._load_rng_state(checkpoint_dir)
 
     def _load_best_model(self) -> None:
