@@ -111,7 +111,7 @@ def test_what_is_written(tmp_path):
     run_evaluation(build("sd3"), both[0], PROMPTS, redness, tmp_path / "one", **{**call, "monitors": []})
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert summary["objectives"].keys() == {"redness"} and (tmp_path / "one/samples/tuned_005.png").is_file()
-    from trl_apex.report.page import read_run
+    from trl_apex.report.run import read_run
 
     assert len(read_run(tmp_path / "one").samples) == 6
 

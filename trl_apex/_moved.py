@@ -33,7 +33,6 @@ _NEW_TO_OLD = {
     "prompts.embeddings": "prompts.embedding_store prompts.fingerprint trainer.prompt_encoding",
     "prompts.sampler": "trainer.rows",
     "report.figures": "report.grid report.samples",
-    "report.page": "report.run",
     "rewards.base": "rewards.from_ddpo rewards.images rewards.protocol rewards.weights",
     "rewards.clip": "rewards.aesthetic rewards.clip_score rewards.hpsv2 rewards.image_tower rewards.pickscore",
     "rewards.registry": "rewards.by_name",

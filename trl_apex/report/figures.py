@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-from .page import Run, read_run
+from .run import Run, read_run
 from .svg import trend
 
 COLOURS = ("#2463c9", "#c4501b", "#14805e", "#8a3fb3", "#92690a", "#c02b62", "#0f7f94", "#5d6470")
@@ -106,9 +106,6 @@ def _samples(run: Run, most: int = 8, side: int = 160) -> Image.Image:
 def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
     """Lay images out row by row, on white; a cell is as large as the largest image, with `gap` pixels between cells.
 
-    Raises:
-        ValueError: if there is no image or no column.
-
     Example:
         >>> image_grid([Image.new("RGB", (8, 8))] * 3, columns=2, gap=1).size
         (17, 17)
@@ -120,7 +117,7 @@ def image_grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Ima
         )
     width, height = max(i.width for i in images), max(i.height for i in images)
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
+    rows = math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)

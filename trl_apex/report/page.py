@@ -2,10 +2,7 @@
 
 import base64
 import io
-import json
-import math
 import os
-import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -21,11 +18,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import __version__
-from ..redact import redacted
-from .svg import SIGNIFICANT, Line, Track, decimals_for, fixed, gain_bar, line_chart, plane_chart, soft, strips, trend
+from .run import Run, Sample, finite, read_run
+from .svg import Line, Track, decimals_for, fixed, gain_bar, line_chart, plane_chart, soft, strips, trend
 
 LARGEST_SIDE = 512  # pixels of an image in the page
-TEXTS = 4  # prompts of a language model's run that are shown, first and last
 # Key of the log, title, note: one chart each, with a curve for each objective.
 PARTS = (
     ("potential", "Learning potential", "how much an objective still has to teach"),
@@ -78,7 +74,7 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | str | None = Non
     return path
 
 
-def _render(runs: list["Run"]) -> str:
+def _render(runs: list[Run]) -> str:
     css, js, page = (
         (files(__package__) / name).read_text(encoding="utf-8")
         for name in ("report.css", "report.js", "page.html.jinja")
@@ -104,174 +100,6 @@ def _render(runs: list["Run"]) -> str:
         css=css,
         js=js,
     )
-
-
-# Reading a run directory: what is missing is named, and is no error
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with its images before and after training, and their rewards by name."""
-
-    prompt: str
-    base: Path
-    tuned: Path
-    base_rewards: dict[str, float]
-    tuned_rewards: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run directory."""
-
-    path: Path
-    name: str  # in the report
-    history: list[dict[str, Any]]  # Trainer's log
-    state: dict[str, Any]  # the rest of Trainer's state
-    summary: dict[str, Any]  # results on held-out prompts: "objectives", "held_out", "domination" and "seconds"
-    samples: list[Sample]
-    texts: list[dict[str, Any]]  # completions of a language model at the first and the last log
-    config: dict[str, Any]  # arguments, without secrets
-    environment: dict[str, Any]  # versions, date, and the names of the arguments that were set
-    warnings: list[str]
-    missing: list[str]  # a sentence for each part that was not found
-
-    @property
-    def objectives(self) -> list[str]:
-        """Names of the trained rewards, in the run's order."""
-        names = dict.fromkeys(self.summary.get("objectives", {}))
-        for entry in self.history:
-            names |= {found[1]: None for key in entry if (found := re.fullmatch(r"rewards/(.+)/mean", key))}
-        return list(names)
-
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """Optimizer steps and values of one logged number, leaving out what is not finite."""
-        entries = [entry for entry in self.history if "step" in entry and _finite(entry.get(key)) is not None]
-        return [float(entry["step"]) for entry in entries], [float(entry[key]) for entry in entries]
-
-
-def read_run(path: Path) -> Run:
-    """Read the `output_dir` of a run.
-
-    Raises:
-        FileNotFoundError: if it does not exist, or holds nothing that a report could show.
-    """
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"A run directory must exist. Found no directory {path}. Pass the `output_dir` of a training run."
-        )
-    missing: list[str] = []
-    states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
-    found = [_read_json(state) for state in states if state.is_file()]
-    state = max(found, key=lambda content: content.get("global_step") or 0, default={})
-    if not state:
-        _read_json(states[0], missing, "the training curves")
-    summary = _read_json(path / "summary.json", missing, "the results on held-out prompts")
-    config = _read_json(path / "config.json", missing, "the arguments of the run")
-    if {"_class_name", "architectures", "model_type"} & set(config):  # a model's configuration, not the run's
-        config = {}
-    texts = _read_texts(path / "completions")
-    samples = _read_samples(path / "samples", [] if texts else missing)
-    if not (state or summary or samples or texts):
-        raise FileNotFoundError(
-            "A run directory must hold trainer_state.json, summary.json, samples/ or completions/. "
-            f"Found none of them in {path}. "
-            "Pass the `output_dir` of a training run."
-        )
-    return Run(
-        path=path,
-        name=path.resolve().name,
-        history=[entry for entry in state.pop("log_history", []) if isinstance(entry, dict)],
-        state=state,
-        summary=summary,
-        samples=samples,
-        texts=texts,
-        config=redacted(config),
-        environment=_read_json(path / "environment.json"),
-        warnings=_read_warnings(path / "warnings.jsonl"),
-        missing=missing,
-    )
-
-
-def _read_json(path: Path, missing: list[str] | None = None, gives: str = "") -> dict[str, Any]:
-    """The object in a file; without one, a sentence for `missing` about what it would give."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        problem = "holds no JSON object"
-    except FileNotFoundError:
-        problem = "was not found"
-    except (OSError, ValueError) as error:
-        problem = f"could not be read ({error})"
-    if missing is not None:
-        missing.append(f"{path.name} {problem}, so this report cannot show {gives}.")
-    return {}
-
-
-def _read_samples(folder: Path, missing: list[str]) -> list[Sample]:
-    """The pairs of images by their number, with what `prompts.json` says of each."""
-    numbered = {
-        int(found[1]): path for path in folder.glob("base_*.png") if (found := re.search(r"_(\d+)$", path.stem))
-    }
-    pairs = {
-        i: (base, base.with_name(base.name.replace("base_", "tuned_", 1))) for i, base in sorted(numbered.items())
-    }
-    pairs = {i: pair for i, pair in pairs.items() if pair[1].is_file()}
-    if not pairs:
-        missing.append("samples/ holds no pair of images base_*.png and tuned_*.png, so there is nothing to compare.")
-        return []
-    try:
-        entries = dict(enumerate(json.loads((folder / "prompts.json").read_text(encoding="utf-8"))))
-    except (OSError, ValueError):
-        entries = {}
-        missing.append("samples/prompts.json was not found, so the images have no prompts and no rewards.")
-    return [
-        Sample(entry.get("prompt", f"sample {i}"), *pair, entry.get("base") or {}, entry.get("tuned") or {})
-        for i, pair in pairs.items()
-        for entry in [entries.get(i, {})]
-    ]
-
-
-def _read_texts(folder: Path) -> list[dict[str, Any]]:
-    """Step, prompt, completion and rewards of a few rows of the tables that `log_completions=True` writes, first and last."""
-    import pyarrow.parquet
-
-    tables = sorted(folder.glob("completions_*.parquet"))
-    found = []
-    for path in dict.fromkeys([*tables[:1], *tables[-1:]]):
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-            by_prompt = {_plain(row["prompt"]): row for row in reversed(rows)}  # the first completion of each
-        except (OSError, ValueError, KeyError):
-            continue
-        for prompt, row in list(by_prompt.items())[::-1][:TEXTS]:
-            numbers = {key: _finite(row[key]) for key in row if key != "step"}
-            rewards = [(key, fixed(value, SIGNIFICANT)) for key, value in numbers.items() if value is not None]
-            step, completion = row.get("step"), _plain(row["completion"]) or "(empty)"
-            found.append({"step": step, "prompt": prompt, "completion": completion, "rewards": rewards})
-    return found
-
-
-def _plain(text: Any) -> str:
-    """A prompt or completion as text; of a conversation, the text of its messages."""
-    if isinstance(text, list):
-        return "\n".join(filter(None, map(_plain, text)))
-    if isinstance(text, dict):
-        return _plain(text.get("content") or text.get("text"))
-    return "" if text is None else str(text)
-
-
-def _read_warnings(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return list(dict.fromkeys(f"Step {entry['step']}: {entry['text']}" for entry in map(json.loads, lines)))
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 # Results
@@ -319,7 +147,7 @@ def outcomes(summary: dict[str, Any]) -> list[Outcome]:
     for part in ("objectives", "held_out"):
         for name, entry in (summary.get(part) or {}).items():
             base, tuned, se, gain, gain_se = (
-                _finite(entry.get(key)) for key in ("base", "tuned", "se", "gain", "gain_se")
+                finite(entry.get(key)) for key in ("base", "tuned", "se", "gain", "gain_se")
             )
             if base is None or tuned is None:
                 continue
@@ -342,7 +170,7 @@ def _verdict(run: Run) -> str:
         return ""
     words = {"rose": "rose", "fell": "fell", "within noise": "stayed within noise"}
     text = "Objectives: " + ", ".join(f"{counts[key]} {word}" for key, word in words.items() if counts[key]) + "."
-    share = _finite((run.summary.get("domination") or {}).get("all_at_least_as_good"))
+    share = finite((run.summary.get("domination") or {}).get("all_at_least_as_good"))
     if share is None:
         return text
     return (
@@ -409,7 +237,7 @@ def _cards(samples: list[Sample]) -> list[dict[str, Any]]:
     """The gallery: images as data inside the page, rewards before and after, and the mean gain to sort by."""
     scales: dict[str, float] = {}
     for name in samples[0].base_rewards if samples else ():
-        values = [value for s in samples if (value := _finite(s.base_rewards.get(name))) is not None]
+        values = [value for s in samples if (value := finite(s.base_rewards.get(name))) is not None]
         scales[name] = (statistics.pstdev(values) if values else 0.0) or 1.0
     made = []
     for sample in samples:
@@ -419,7 +247,7 @@ def _cards(samples: list[Sample]) -> list[dict[str, Any]]:
             continue
         rows, gain = [], 0.0
         for name, value in sample.base_rewards.items():
-            before, after = _finite(value), _finite(sample.tuned_rewards.get(name))
+            before, after = finite(value), finite(sample.tuned_rewards.get(name))
             if before is None or after is None:
                 continue
             decimals = 2 if abs(before) < 100 else 0

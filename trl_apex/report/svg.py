@@ -62,6 +62,8 @@ def line_chart(
     if reference:
         parts.append(_line(left, up(reference[0]), WIDTH - EDGE, up(reference[0]), "reference"))
         note += f"; dashed: {reference[1]}"
+    decimals = decimals_for((high - low) / 50, 1) if high - low >= 1e-3 else SIGNIFICANT
+    names, spoken, shown = [], [title], []
     for c in lines:
         x, y, drawn = [across(v) for v in c.x], [up(v) for v in c.y], []
         if c.error:
@@ -72,20 +74,16 @@ def line_chart(
             drawn.append(_path(list(zip(x, y, strict=True)), "line"))
         drawn.append(element("circle", cx=x[-1], cy=y[-1], r=2.6 if len(x) > 1 else 3.5, class_="mark"))
         parts.append(_coloured(c.colour, drawn))
+        values = [fixed(v, decimals) for v in c.y]
+        names.append((c.name, c.colour, values[-1]))
+        spoken.append(f"{c.name or 'value'}: {values[0]} at step {c.x[0]:g}, {values[-1]} at {c.x[-1]:g}")
+        shown.append({"name": c.name, "x": [round(v, 1) for v in c.x], "y": values})
     parts.append(_line(0, 8, 0, bottom, "cross"))
-    decimals = decimals_for((high - low) / 50, 1) if high - low >= 1e-3 else SIGNIFICANT
-    values = [[fixed(v, decimals) for v in c.y] for c in lines]
     # For the script of the page, which shows the values under the pointer.
-    shown = [{"name": c.name, "x": [round(v, 1) for v in c.x], "y": y} for c, y in zip(lines, values, strict=True)]
     data = {"left": left / WIDTH, "right": 1 - EDGE / WIDTH, "x": [first, last], "lines": shown}
-    spoken = [
-        f"{c.name or 'value'}: {y[0]} at step {c.x[0]:g}, {y[-1]} at {c.x[-1]:g}"
-        for c, y in zip(lines, values, strict=True)
-    ]
-    names = legend([(c.name, c.colour, y[-1]) for c, y in zip(lines, values, strict=True)])
     tip = Markup('<div class="tip" hidden aria-live="polite"></div>')
-    picture = _svg(parts, ". ".join([title, *spoken]))
-    return _figure(title, note, names + picture + tip, tabindex="0", data_chart=json.dumps(data))
+    body = legend(names) + _svg(parts, ". ".join(spoken)) + tip
+    return _figure(title, note, body, tabindex="0", data_chart=json.dumps(data))
 
 
 class Track(NamedTuple):
@@ -103,20 +101,18 @@ def plane_chart(x_name: str, y_name: str, tracks: Sequence[Track], note: str) ->
     """Two rewards against each other: each run from its start (hollow) to its end (full); better is up and right."""
     if not tracks:
         return Markup("")
-    x_range, y_range = (
-        padded_range(
-            [v for t in tracks for v in (t.start[i], t.end[i] - t.error[i], t.end[i] + t.error[i])]
-            + [point[i] for t in tracks for point in t.way],
-            0.12,
-        )
-        for i in (0, 1)
-    )
+    ranges = []
+    for i in (0, 1):
+        values = [v for t in tracks for v in (t.start[i], t.end[i] - t.error[i], t.end[i] + t.error[i])]
+        ranges.append(padded_range([*values, *(point[i] for t in tracks for point in t.way)], 0.12))
+    decimals = [decimals_for((high - low) / 50, 1) for low, high in ranges]
     height = HEIGHT + 60
     bottom = height - 26
-    across, up, _, grid = _axes(x_range, y_range, bottom, x_grid=True)
+    across, up, _, grid = _axes(ranges[0], ranges[1], bottom, x_grid=True)
     x0, y0 = across(tracks[0].start[0]), up(tracks[0].start[1])
     parts = [element("rect", x=x0, y=8, width=WIDTH - EDGE - x0, height=y0 - 8, class_="better"), *grid]
     parts.append(element("text", "both better", x=WIDTH - 16, y=24, class_="tick right"))
+    spoken = [f"{y_name} against {x_name}"]
     for t in tracks:
         (x0, y0), (x1, y1) = ((across(x), up(y)) for x, y in (t.start, t.end))
         drawn = []
@@ -130,17 +126,12 @@ def plane_chart(x_name: str, y_name: str, tracks: Sequence[Track], note: str) ->
         drawn.append(element("circle", cx=x1, cy=y1, r=5.5, class_="mark"))
         drawn.append(element("circle", cx=x0, cy=y0, r=5.0, class_="hollow"))
         parts.append(_coloured(t.colour, drawn))
-    decimals = [decimals_for((high - low) / 50, 1) for low, high in (x_range, y_range)]
-    spoken = [
-        f"{t.name}: {name} from {fixed(t.start[i], decimals[i])} to {fixed(t.end[i], decimals[i])}"
-        for t in tracks
-        for i, name in enumerate((x_name, y_name))
-    ]
+        for i, name in enumerate((x_name, y_name)):
+            spoken.append(f"{t.name}: {name} from {fixed(t.start[i], decimals[i])} to {fixed(t.end[i], decimals[i])}")
     axes = Markup('<p class="axes"><span>\N{UPWARDS ARROW} {}</span> <span>\N{RIGHTWARDS ARROW} {}</span></p>')
     names = legend([(t.name, t.colour, "") for t in tracks]) if len(tracks) > 1 else Markup("")
-    title = f"{y_name} against {x_name}"
-    picture = _svg(parts, ". ".join([title, *spoken]), height=height)
-    return _figure(title, note, names + axes.format(y_name, x_name) + picture)
+    picture = _svg(parts, ". ".join(spoken), height=height)
+    return _figure(spoken[0], note, names + axes.format(y_name, x_name) + picture)
 
 
 def strips(title: str, pairs: Mapping[str, Sequence[float]], note: str, columns: int = 40) -> Markup:
