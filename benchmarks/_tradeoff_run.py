@@ -158,14 +158,10 @@ def table_of(trainer: APEXTrainer, factors: dict[str, float] | None = None) -> t
 
 
 def run(condition: str, method: str, seed: int, prompts: int, folder: Path, **changes: Any) -> dict[str, Any]:
-    """Train once and measure.
+    """Train once with a method (see [`method_settings`]) and measure it on so many test prompts, one image each.
 
-    Args:
-        condition, method (`str`): a key of `CONDITIONS`; see [`method_settings`].
-        seed (`int`): of prompts, weights and all noise, evaluation's too; equal for all methods, so differences are paired.
-        prompts (`int`): test prompts, one image each.
-        folder (`Path`): where the base's evaluation is kept.
-        changes: other values for the configuration.
+    The seed is that of prompts, weights and all noise, evaluation's too; all methods share it, so differences are paired.
+    `folder` keeps the base's evaluation; `changes` are other values for the configuration.
     """
     logging.disable(logging.WARNING)
     base = base_table(seed, prompts, folder, **changes)

@@ -83,12 +83,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Problem:
-    """The objectives, and the policy's place among them.
-
-    Args:
-        seed (`int`): of directions, offsets and noise.
-        conflict (`float`): cosine between the directions that `pickscore` and `aesthetic` want.
-    """
+    """The objectives, and the policy's place among them; `conflict` is the cosine between `pickscore` and `aesthetic`."""
 
     def __init__(self, seed: int, conflict: float) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -134,16 +129,7 @@ class Problem:
 def train(
     seed: int, conflict: float, rule: str, options: dict[str, Any], updates: int, only: int | None = None
 ) -> dict[str, Any]:
-    """One run: expected rewards before and after, and what was seen on the way.
-
-    Args:
-        seed (`int`): of the problem.
-        conflict (`float`): of the problem.
-        rule (`str`): of the aggregator.
-        options (`dict`): of the aggregator.
-        updates (`int`): optimizer steps.
-        only (`int`, *optional*): train on this objective alone.
-    """
+    """One run, on all objectives or one `only`: expected rewards before and after, and what was seen on the way."""
     problem = Problem(seed, conflict)
     columns = slice(None) if only is None else slice(only, only + 1)
     names = OBJECTIVES[columns]

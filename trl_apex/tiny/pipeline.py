@@ -118,12 +118,8 @@ def build_word_tokenizer(
 ) -> Any:
     """Build a tokenizer of whole words that can be saved and loaded, and pads on the right with id 0.
 
-    Args:
-        vocabulary (`Sequence[str]`): the words; others become `<unk>`.
-        isolated (`str`): regular expression of what is a token of its own.
-        template (`str`): the special tokens around a text.
-        max_length (`int`): `model_max_length`.
-        extra_special (`Sequence[str]`): more special tokens.
+    What the regular expression `isolated` finds is a token of its own; `template` has the special tokens around a text. Words
+    outside the vocabulary become `<unk>`.
     """
     ids = {token: index for index, token in enumerate((*SPECIAL, *vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))

@@ -12,7 +12,6 @@ import numpy as np
 LETTERS = "ACEHKLNOSTUX"
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("circle", "square", "triangle", "diamond", "star")
-
 _SPLIT_SEED, _TEST_SHARE = 6574, 0.15
 
 
@@ -37,9 +36,8 @@ def words(split: str) -> list[str]:
         raise ValueError(f"`split` must be 'train' or 'test'. Found {split!r}. Pass one of the two.")
     every = ["".join(letters) for letters in permutations(LETTERS, 3)]
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(every))
-    n_test = int(_TEST_SHARE * len(every))
-    chosen = order[:n_test] if split == "test" else order[n_test:]
-    return [every[i] for i in chosen]
+    test, train = np.split(order, [int(_TEST_SHARE * len(every))])
+    return [every[i] for i in (test if split == "test" else train)]
 
 
 def tiny_prompts(split: str, n: int, seed: int = 0) -> Any:
