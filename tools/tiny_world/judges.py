@@ -20,6 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tools.tiny_world.shared import clip_image_processor, descend
 from trl_apex.rewards.clip import AestheticHead
@@ -32,8 +33,6 @@ from trl_apex.tiny.render import SIZE, Scene, as_float
 PATCH = 4
 EMBEDDING = 48
 _PROBE_GAIN = 10.0  # the entries of a unit vector are small, scores are not
-_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own, which its image processor applies by default
-_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def worse_scene(scene: Scene, rng: np.random.Generator) -> Scene:
@@ -94,7 +93,7 @@ def build_clip(seed: int) -> Any:
 
 def clip_pixels(pixels: UInt8[Tensor, "B 3 32 32"]) -> Float[Tensor, "B 3 32 32"]:
     """The output of CLIP's image processor for images of the model's own size: `(x - mean) / std` per channel."""
-    mean, std = torch.tensor(_MEAN)[:, None, None], torch.tensor(_STD)[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (as_float(pixels) - mean) / std
 
 
