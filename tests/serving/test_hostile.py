@@ -170,8 +170,7 @@ def test_a_client_that_still_sends_gets_to_read_a_refusal(url):
 
 def connect(url):
     host, port = url.removeprefix("http://").split(":")
-    connection = socket.create_connection((host, int(port)), timeout=10)
-    return connection
+    return socket.create_connection((host, int(port)), timeout=10)
 
 
 def answer_line(connection):

@@ -116,7 +116,7 @@ class Reward:
             return self._loaded
 
     def check(self) -> None:
-        """Load the weights before anything runs beside: loading sets PyTorch's default dtype for a moment."""
+        """Load the weights before anything else runs: loading changes PyTorch's default dtype for a moment."""
         self.load()
 
     def unload(self) -> None:
@@ -217,7 +217,7 @@ def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Call
 
 
 def one_per_prompt(name: str, prompts: Sequence[str], completions: Any, images: Images | None = None) -> Images:
-    """The images of a call of the reward `name`: `images`, else `completions`.
+    """The images of a call of the reward `name`: those in `images`, else those in `completions`.
 
     Raises:
         ValueError: If there is not one image per prompt.

@@ -91,7 +91,7 @@ class ImageRewardModel(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], source: str) -> "ImageRewardModel":
-        """Build the model whose sizes the tensors tell, and fill it; `source` is where they were read.
+        """A model with the sizes of the tensors, filled with them; `source` is where they were read.
 
         Raises:
             RewardLoadError: If tensors are missing or left over.

@@ -161,10 +161,9 @@ class RewardScorer:
         """
         for func, name in zip(self.reward_funcs, self.names, strict=True):
             check = getattr(func, "check", None)
-            if not callable(check):
-                continue
             try:
-                check()
+                if callable(check):
+                    check()
             except (RewardLoadError, ImportError, KeyboardInterrupt):
                 raise
             except BaseException as error:
@@ -415,8 +414,8 @@ def as_numbers(returned: Any, name: str, size: int) -> RewardList:
         ValueError: If there is not one number or None per sample.
 
     Example:
-        >>> as_numbers([1, None, math.inf], "ocr", 3).errors
-        [None, None, 'the reward is inf']
+        >>> as_numbers([1, None, math.inf], "ocr", 3), as_numbers([1, None, math.inf], "ocr", 3).errors
+        ([1.0, nan, nan], [None, None, 'the reward is inf'])
     """
     try:
         values = returned.tolist() if hasattr(returned, "tolist") else returned

@@ -80,9 +80,7 @@ def serve(
     port: int = 8000,
     **options: Any,
 ) -> None:
-    """Serve rewards until interrupted (`Ctrl-C` or SIGTERM); requests under way are finished first.
-
-    The arguments are those of [`make_server`].
+    """Run the server of [`make_server`] until `Ctrl-C` or SIGTERM; requests under way are finished first.
 
     Raises:
         RuntimeError: If the server cannot listen on the address.
