@@ -30,3 +30,18 @@ def running(rewards, **options):
         server.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive(), "the server did not stop"
+
+
+def wait_for(url, status, process=None):
+    """Wait until the server at `url`, perhaps a process of its own, is in this state."""
+    deadline = time.monotonic() + 60
+    while (found := status_of(url)) != status:
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), found
+        time.sleep(0.02)
+
+
+def status_of(url):
+    try:
+        return http.get(f"{url}/health").json()["status"]
+    except httpx.TransportError:
+        return "away"

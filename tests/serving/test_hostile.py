@@ -10,7 +10,7 @@ import threading
 import httpx
 import psutil
 import pytest
-from loopback import http, running
+from loopback import http, running, wait_for
 
 from trl_apex.rewards import JPEGCompressibilityReward
 from trl_apex.serving.server import Limits, make_server
@@ -33,6 +33,7 @@ PIXELS = bytes(range(12))
 @pytest.fixture(scope="module")
 def served():
     with running([JPEGCompressibilityReward()], limits=LIMITS) as url:
+        wait_for(url, "ready")
         yield url
 
 

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from loopback import TOKEN, http, running
+from loopback import TOKEN, http, running, wait_for
 from PIL import Image
 from processes import reserved_port
 
@@ -30,6 +30,7 @@ def zero(prompts, **kwargs):
 @pytest.fixture(scope="module")
 def url():
     with running([JPEGCompressibilityReward(), zero]) as url:
+        wait_for(url, "ready")
         yield url
 
 
@@ -98,20 +99,6 @@ def test_strangers_hear_states_and_not_causes():
     assert "somebody" not in answer.text and "a-company" not in answer.text
     assert told == listing and told[0]["state"] == "failed: OSError: /home/somebody/weights is not there"
     assert told[0]["model"].endswith("Broken a-company/a-model")
-
-
-def wait_for(url, status, process=None):
-    deadline = time.monotonic() + 60
-    while (found := status_of(url)) != status:
-        assert time.monotonic() < deadline and (process is None or process.poll() is None), found
-        time.sleep(0.02)
-
-
-def status_of(url):
-    try:
-        return http.get(f"{url}/health").json()["status"]
-    except httpx.TransportError:
-        return "away"
 
 
 @pytest.fixture
