@@ -261,7 +261,10 @@ def test_training_from_yaml_and_flags_leaves_a_complete_run(folder: Path, capsys
 
 
 def test_evaluation_fills_report_and_card_of_a_run(folder: Path, base: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["train", "--config", "run.yaml"]) == 0
+    held_out = ["--eval_dataset", "prompts.txt", "--eval_num_inference_steps", "2"]
+    assert main(["train", "--config", "run.yaml", *held_out]) == 0
+    log = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "eval_rewards/red/mean" in entry] == [2], "at the end"
     assert "Not evaluated" in (folder / "out" / "README.md").read_text()
     flags = ["--model", str(base), "--dataset", "prompts.txt", "--steps", "2", "--guidance_scale", "1"]
     flags += ["--height=32", "--width=32", "--max_sequence_length", "12", "--monitors", "jpeg_compressibility"]

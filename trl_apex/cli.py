@@ -285,8 +285,9 @@ updates
   --use_cpu true                train on the CPU
 
 evaluation and saving
-  --eval_dataset NAME           prompts to evaluate on, as --dataset
+  --eval_dataset NAME           prompts to evaluate on, as --dataset: once at the end, or with
   --eval_strategy steps, --eval_steps N
+                                every N optimizer steps
   --monitors NAME [NAME ...]    {HELP["monitors"]}
   --save_steps N                optimizer steps between two checkpoints
   --resume_from_checkpoint true|DIR
@@ -314,7 +315,7 @@ class TrainArguments:
     dataset_split: str = _field("train", "split to train on")
     prompt_column: str = _field("prompt", HELP["prompt_column"])
     max_prompts: int | None = _field(None, HELP["max_prompts"])
-    eval_dataset: str | None = _field(None, "prompts to evaluate on, as `dataset`")
+    eval_dataset: str | None = _field(None, "prompts to evaluate on, as `dataset`; without `eval_strategy` at the end")
     eval_split: str = _field("test", "split to evaluate on")
 
     rewards: list[str] = _field([], f"each {HELP['rewards']}")
@@ -472,6 +473,8 @@ def _train(rest: list[str]) -> None:
             raise KeyboardInterrupt(
                 f"; a checkpoint is saved in {output_dir}. To go on: {command} --resume_from_checkpoint true"
             ) from None
+    if given.eval_dataset and config.eval_strategy == "no":
+        trainer.evaluate()
     trainer.save_state()
     trainer.save_model(_internal_call=True)  # True: the upload comes last, with the report
     if main_process:
