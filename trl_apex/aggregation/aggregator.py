@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from . import rules
@@ -16,6 +17,10 @@ from .metrics import Aggregated, batch_metrics, complaints, hijack_shares, next_
 from .normalize import (
     GroupMoments,
     Groups,
+    Matrix,
+    Rows,
+    Valid,
+    Vector,
     adaptive_normalize,
     batch_normalize,
     centre_in_group,
@@ -35,7 +40,8 @@ class MultiObjectiveRewardAggregator:
     r"""Turns several rewards per sample into one advantage per sample, by APEX or by another rule.
 
     It needs no trainer and gathers nothing: give it the rewards of all ranks, on every rank, and all ranks hold the same
-    state. Statistics are float64 on the CPU, the same for every device; advantages come back on the rewards' device.
+    state. Statistics are float64 on the CPU, the same for every device; advantages come back on the rewards' device. Every
+    equation of "apex" is reconstructed from the abstract of arXiv 2601.06574.
 
     Args:
         objectives (`list[str]`): a name for each column of the rewards.
@@ -53,9 +59,6 @@ class MultiObjectiveRewardAggregator:
         [-1.18, 1.18, 0.79, -0.79]
         >>> aggregator.priorities
         {'ocr': 0.5, 'pickscore': 0.5}
-
-    Note:
-        Every equation of "apex" is reconstructed from the abstract of arXiv 2601.06574.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class MultiObjectiveRewardAggregator:
         self._raw_weights = checked_weights(self.objectives, weights, rule)
         self._state = PriorityState.initial(self._weights, self.options.conflict_margin)
         self._report = ReportState.initial(self._weights)
-        self._scores: Tensor | None = None
+        self.normalized: Tensor | None = None  # each objective's scores in the last batch, for the gradient probe
         self._warned: set[str] = set()  # of this process: a resumed run warns again, in its own log
 
     @property
@@ -101,11 +104,6 @@ class MultiObjectiveRewardAggregator:
         return self._named(self._report.effective)
 
     @property
-    def normalized(self) -> Float[Tensor, "B K"] | None:
-        """Each objective's scores in the last batch, for the gradient probe."""
-        return self._scores
-
-    @property
     def iteration(self) -> int:
         """Batches seen."""
         return self._state.iteration
@@ -116,29 +114,19 @@ class MultiObjectiveRewardAggregator:
         return {**names, **to_plain(self._state), **to_plain(self._report)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state, of this version or of 0.1.0, but not its weights.
-
-        Raises:
-            ValueError: if it is incomplete, or was saved for another rule, other objectives or another order of them.
-        """
+        """Take over a state, of this version or of 0.1.0, but not its weights; a ValueError says if it does not fit."""
         for name, own in (("objectives", self.objectives), ("rule", self.rule)):
-            if name not in state:
+            if state.get(name) != own:
                 raise ValueError(
-                    f"The saved state must hold `{name}`. Found {', '.join(state) or 'nothing'}. Pass what "
-                    "`state_dict()` returned, or start without the state."
-                )
-            if state[name] != own:
-                raise ValueError(
-                    f"The saved state must be for the {name} {own!r}. Found {state[name]!r}. "
-                    f"Resume with the saved {name}{', in that order' if name == 'objectives' else ''}, or start without "
-                    "the state."
+                    f"The saved state must be for the {name} {own!r}. Found {state.get(name, 'none')!r}. "
+                    f"Resume with the saved {name}{', in that order' * (name == 'objectives')}, or start without the state."
                 )
         self._state, self._report = from_plain(self._state, state), from_plain(self._report, state)
 
     def __call__(
         self, rewards: Tensor, group_ids: Tensor, mask: Tensor | None = None, update: bool = True
     ) -> tuple[Float[Tensor, " B"], dict[str, float]]:
-        """Aggregate one batch.
+        """Aggregate one batch. A ValueError says if the shapes do not fit.
 
         Args:
             rewards (`Tensor` of shape `[B, K]`): of all ranks, larger is better; NaN or infinite = missing.
@@ -149,9 +137,6 @@ class MultiObjectiveRewardAggregator:
         Returns:
             The advantages, float32 on the rewards' device, and a flat dictionary of metrics. If `metrics["all_dead"]` is 1,
             all advantages are 0 and the optimizer step is best skipped.
-
-        Raises:
-            ValueError: if the shapes do not fit.
         """
         options, apex = self.options, self.rule == "apex"
         values, valid = checked_batch(self.objectives, rewards, group_ids, mask)
@@ -163,36 +148,41 @@ class MultiObjectiveRewardAggregator:
 
         groups = group_rows(group_ids.cpu())
         moments = group_moments(values.double(), valid, groups, options.dead_tolerance)
-        present = presence(moments, groups.sizes.double(), options.max_missing)
-        state = observe_batch(state, moments, present.held, options)
+        absent, sparse, live_groups = presence(moments, groups, options.max_missing)
+        held = absent | sparse
+        state = observe_batch(state, moments, held, options)
         batch = self._apex(state, moments, groups, valid) if apex else self._baseline(state, values, groups)
-        if not (apex and options.conflict_source != "advantage"):
-            state = self._observe_correlation(state, batch.scores, valid & ~moments.dead[groups.index], present.held)
+        scores = batch.scores.double()
+        if not apex or options.conflict_source == "advantage":
+            measured, shared = score_correlation(scores, valid & ~moments.dead[groups.index])
+            measured = torch.where(held[:, None] | held, torch.nan, measured)
+            noise = 2 / shared.clamp(min=1.0).sqrt()
+            state = state.with_conflict(measured, noise, options.conflict_ema, options.conflict_margin)
 
         shares = hijack_shares(batch.contributions)
         effective = share_weights(batch.weights.abs(), valid).mean(0)
-        report = next_report(self._report, shares, effective, state.dead_fraction, present.absent, options.warn_share)
-        scores = batch.scores.double()
+        report = next_report(self._report, shares, effective, state.dead_fraction, absent, options.warn_share)
         columns = {
             "priority": batch.weights,
             "effective_weight": effective,
             "hijack_share": shares,
             "advantage_std": ((scores * scores).sum(0) / valid.sum(0).clamp(min=1)).sqrt(),
-            "live_groups": present.live_groups,
+            "live_groups": live_groups,
             "missing": 1 - valid.double().mean(0),
         }
         if apex:
             state, terms = reprioritize(state, options)
-            columns |= {"potential": terms.potential, "conflict_penalty": terms.penalty, "need": terms.need}
+            columns |= terms
         if update:
             self._state, self._report = state, report
-            self._scores = batch.scores.to(rewards.device, torch.float32)
-            texts = complaints(self.objectives, self.rule, options, state, report, present.sparse, absurd.any(0))
-            for text in texts:
+            self.normalized = batch.scores.to(rewards.device, torch.float32)
+            for text in complaints(self.objectives, self.rule, options, state, report, sparse, absurd.any(0)):
                 if text not in self._warned:
                     self._warned.add(text)
                     warnings.warn(text, UserWarning, stacklevel=2)
-        metrics = batch_metrics(self.objectives, batch, columns, state.conflict.value, report)
+        pairs = {"conflict": state.conflict.value, "gradient_conflict": report.measured}
+        clip = options.advantage_clip if apex else math.inf
+        metrics = batch_metrics(self.objectives, batch, columns, pairs, clip)
         return batch.advantages.to(rewards.device, torch.float32), metrics
 
     def observe_conflict(
@@ -207,9 +197,6 @@ class MultiObjectiveRewardAggregator:
             matrix (`Tensor` of shape `[K, K]`): inner products or cosines; NaN = not known, held.
             standard_error (`Tensor` of shape `[K, K]`, *optional*): of the cosines. Twice this counts as noise.
             samples (`int`, *optional*): rows behind the matrix; \(2/\sqrt{n}\) counts as noise.
-
-        Raises:
-            ValueError: if the shape does not fit.
         """
         size = len(self.objectives)
         if tuple(matrix.shape) != (size, size):
@@ -218,61 +205,49 @@ class MultiObjectiveRewardAggregator:
                 f"Found {list(matrix.shape)}. Pass the Gram matrix of all objectives, in that order."
             )
         gramian = matrix.detach().to("cpu", torch.float64)
-        measured = cosines(gramian) if bool((gramian.diagonal() > 0).any()) else torch.full_like(gramian, torch.nan)
+        measured, options, state = cosines(gramian), self.options, self._state
         self._report = replace(self._report, measured=measured)
-        options, state = self.options, self._state
-        if self.rule in GRADIENT_RULES:
-            if bool(gramian.isfinite().all()):
-                known = state.gradient_weights.update(self._solve(gramian), options.gradient_ema)
-                self._state = replace(state, gradient_weights=known)
+        if self.rule in GRADIENT_RULES and bool(gramian.isfinite().all()):
+            known = state.gradient_weights.update(self._solve(gramian), options.gradient_ema)
+            self._state = replace(state, gradient_weights=known)
         elif self.rule == "apex" and options.conflict_source != "advantage":
             decay = 0.0 if options.conflict_source == "population" else options.conflict_ema
-            noise = torch.zeros_like(measured)
+            noise = torch.full_like(measured, 2 / samples**0.5 if samples else 0.0)
             if standard_error is not None:
                 noise = 2 * standard_error.detach().to("cpu", torch.float64)
-            elif samples is not None:
-                noise = torch.full_like(measured, 2 / samples**0.5)
-            margin = torch.nan_to_num(noise, nan=1.0).clamp(options.conflict_margin, 0.99)
-            self._state = replace(
-                state,
-                conflict=state.conflict.update(measured, decay),
-                margin=torch.where(measured.isnan(), state.margin, margin),
-            )
-
-    # The steps of one batch
+            self._state = state.with_conflict(measured, noise, decay, options.conflict_margin)
 
     @property
-    def _weights(self) -> Float[Tensor, " K"]:
+    def _weights(self) -> Vector:
         return self._raw_weights / self._raw_weights.abs().sum()
 
-    def _named(self, values: Float[Tensor, " K"]) -> dict[str, float]:
+    def _named(self, values: Vector) -> dict[str, float]:
         return dict(zip(self.objectives, values.tolist(), strict=True))
 
     def _reweighted(self, state: PriorityState) -> PriorityState:
         """The state with the user's current weights, which may have changed since the last batch."""
-        weights = self._weights
-        if torch.equal(weights, state.weights):
+        old, new = state.weights, self._weights
+        if torch.equal(old, new):
             return state
-        priorities = weights
-        if self.rule == "apex":
-            priorities = reweighted(state.priorities, state.weights, weights, self.options.priority_floor)
-        return replace(state, weights=weights, priorities=priorities)
+        apex, floor = self.rule == "apex", self.options.priority_floor
+        return replace(state, weights=new, priorities=reweighted(state.priorities, old, new, floor) if apex else new)
 
-    def _current_weights(self, state: PriorityState) -> Float[Tensor, " K"]:
+    def _current_weights(self, state: PriorityState) -> Vector:
+        """Weights of the next batch, summing to one."""
         if self.rule == "apex":
             return state.priorities
-        known = state.gradient_weights.value
-        return known / known.sum() if self.rule in GRADIENT_RULES and bool(known.isfinite().all()) else self._weights
+        known = state.gradient_weights.value  # NaN for other rules, and before the first Gram matrix
+        return known / known.sum() if bool(known.isfinite().all()) else self._weights
 
-    def _solve(self, gramian: Float[Tensor, "K K"]) -> Float[Tensor, " K"]:
+    def _solve(self, gramian: Matrix) -> Vector:
+        """The weights that the rule gives to the objectives."""
         options = self.options
         return rules.gramian_weights(
             self.rule, gramian, self._weights, options.unit_gradients, options.cagrad_c, self._state.iteration
         )
 
-    def _apex(
-        self, state: PriorityState, moments: GroupMoments, groups: Groups, valid: Bool[Tensor, "B K"]
-    ) -> Aggregated:
+    def _apex(self, state: PriorityState, moments: GroupMoments, groups: Groups, valid: Valid) -> Aggregated:
+        """Stage 1, the weighted sum, and stage 2."""
         options, weights, scores = self.options, state.priorities, moments.centred
         if options.normalize_objectives:
             scale = torch.where(state.scale.isnan(), pooled_variance(moments).sqrt().nan_to_num(nan=0.0), state.scale)
@@ -283,11 +258,11 @@ class MultiObjectiveRewardAggregator:
         advantages = contributions.sum(1)
         if options.normalize_advantages:
             advantages = batch_normalize(advantages, present, weights, options.norm_floor)
-        clipped = advantages.abs() >= options.advantage_clip
         advantages = advantages.clamp(-options.advantage_clip, options.advantage_clip)
-        return Aggregated(scores, contributions, advantages, weights, clipped)
+        return Aggregated(scores, contributions, advantages, weights)
 
-    def _baseline(self, state: PriorityState, values: Float[Tensor, "B K"], groups: Groups) -> Aggregated:
+    def _baseline(self, state: PriorityState, values: Rows, groups: Groups) -> Aggregated:
+        """Any other rule."""
         values, rule = rules.wide_enough(values), rules.TABLE[self.rule]
         extra = {name: getattr(self.options, name) for name in rule.options}
         scores, advantages = rule.function(values, self._raw_weights.to(values.dtype), groups, **extra)
@@ -298,24 +273,7 @@ class MultiObjectiveRewardAggregator:
                 weights = self._solve(scores.double().T @ scores.double())
             used = (weights * len(weights)).to(values.dtype)
             advantages = rule.function(values, used, groups, **extra)[1]
-        never = torch.zeros_like(advantages, dtype=torch.bool)
-        return Aggregated(scores, scores.double() * weights, advantages, weights, never)
-
-    def _observe_correlation(
-        self,
-        state: PriorityState,
-        scores: Float[Tensor, "B K"],
-        live: Bool[Tensor, "B K"],
-        held: Bool[Tensor, " K"],
-    ) -> PriorityState:
-        correlation, shared = score_correlation(scores.double(), live)
-        known = correlation.isfinite() & ~(held[:, None] | held[None, :])
-        margin = (2 / shared.clamp(min=1.0).sqrt()).clamp(self.options.conflict_margin, 0.99)
-        return replace(
-            state,
-            conflict=state.conflict.update(torch.where(known, correlation, torch.nan), self.options.conflict_ema),
-            margin=torch.where(known, margin, state.margin),
-        )
+        return Aggregated(scores, scores.double() * weights, advantages, weights)
 
 
 MultiObjectiveRewardAggregator.__doc__ = f"{MultiObjectiveRewardAggregator.__doc__}\n    Options:{option_table()}\n"

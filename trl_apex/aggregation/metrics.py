@@ -1,14 +1,16 @@
-"""What a batch is logged with, and what the user is warned about."""
+"""What is logged of a batch, and what the user is warned about."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from .normalize import Flags, Matrix, Rows, Vector
 from .options import ApexOptions
 from .state import PriorityState, ReportState
 
@@ -19,20 +21,17 @@ NEVER_THERE_AFTER = 5  # batches without any reward of an objective that never h
 class Aggregated:
     """One batch, aggregated."""
 
-    scores: Float[Tensor, "B K"]  # of each objective, before weighting
-    contributions: Float[Tensor, "B K"]  # what each objective adds to the advantage
+    scores: Rows  # of each objective, before weighting
+    contributions: Rows  # what each objective adds to the advantage
     advantages: Float[Tensor, " B"]
-    weights: Float[Tensor, " K"]  # the weights used
-    clipped: Bool[Tensor, " B"]  # where the advantage was clipped
+    weights: Vector  # the weights used
 
 
-def hijack_shares(contributions: Float[Tensor, "B K"]) -> Float[Tensor, " K"]:
-    r"""Share of the advantage's variance that each objective owns.
+def hijack_shares(contributions: Rows) -> Vector:
+    r"""Share of the advantage's variance that each objective owns: \(\mathrm{Cov}(w_k x_k, A) / \mathrm{Var}(A)\).
 
-    $$\mathrm{share}_k = \frac{\mathrm{Cov}(w_k x_k, A)}{\mathrm{Var}(A)}, \qquad A = \sum_k w_k x_k$$
-
-    `contributions` are \(w_k x_k\), with zero mean. The shares sum to one; a negative one means that the others cancel the
-    objective. All are zero if the advantages are.
+    `contributions` are \(w_k x_k\), with zero mean; \(A\) is their sum. The shares sum to one; a negative one means that the
+    others cancel the objective. All are zero if the advantages are.
 
     Example:
         >>> hijack_shares(torch.tensor([[3.0, 1.0], [-3.0, 1.0], [3.0, -1.0], [-3.0, -1.0]])).tolist()
@@ -44,24 +43,15 @@ def hijack_shares(contributions: Float[Tensor, "B K"]) -> Float[Tensor, " K"]:
     return shares / power if float(power) > 0 else torch.zeros_like(shares)
 
 
-def intended_shares(weights: Float[Tensor, " K"]) -> Float[Tensor, " K"]:
-    r"""The shares that uncorrelated objectives of equal size would have: \(w_k^2 / \sum_j w_j^2\).
-
-    Example:
-        >>> intended_shares(torch.tensor([3.0, 1.0])).tolist()
-        [0.899..., 0.100...]
-    """
+def intended_shares(weights: Vector) -> Vector:
+    r"""The shares that uncorrelated objectives of equal size would have: \(w_k^2 / \sum_j w_j^2\)."""
     return weights**2 / (weights**2).sum()
 
 
-def hijack_index(shares: Float[Tensor, " K"], weights: Float[Tensor, " K"]) -> float:
-    r"""How many times its intended share the greediest objective owns: \(\max_k \mathrm{share}_k \sum w^2 / w_k^2\).
+def hijack_index(shares: Vector, weights: Vector) -> float:
+    """How many times its intended share the greediest objective owns.
 
     Objectives with less than a hundredth of the largest weight do not count.
-
-    Example:
-        >>> hijack_index(torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5]))
-        1.5
     """
     counted = weights.abs() > 0.01 * weights.abs().max()
     return float((shares[counted] / intended_shares(weights)[counted]).max())
@@ -70,46 +60,32 @@ def hijack_index(shares: Float[Tensor, " K"], weights: Float[Tensor, " K"]) -> f
 def batch_metrics(
     objectives: list[str],
     batch: Aggregated,
-    columns: dict[str, Float[Tensor, " K"]],
-    conflict: Float[Tensor, "K K"],
-    report: ReportState,
+    columns: dict[str, Vector],
+    pairs: dict[str, Matrix],
+    clip: float,
 ) -> dict[str, float]:
-    """The metrics of one batch, under flat keys; all finite."""
+    """The metrics of one batch under flat keys: of each objective, each pair whose value is known, and the whole."""
     metrics = {
         f"{key}/{name}": value
         for key, column in columns.items()
         for name, value in zip(objectives, column.tolist(), strict=True)
     }
+    for key, matrix in pairs.items():
+        for a, b in combinations(range(len(objectives)), 2):
+            if math.isfinite(value := float(matrix[a, b])):
+                metrics[f"{key}/{objectives[a]}/{objectives[b]}"] = value
     size = batch.advantages.abs().double()
     return {
         **metrics,
-        **pair_metrics("conflict", objectives, conflict),
         "hijack_index": hijack_index(columns["hijack_share"], batch.weights),
         "advantage_rms": float((size * size).mean().sqrt()),
-        "advantage_clipped": float(batch.clipped.double().mean()),
+        "advantage_clipped": float((size >= clip).double().mean()),
         "all_dead": float(size.max() == 0),
-        **pair_metrics("gradient_conflict", objectives, report.measured),
-    }
-
-
-def pair_metrics(key: str, objectives: list[str], matrix: Float[Tensor, "K K"]) -> dict[str, float]:
-    """The known entries above the diagonal of a symmetric matrix, as `{key}/{a}/{b}`."""
-    rows = matrix.tolist()
-    return {
-        f"{key}/{first}/{second}": rows[a][b]
-        for a, first in enumerate(objectives)
-        for b, second in enumerate(objectives)
-        if a < b and not math.isnan(rows[a][b])
     }
 
 
 def next_report(
-    report: ReportState,
-    shares: Float[Tensor, " K"],
-    effective: Float[Tensor, " K"],
-    dead_fraction: Float[Tensor, " K"],
-    absent: Bool[Tensor, " K"],
-    warn_share: float,
+    report: ReportState, shares: Vector, effective: Vector, dead_fraction: Vector, absent: Flags, warn_share: float
 ) -> ReportState:
     """Count for how many batches in a row each finding has held."""
     owned = (shares > warn_share) & (intended_shares(effective).nan_to_num(nan=0.0) <= warn_share)
@@ -128,39 +104,41 @@ def complaints(
     options: ApexOptions,
     state: PriorityState,
     report: ReportState,
-    sparse: Bool[Tensor, " K"],
-    absurd: Bool[Tensor, " K"],
+    sparse: Flags,
+    absurd: Flags,
 ) -> list[str]:
     """Warnings about the run so far, one text per finding."""
-    after, found = options.warn_after, []
+    after, early = options.warn_after, min(options.warn_after, NEVER_THERE_AFTER)
     seen = state.slow.weight > 0
-    for k, name in enumerate(objectives):
-        if report.owned[k] >= after:
-            remedy = "Lower its weight" if rule == "apex" else "Use the rule 'apex', or lower its weight or scale"
-            found.append(
-                f"The objective '{name}' has owned more than {options.warn_share:.0%} of the advantage's variance for "
-                f"{after} iterations: the others hardly train. {remedy}."
-            )
-        if report.silent[k] >= after:
-            found.append(
-                f"The objective '{name}' has scored all samples of every group alike for {after} iterations: it "
-                "teaches nothing. Check its reward function, or whether it has saturated."
-            )
-        patience = after if seen[k] else min(after, NEVER_THERE_AFTER)
-        if report.absent[k] >= patience:
-            found.append(
-                f"The objective '{name}' has had no reward at all for {patience} iterations: nothing is trained on it. "
-                "Check that its reward function applies to these prompts, and that the columns it reads are there."
-            )
-        if sparse[k]:
-            found.append(
-                f"More than {options.max_missing:.0%} of the rewards of the objective '{name}' are missing in the groups "
-                "that it applies to: its statistics are held. Check its reward function."
-            )
-        if absurd[k]:
-            found.append(
-                f"The objective '{name}' returned a reward more than {options.outlier_limit:g} standard deviations away "
-                "from its mean: such rewards count as missing. Check its reward function; if they are right, set "
-                "`outlier_limit` to inf."
-            )
-    return found
+    less = "Lower its weight" if rule == "apex" else "Use the rule 'apex', or lower its weight or scale"
+    no_reward = (
+        "has had no reward at all for {} iterations: nothing is trained on it. Check that its reward function applies to "
+        "these prompts, and that the columns it reads are there."
+    )
+    findings = [
+        (
+            report.owned >= after,
+            f"has owned more than {options.warn_share:.0%} of the advantage's variance for {after} iterations: the others "
+            f"hardly train. {less}.",
+        ),
+        (
+            report.silent >= after,
+            f"has scored all samples of every group alike for {after} iterations: it teaches nothing. Check its reward "
+            "function, or whether it has saturated.",
+        ),
+        (seen & (report.absent >= after), no_reward.format(after)),
+        (~seen & (report.absent >= early), no_reward.format(early)),
+        (
+            sparse,
+            f"has more than {options.max_missing:.0%} of its rewards missing in the groups that it applies to: its "
+            "statistics are held. Check its reward function.",
+        ),
+        (
+            absurd,
+            f"returned a reward more than {options.outlier_limit:g} standard deviations away from its mean: such rewards "
+            "count as missing. Check its reward function; if they are right, set `outlier_limit` to inf.",
+        ),
+    ]
+    return [
+        f"The objective '{name}' {text}" for k, name in enumerate(objectives) for found, text in findings if found[k]
+    ]

@@ -1,7 +1,7 @@
 """Dual-stage normalization: each objective inside its group, then the weighted sum over the batch.
 
-Shapes: B rows in P groups (one per prompt), K objectives. `mask` and `valid` are true for rewards that count, `present` is true
-for rows with a weighted objective. Everything is computed on the device and in the dtype of the inputs. The equations are
+B rows are in P groups (one per prompt) and have K objectives. `mask` and `valid` are true for rewards that count, `present` for
+rows with a weighted objective. Everything is computed on the device and in the dtype of the inputs. The equations are
 reconstructed from the abstract of arXiv 2601.06574.
 """
 
@@ -13,6 +13,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Rows = Float[Tensor, "B K"]
+Vector = Float[Tensor, " K"]
+Matrix = Float[Tensor, "K K"]
+Valid = Bool[Tensor, "B K"]
+Flags = Bool[Tensor, " K"]
 
 SMALL_SCALE = 1e-4  # the part of the pooled scale that is added to a group's own, so that it never vanishes
 
@@ -45,26 +51,12 @@ def group_rows(group_ids: Int[Tensor, " B"]) -> Groups:
     return Groups(index, sizes)
 
 
-def implausible(
-    rewards: Float[Tensor, "B K"],
-    valid: Bool[Tensor, "B K"],
-    centre: Float[Tensor, " K"],
-    unit: Float[Tensor, " K"],
-    limit: float,
-) -> Bool[Tensor, "B K"]:
-    r"""Find rewards more than `limit` spreads away from their objective's mean: \(|r_{ik} - q_k| > L S_k\).
+def implausible(rewards: Rows, valid: Valid, centre: Vector, unit: Vector, limit: float) -> Valid:
+    """Find rewards more than `limit` spreads (`unit`) away from their objective's mean so far (`centre`).
 
-    \(q\) = `centre`, the mean so far; \(S\) = `unit`, the largest spread so far; \(L\) = `limit`. If `centre` is NaN or `unit` 0,
-    the batch's median is used, and as unit the lower quartile of the distances from it that are not zero. One reward of
-    1e30 among values near 1 would own the moving averages for more than a thousand iterations.
-
-    Example:
-        >>> rewards, unknown = torch.tensor([[1.0], [2.0], [3.0], [1e30]], dtype=torch.float64), torch.zeros(1).double()
-        >>> implausible(rewards, rewards.isfinite(), unknown, unknown, 1e9).flatten().tolist()
-        [False, False, False, True]
+    One reward of 1e30 among values near 1 would own the moving averages for more than a thousand iterations. If `centre` is
+    NaN or `unit` 0, the batch's median is used, and as unit the lower quartile of the distances from it that are not zero.
     """
-    if limit == math.inf:
-        return torch.zeros_like(valid)
     known = torch.where(valid, rewards, torch.nan)
     remembered = (unit > 0) & centre.isfinite()
     if not bool(remembered.all()):
@@ -88,22 +80,11 @@ class GroupMoments:
     centred: Float[Tensor, "B K"]  # reward minus group mean, 0 where missing
 
 
-def group_moments(
-    rewards: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"], groups: Groups, tolerance: float = 1e-6
-) -> GroupMoments:
-    r"""Mean, variance and liveness of each objective in each group, over the valid rewards.
-
-    $$n_{pk} = \sum_i M_{ik}, \quad \mu_{pk} = \tfrac{1}{n}\sum_i M r, \quad d = (r - \mu) M, \quad
-    s^2_{pk} = \tfrac{1}{n}\sum_i d^2$$
+def group_moments(rewards: Rows, mask: Valid, groups: Groups, tolerance: float = 1e-6) -> GroupMoments:
+    """Mean, variance and liveness of each objective in each group, over the valid rewards.
 
     A group is dead if it has fewer than two valid rewards, if they all lie within `tolerance` times the mean of each other
     (rounding noise of a constant), or if their variance is exactly zero.
-
-    Example:
-        >>> rewards = torch.tensor([[1.0, 5.0], [3.0, 5.0]])
-        >>> moments = group_moments(rewards, torch.ones(2, 2, dtype=torch.bool), group_rows(torch.tensor([0, 0])))
-        >>> moments.variance.tolist(), moments.dead.tolist()
-        ([[1.0, 0.0]], [[False, True]])
     """
     values = torch.where(mask, rewards, 0.0)
     count = groups.sum(mask.to(values.dtype))
@@ -116,23 +97,15 @@ def group_moments(
     return GroupMoments(count, mean, variance, dead, centred)
 
 
-def pooled_variance(moments: GroupMoments) -> Float[Tensor, " K"]:
-    r"""Within-group variance pooled over the live groups, in squared reward units; NaN where an objective has none.
-
-    $$\frac{\sum_{p\,\text{live}} n_{pk} s^2_{pk}}{\sum_{p\,\text{live}} n_{pk}}$$
-
-    Example:
-        >>> mask, groups = torch.ones(4, 1, dtype=torch.bool), group_rows(torch.tensor([0, 0, 1, 1]))
-        >>> pooled_variance(group_moments(torch.tensor([[0.0], [2.0], [5.0], [5.0]]), mask, groups)).tolist()
-        [1.0]
-    """
+def pooled_variance(moments: GroupMoments) -> Vector:
+    r"""Variance within the live groups, \(\sum_p n_{pk} s^2_{pk} / \sum_p n_{pk}\); NaN where an objective has none."""
     live = torch.where(moments.dead, 0.0, moments.count)
     return (live * moments.variance).sum(0) / live.sum(0)  # 0/0 is the NaN we promise
 
 
 def adaptive_normalize(
-    moments: GroupMoments, groups: Groups, scale: Float[Tensor, " K"], blend: float = 1 / 3, clip: float = 5.0
-) -> Float[Tensor, "B K"]:
+    moments: GroupMoments, groups: Groups, scale: Vector, blend: float = 1 / 3, clip: float = 5.0
+) -> Rows:
     r"""Stage 1: standardize each objective in its group, by a scale between the group's own and the pooled one.
 
     $$\sigma_{pk} = \sqrt{\frac{n_{pk} s^2_{pk} + \nu_p S_k^2}{n_{pk} + \nu_p}}, \qquad
@@ -140,14 +113,8 @@ def adaptive_normalize(
 
     with \(S_k\) = `scale`, \(\beta\) = `blend`, \(c\) = `clip` and \(G_p\) the size of the group; 0 where dead or missing. At
     \(\beta = 0\) the scale is the group's standard deviation, at infinity the pooled one. In between, a nearly constant group
-    keeps nearly zero scores instead of having its noise blown up. The epsilon is relative to the objective's scale, so
-    \(z\) does not change under a positive affine map of a reward; TRL's absolute 1e-4 does not have that property.
-
-    Example:
-        >>> mask, groups = torch.ones(2, 1, dtype=torch.bool), group_rows(torch.tensor([0, 0]))
-        >>> moments = group_moments(torch.tensor([[1.0], [3.0]], dtype=torch.float64), mask, groups)
-        >>> adaptive_normalize(moments, groups, torch.ones(1, dtype=torch.float64), blend=0.0).round().tolist()
-        [[-1.0], [1.0]]
+    keeps nearly zero scores instead of having its noise blown up. The epsilon is relative, so \(z\) does not change under a
+    positive affine map of a reward.
     """
     if math.isinf(blend):
         sigma = scale.expand_as(moments.variance)
@@ -161,12 +128,8 @@ def adaptive_normalize(
     return (moments.centred * factor[groups.index]).clamp(-clip, clip)
 
 
-def share_weights(weights: Float[Tensor, " K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, "B K"]:
-    r"""Each row's weights over the objectives it has; the weights of the missing are shared out.
-
-    $$w_{ik} = \frac{w_k M_{ik}}{\sum_j w_j M_{ij}}$$
-
-    Rows sum to one, or to zero where no weighted objective is there.
+def share_weights(weights: Vector, mask: Valid) -> Rows:
+    r"""Each row's weights over the objectives it has, \(w_k M_{ik} / \sum_j w_j M_{ij}\); 0 if it has no weighted one.
 
     Example:
         >>> share_weights(torch.tensor([0.5, 0.25, 0.25]), torch.tensor([[True, True, False]])).tolist()
@@ -177,9 +140,7 @@ def share_weights(weights: Float[Tensor, " K"], mask: Bool[Tensor, "B K"]) -> Fl
     return masked / torch.where(total > 0, total, 1.0)
 
 
-def centre_in_group(
-    contributions: Float[Tensor, "B K"], present: Bool[Tensor, " B"], groups: Groups
-) -> Float[Tensor, "B K"]:
+def centre_in_group(contributions: Rows, present: Bool[Tensor, " B"], groups: Groups) -> Rows:
     """Subtract each group's mean over the rows that are present; absent rows become 0."""
     there = present[:, None].to(contributions.dtype)
     means = groups.sum(contributions * there) / groups.sum(there).clamp(min=1.0)
@@ -187,7 +148,7 @@ def centre_in_group(
 
 
 def batch_normalize(
-    total: Float[Tensor, " B"], present: Bool[Tensor, " B"], weights: Float[Tensor, " K"], floor: float = 0.5
+    total: Float[Tensor, " B"], present: Bool[Tensor, " B"], weights: Vector, floor: float = 0.5
 ) -> Float[Tensor, " B"]:
     r"""Stage 2: bring the weighted sum to unit size over the batch, with a floor under the divisor.
 
@@ -195,11 +156,6 @@ def batch_normalize(
 
     \(A\) = `total` has zero mean in every group, \(\kappa\) = `floor`. The sum of uncorrelated objectives has the size
     \(\lVert w \rVert_2\). If they oppose each other it is smaller, and without a floor we would train on the noise that is left.
-
-    Example:
-        >>> total, there = torch.tensor([-2.0, 2.0]), torch.tensor([True, True])
-        >>> batch_normalize(total, there, torch.tensor([1.0])).tolist()
-        [-1.0, 1.0]
     """
     rms = torch.sqrt((total * total).sum() / present.sum().clamp(min=1))
     divisor = torch.maximum(rms, floor * weights.norm()).clamp(min=1e-12)

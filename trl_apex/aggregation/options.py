@@ -30,6 +30,10 @@ def _option(default: Any, text: str, allowed: Range | None = None, choices: tupl
     return field(default=default, metadata={"help": text, "range": allowed, "choices": choices})
 
 
+def _one_of(choices: tuple[str, ...], text: str) -> Any:
+    return _option(choices[0], text, choices=choices)
+
+
 @dataclass(kw_only=True)
 class ApexOptions:
     """Every choice that the abstract of arXiv 2601.06574 leaves open, and the settings of the baseline rules.
@@ -44,9 +48,7 @@ class ApexOptions:
     # Stage 1
     normalize_objectives: bool = _option(True, "Stage 1: divide by the adaptive scale. False only centres.")
     scale_blend: float = _option(
-        1 / 3,
-        "Weight of the pooled scale, in group sizes: 0 is the group's own scale, inf the pooled one.",
-        _NOT_NEGATIVE,
+        1 / 3, "Weight of the pooled scale, in group sizes: 0 is the group's own, inf the pooled.", _NOT_NEGATIVE
     )
     scale_ema: float = _option(0.9, "Decay of the moving average of the pooled variance.", _DECAY)
     z_clip: float = _option(5.0, "Clip of each objective's normalized score; inf turns it off.", _POSITIVE)
@@ -62,36 +64,31 @@ class ApexOptions:
     need_coef: float = _option(1.0, "Coefficient of the progress need.", (0.0, 100.0))
     fast_ema: float = _option(0.7, "Decay of the fast moving average of each objective's mean reward.", _DECAY)
     slow_ema: float = _option(0.95, "Decay of the slow moving average of each objective's mean reward.", _DECAY)
-    need_mode: str = _option(
-        "relative",
+    need_mode: str = _one_of(
+        ("relative", "target"),
         "Progress need: 'relative' to the other objectives, or the way left to a 'target' (`reward_targets`).",
-        choices=("relative", "target"),
     )
     reward_targets: list[float] | None = _option(None, "With need_mode 'target': one per objective; nan for none.")
     need_temperature: float = _option(0.5, "Softness of the relative need, in initial standard deviations.", _POSITIVE)
-    need_scale: str = _option(
-        "initial",
+    need_scale: str = _one_of(
+        ("initial", "largest"),
         "Unit of gains: the spread after the warm-up ('initial') or the 'largest' since, better for sparse rewards.",
-        choices=("initial", "largest"),
     )
     need_cap: float = _option(1.5, "Largest need in target mode.", _NOT_NEGATIVE)
-    conflict_source: str = _option(
-        "advantage",
+    conflict_source: str = _one_of(
+        ("advantage", "gradient", "population"),
         "Measure of conflict: correlation of scores ('advantage', free), or by the probe, cosine of a batch's gradients "
         "('gradient') or of the expected gradients ('population').",
-        choices=("advantage", "gradient", "population"),
     )
     conflict_ema: float = _option(0.7, "Decay of the moving average of the conflict matrix.", _DECAY)
     conflict_margin: float = _option(0.05, "Least negative correlation that counts as a conflict.", (0.0, 0.99))
-    conflict_attribution: str = _option(
-        "lag",
+    conflict_attribution: str = _one_of(
+        ("lag", "victim", "plain"),
         "Who pays for a conflict: the one ahead ('lag'), whoever opposes one in need ('victim'), or both ('plain').",
-        choices=("lag", "victim", "plain"),
     )
-    combination: str = _option(
-        "additive",
+    combination: str = _one_of(
+        ("additive", "multiplicative"),
         "How the three terms form a score: a sum ('additive') or a product of powers ('multiplicative').",
-        choices=("additive", "multiplicative"),
     )
     priority_temperature: float = _option(0.5, "Temperature of the softmax over the scores.", _POSITIVE)
     priority_floor: float = _option(0.2, "Share of the user's weight that no objective can lose.", _SHARE)
@@ -101,10 +98,9 @@ class ApexOptions:
     max_missing: float = _option(0.5, "Share of missing rewards above which an objective's statistics hold.", _SHARE)
     outlier_limit: float = _option(1e9, "Spreads from the mean beyond which a reward is missing.", (1e3, INF))
     # Baselines
-    scale_rewards: str = _option(
-        "group",
+    scale_rewards: str = _one_of(
+        ("group", "batch", "none"),
         "sum_then_normalize, weighted_advantages: divide by the std of the 'group', the 'batch' or 'none'.",
-        choices=("group", "batch", "none"),
     )
     std_epsilon: float = _option(1e-4, "Absolute epsilon of the baseline rules' divisions.", _NOT_NEGATIVE)
     gd2po_agreement: float = _option(0.2, "gd2po: agreement below which a row with mixed signs is dropped.", _SHARE)
@@ -119,33 +115,17 @@ class ApexOptions:
         if isinstance(self.scale_rewards, bool):  # as TRL accepts it
             self.scale_rewards = "group" if self.scale_rewards else "none"
         for option in dataclasses.fields(self):
-            self._check(option.name, getattr(self, option.name), option.default, **option.metadata)
+            value = getattr(self, option.name)
+            if wrong := _what_is_wrong(value, option.default, option.metadata["range"], option.metadata["choices"]):
+                rule, remedy = wrong
+                raise ValueError(f"`{option.name}` must {rule}. Found {value!r}. {remedy}")
         targets = self.reward_targets
         if self.need_mode == "target" and targets is None:
             raise ValueError(
                 "`reward_targets` must be given with `need_mode='target'`. Found None. Pass one number per objective."
             )
-        if targets is not None and not (
-            isinstance(targets, list | tuple) and all(isinstance(target, int | float) for target in targets)
-        ):
+        if not isinstance(targets, list | tuple | None) or not all(isinstance(t, int | float) for t in targets or ()):
             raise ValueError(f"`reward_targets` must be a list of numbers. Found {targets!r}. Pass one per objective.")
-
-    @staticmethod
-    def _check(name: str, value: Any, default: Any, help: str, range: Range | None, choices: tuple[str, ...]) -> None:
-        if choices and value not in choices:
-            rule, remedy = f"be one of {', '.join(map(repr, choices))}", "Pass one of these."
-        elif isinstance(default, bool) and not isinstance(value, bool):
-            rule, remedy = "be True or False", "Pass one of the two."
-        elif type(default) is int and not isinstance(value, int):
-            rule, remedy = "be a whole number", "Pass e.g. 10."
-        elif range and (
-            not isinstance(value, int | float) or isinstance(value, bool) or not range[0] <= value <= range[1]
-        ):
-            plain = (f"lie in [{range[0]:g}, {range[1]:g}]", "Pass a value in that range.")
-            rule, remedy = _SAID.get(range, plain)
-        else:
-            return
-        raise ValueError(f"`{name}` must {rule}. Found {value!r}. {remedy}")
 
     @classmethod
     def read(cls, given: ApexOptions | dict[str, Any] | None) -> ApexOptions:
@@ -157,17 +137,32 @@ class ApexOptions:
                 f"The options must be an ApexOptions or a dictionary of its fields. Found {given!r}. "
                 "Pass e.g. {'scale_blend': 0.5}."
             )
-        known = [option.name for option in dataclasses.fields(cls)]
-        unknown = sorted(map(str, set(given or {}) - set(known)))
-        if unknown:
+        given, known = given or {}, [option.name for option in dataclasses.fields(cls)]
+        if unknown := sorted(map(str, given.keys() - known)):
             raise ValueError(
                 f"Options must be fields of ApexOptions. Found {', '.join(unknown)}. Use one of: {', '.join(known)}."
             )
-        return cls(**(given or {}))
+        return cls(**given)
 
     def changed(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+def _what_is_wrong(
+    value: Any, default: Any, allowed: Range | None, choices: tuple[str, ...]
+) -> tuple[str, str] | None:
+    """The rule that an option's value breaks, and the remedy."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if choices and value not in choices:
+        return f"be one of {', '.join(map(repr, choices))}", "Pass one of these."
+    if isinstance(default, bool) and not isinstance(value, bool):
+        return "be True or False", "Pass one of the two."
+    if type(default) is int and not isinstance(value, int):
+        return "be a whole number", "Pass e.g. 10."
+    if allowed and not (number and allowed[0] <= value <= allowed[1]):
+        return _SAID.get(allowed, (f"lie in [{allowed[0]:g}, {allowed[1]:g}]", "Pass a value in that range."))
+    return None
 
 
 AGGREGATION_OPTIONS: dict[str, tuple[Any, str]] = {
@@ -196,15 +191,14 @@ def checked_options(
             raise ValueError(
                 f"Options must be passed in one place. Found `options` and {', '.join(flat)}. Pass all in `options`."
             )
-        result = ApexOptions.read(flat)
+        ApexOptions.read(flat)  # raises before it warns
         warnings.warn(
             f"Options of MultiObjectiveRewardAggregator are passed as one object. Found the keywords {', '.join(flat)}, "
             f"which the next release will refuse. Pass options=ApexOptions({', '.join(f'{n}=...' for n in flat)}).",
             FutureWarning,
             stacklevel=3,
         )
-    else:
-        result = ApexOptions.read(given)
+    result = ApexOptions.read(flat or given)
     targets = result.reward_targets
     if targets is not None and len(targets) != len(objectives):
         raise ValueError(

@@ -16,19 +16,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .normalize import Groups
+from .normalize import Groups, Matrix, Rows, Vector
 
 LARGEST_SQUARED = 1e15  # in float32, the squares of much larger rewards overflow
 
-Scored = tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]
+Scored = tuple[Rows, Float[Tensor, " B"]]
 
 
 def sum_then_normalize(
-    rewards: Float[Tensor, "B K"],
-    weights: Float[Tensor, " K"],
-    groups: Groups,
-    scale_rewards: str = "group",
-    std_epsilon: float = 1e-4,
+    rewards: Rows, weights: Vector, groups: Groups, scale_rewards: str = "group", std_epsilon: float = 1e-4
 ) -> Scored:
     r"""Weighted sum of the raw rewards, normalized as one reward.
 
@@ -37,65 +33,38 @@ def sum_then_normalize(
     The standard deviation is that of the "group" or of the "batch"; with `scale_rewards="none"` nothing is divided.
 
     Source: the default of `trl.GRPOTrainer`; Flow-GRPO (arXiv 2505.05470).
-
-    Example:
-        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> sum_then_normalize(rewards, one, Groups(torch.tensor([0, 0]), torch.tensor([2])), "none")[1].tolist()
-        [-1.0, 1.0]
     """
-    summed = weighted_sum(rewards, weights)
-    mean, std = group_mean_std(summed[:, None], groups)
-    if scale_rewards == "batch":
-        std = nanstd(summed)[:, None].expand_as(mean) if len(summed) > 1 else torch.zeros_like(mean)
-    divisor = torch.ones_like(std) if scale_rewards == "none" else std + std_epsilon
-    filled = torch.where(summed.isnan()[:, None], torch.nan, rewards.nan_to_num(nan=0.0))
+    summed = weighted_sum(rewards, weights)[:, None]
+    mean, divisor = mean_and_divisor(summed, groups, scale_rewards, std_epsilon)
+    filled = torch.where(summed.isnan(), torch.nan, rewards.nan_to_num(nan=0.0))
     scores = (filled - group_mean_std(filled, groups)[0]) / divisor
-    advantages = (summed[:, None] - mean) / divisor
-    return scores.nan_to_num(nan=0.0), advantages[:, 0].nan_to_num(nan=0.0)
+    return scores.nan_to_num(nan=0.0), ((summed - mean) / divisor)[:, 0].nan_to_num(nan=0.0)
 
 
 def weighted_advantages(
-    rewards: Float[Tensor, "B K"],
-    weights: Float[Tensor, " K"],
-    groups: Groups,
-    scale_rewards: str = "group",
-    std_epsilon: float = 1e-4,
+    rewards: Rows, weights: Vector, groups: Groups, scale_rewards: str = "group", std_epsilon: float = 1e-4
 ) -> Scored:
     r"""Weighted sum of each objective's own advantage, with no further normalization.
 
     $$A_i = \sum_k w_k \frac{r_{ik} - \bar r_{group,k}}{\mathrm{std}_k(r) + \epsilon}$$
 
     Source: MixGRPO and Pref-GRPO.
-
-    Example:
-        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> weighted_advantages(rewards, one, Groups(torch.tensor([0, 0]), torch.tensor([2])))[1].tolist()
-        [-0.707..., 0.707...]
     """
-    mean, std = group_mean_std(rewards, groups)
-    if scale_rewards == "batch":
-        std = nanstd(rewards).expand_as(rewards) if len(rewards) > 1 else torch.zeros_like(mean)
-    scores = (rewards - mean) / (1.0 if scale_rewards == "none" else std + std_epsilon)
+    mean, divisor = mean_and_divisor(rewards, groups, scale_rewards, std_epsilon)
+    scores = (rewards - mean) / divisor
     return scores.nan_to_num(nan=0.0), weighted_sum(scores, weights).nan_to_num(nan=0.0)
 
 
-def normalize_then_sum(
-    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, std_epsilon: float = 1e-4
-) -> Scored:
+def normalize_then_sum(rewards: Rows, weights: Vector, groups: Groups, std_epsilon: float = 1e-4) -> Scored:
     r"""Each objective standardized in its group, then the weighted sum standardized over the batch.
 
     $$z_{ik} = \frac{r_{ik} - \bar r_{group,k}}{\mathrm{std}_{group,k} + \epsilon}, \qquad
     A_i = \frac{\sum_k w_k z_{ik} - \mathrm{mean}_{batch}}{\mathrm{std}_{batch} + \epsilon}$$
 
     Source: GDPO (arXiv 2601.05242); TRL's option of the same name.
-
-    Example:
-        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> normalize_then_sum(rewards, one, Groups(torch.tensor([0, 0]), torch.tensor([2])))[1].tolist()
-        [-0.707..., 0.707...]
     """
-    mean, std = group_mean_std(rewards, groups)
-    scores = (rewards - mean) / (std + std_epsilon)
+    mean, divisor = mean_and_divisor(rewards, groups, "group", std_epsilon)
+    scores = (rewards - mean) / divisor
     # A row whose rewards are all missing stays out; one that is alone in its group counts as zero, as in TRL.
     summed = torch.where(rewards.isnan().all(1), torch.nan, (scores * weights).nansum(1))
     std_batch = nanstd(summed) if len(summed) > 1 else torch.zeros_like(summed)
@@ -103,9 +72,7 @@ def normalize_then_sum(
     return scores.nan_to_num(nan=0.0), advantages.nan_to_num(nan=0.0)
 
 
-def dvao(
-    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, std_epsilon: float = 1e-4
-) -> Scored:
+def dvao(rewards: Rows, weights: Vector, groups: Groups, std_epsilon: float = 1e-4) -> Scored:
     r"""Weighted sum of centred rewards over the weighted sum of their group standard deviations.
 
     $$A_i = \frac{\sum_k w_k (r_{ik} - \bar r_{group,k})}{\sum_k w_k\, \mathrm{std}_{group,k} + \epsilon}$$
@@ -113,11 +80,6 @@ def dvao(
     Inside a group its direction is the plain sum's, so a large-scale reward still dominates.
 
     Source: after arXiv 2605.25604.
-
-    Example:
-        >>> rewards, one = torch.tensor([[1.0], [3.0]]), torch.tensor([1.0])
-        >>> dvao(rewards, one, Groups(torch.tensor([0, 0]), torch.tensor([2])))[1].tolist()
-        [-0.707..., 0.707...]
     """
     mean, std = group_mean_std(rewards, groups)
     divisor = (weights * std).nansum(1, keepdim=True) + std_epsilon
@@ -126,11 +88,7 @@ def dvao(
 
 
 def gd2po(
-    rewards: Float[Tensor, "B K"],
-    weights: Float[Tensor, " K"],
-    groups: Groups,
-    gd2po_agreement: float = 0.2,
-    std_epsilon: float = 1e-4,
+    rewards: Rows, weights: Vector, groups: Groups, gd2po_agreement: float = 0.2, std_epsilon: float = 1e-4
 ) -> Scored:
     r"""`normalize_then_sum` without the rows whose objectives disagree, and with less weight for groups with many of them.
 
@@ -147,8 +105,7 @@ def gd2po(
         >>> gd2po(rewards, torch.ones(2), Groups(torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2])))[1].tolist()
         [-0.707..., 0.707..., 0.0, 0.0]
     """
-    mean, std = group_mean_std(rewards, groups)
-    scores = ((rewards - mean) / (std + std_epsilon)).nan_to_num(nan=0.0)
+    scores, _ = normalize_then_sum(rewards, weights, groups, std_epsilon)
     parts, there = scores * weights, ~rewards.isnan().all(1)
     agreement = parts.sum(1).abs() / (parts.abs().sum(1) + 1e-8)
     mixed = (parts > 0).any(1) & (parts < 0).any(1)
@@ -159,9 +116,7 @@ def gd2po(
     return scores * kept[:, None], advantages.nan_to_num(nan=0.0)
 
 
-def saw(
-    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, std_epsilon: float = 1e-4
-) -> Scored:
+def saw(rewards: Rows, weights: Vector, groups: Groups, std_epsilon: float = 1e-4) -> Scored:
     r"""`normalize_then_sum` with weights by each reward's coefficient of variation over the batch.
 
     $$c_k = \frac{\mathrm{std}_{batch}(r_k)}{|\mathrm{mean}_{batch}(r_k)| + 10^{-8}}, \qquad w'_k = w_k \frac{K c_k}{\sum_j c_j}$$
@@ -169,11 +124,6 @@ def saw(
     A shift of a reward changes its weight: one with mean 22 and spread 0.5 hardly counts beside one between 0 and 1.
 
     Source: after SAW (arXiv 2606.07705), its form on advantages, reconstructed from a description of its code.
-
-    Example:
-        >>> rewards = torch.tensor([[1.0, 21.0], [3.0, 20.0]])
-        >>> saw(rewards, torch.ones(2), Groups(torch.tensor([0, 0]), torch.tensor([2])))[1].tolist()
-        [-0.707..., 0.707...]
     """
     variation = (nanstd(rewards)[0] / (torch.nanmean(rewards, 0).abs() + 1e-8)).nan_to_num(nan=0.0, posinf=0.0)
     total = float(variation.sum())
@@ -182,9 +132,7 @@ def saw(
     return scores * factor, advantages
 
 
-def ctwa(
-    rewards: Float[Tensor, "B K"], weights: Float[Tensor, " K"], groups: Groups, std_epsilon: float = 1e-4
-) -> Scored:
+def ctwa(rewards: Rows, weights: Vector, groups: Groups, std_epsilon: float = 1e-4) -> Scored:
     r"""`normalize_then_sum` with weights raised until no objective's reward is anticorrelated with the advantage.
 
     A policy gradient raises objective \(k\) to first order where \(\mathrm{Cov}(z_k, A) > 0\). With \(z\) the standardized
@@ -221,28 +169,20 @@ def ctwa(
 
 
 def gramian_weights(
-    rule: str,
-    gramian: Float[Tensor, "K K"],
-    weights: Float[Tensor, " K"],
-    unit_gradients: bool = True,
-    cagrad_c: float = 0.5,
-    seed: int = 0,
-) -> Float[Tensor, " K"]:
+    rule: str, gramian: Matrix, weights: Vector, unit_gradients: bool = True, cagrad_c: float = 0.5, seed: int = 0
+) -> Vector:
     r"""The weights that a multi-gradient method gives to the objectives, summing to one.
 
     Solved on \(\tilde G_{kj} = K^2 \omega_k \omega_j G_{kj}\), the Gram matrix of the gradients scaled by the user's
     weights. Objectives whose gradient is zero take no part: a min-norm method would follow them alone and stand still.
 
     Args:
-        rule (`str`): "mgda", "upgrad", "pcgrad" or "cagrad".
+        rule (`str`): one of `GRADIENT_RULES`.
         gramian (`Tensor` of shape `[K, K]`): \(G\), inner products of the objectives' gradients.
         weights (`Tensor` of shape `[K]`): \(\omega\), the user's, summing to one.
         unit_gradients (`bool`): for "mgda", solve for gradients of unit length, as MARBLE does, whatever the user's weights.
         cagrad_c (`float`): for "cagrad", the radius of its search around the mean gradient.
         seed (`int`): for "pcgrad", of the random order of its projections; must be the same on all ranks.
-
-    Raises:
-        ImportError: if the solver is TorchJD's and TorchJD is not installed.
 
     Source: MGDA as in MARBLE (arXiv 2605.06507); UPGrad and CAGrad by TorchJD; PCGrad (arXiv 2001.06782).
 
@@ -252,8 +192,7 @@ def gramian_weights(
         [0.333..., 0.666...]
     """
     solver = TABLE[rule].solver
-    if solver is None:
-        raise ValueError(f"`rule` must be one of {', '.join(GRADIENT_RULES)}. Found {rule!r}. Pass one of these.")
+    assert solver, f"{rule} has no solver"
     active = (weights > 0) & (gramian.diagonal() > 0)
     if not bool(active.any()):
         return weights.clone()
@@ -269,13 +208,8 @@ def gramian_weights(
     return result / total if total > 1e-9 else weights.clone()
 
 
-def pcgrad_weights(gramian: Float[Tensor, "K K"], seed: int = 0) -> Float[Tensor, " K"]:
-    """PCGrad from the Gram matrix: each gradient is projected away from those it opposes, in a random order.
-
-    Example:
-        >>> pcgrad_weights(torch.tensor([[1.0, -0.5], [-0.5, 1.0]])).tolist()
-        [1.5, 1.5]
-    """
+def pcgrad_weights(gramian: Matrix, seed: int) -> Vector:
+    """PCGrad from the Gram matrix: each gradient is projected away from those it opposes, in a random order."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros_like(gramian[0])
     for own in range(len(gramian)):
@@ -290,6 +224,7 @@ def pcgrad_weights(gramian: Float[Tensor, "K K"], seed: int = 0) -> Float[Tensor
 
 
 def _torchjd(name: str, **options: float) -> Callable[[Tensor], Tensor]:
+    """A weighting of TorchJD, which is optional."""
     try:
         from torchjd import aggregation
 
@@ -336,20 +271,25 @@ SIGNED_RULES = tuple(name for name, rule in TABLE.items() if rule.signed)
 # What the rules are made of
 
 
-def wide_enough(rewards: Float[Tensor, "B K"]) -> Float[Tensor, "B K"]:
+def wide_enough(rewards: Rows) -> Rows:
     """The rewards, in float64 if their squares would overflow float32; else the dtype stays, and the rounding TRL's."""
     return rewards.double() if bool((rewards.abs() > LARGEST_SQUARED).any()) else rewards
 
 
-def group_mean_std(values: Float[Tensor, "B K"], groups: Groups) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
+def mean_and_divisor(values: Rows, groups: Groups, scale_rewards: str, std_epsilon: float) -> tuple[Rows, Rows]:
+    """Mean of each row's group, and what the difference from it is divided by."""
+    mean, std = group_mean_std(values, groups)
+    if scale_rewards == "none":
+        return mean, torch.ones_like(mean)
+    if scale_rewards == "batch":
+        std = nanstd(values).expand_as(values) if len(values) > 1 else torch.zeros_like(values)
+    return mean, std + std_epsilon
+
+
+def group_mean_std(values: Rows, groups: Groups) -> tuple[Rows, Rows]:
     """Mean and sample standard deviation (Bessel's) of each row's group, over its valid values.
 
     The standard deviation of fewer than two values is NaN; in a group of one row it is 0, as in TRL.
-
-    Example:
-        >>> mean, std = group_mean_std(torch.tensor([[1.0], [3.0]]), Groups(torch.tensor([0, 0]), torch.tensor([2])))
-        >>> mean.tolist(), std.tolist()
-        ([[2.0], [2.0]], [[1.414...], [1.414...]])
     """
     mean, std = torch.empty_like(values), torch.empty_like(values)
     order = torch.argsort(groups.index, stable=True)
@@ -372,6 +312,6 @@ def nanstd(values: Float[Tensor, " ..."], dim: int = 0) -> Float[Tensor, " ..."]
     return torch.where(count > 1, variance, torch.nan).sqrt()
 
 
-def weighted_sum(values: Float[Tensor, "B K"], weights: Float[Tensor, " K"]) -> Float[Tensor, " B"]:
+def weighted_sum(values: Rows, weights: Vector) -> Float[Tensor, " B"]:
     """Weighted sum over the objectives that are there; NaN if none is."""
     return torch.where(values.isnan().all(1), torch.nan, (values * weights).nansum(1))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from .normalize import Matrix, Vector
 
 NEW_SINCE_0_1_0 = ("weights", "effective", "measured", "absent")  # missing from files of 0.1.0
 
@@ -50,22 +52,22 @@ class PriorityState:
     """What the method needs, in float64 on the CPU, from gathered rewards alone."""
 
     iteration: int  # batches seen
-    weights: Float[Tensor, " K"]  # the user's weights that the priorities were made for, summing to one
-    priorities: Float[Tensor, " K"]  # weights for the next batch, summing to one
+    weights: Vector  # the user's weights that the priorities were made for, summing to one
+    priorities: Vector  # weights for the next batch, summing to one
     variance: Average  # pooled within-group variance
     fast: Average  # mean reward, short memory
     slow: Average  # mean reward, long memory
     error: Average  # standard error of a batch's mean reward
-    first_mean: Float[Tensor, " K"]  # mean reward at the end of the warm-up; NaN before
-    first_scale: Float[Tensor, " K"]  # within-group standard deviation then; NaN before
-    largest_scale: Float[Tensor, " K"]  # the largest since then; NaN before
-    dead_fraction: Float[Tensor, " K"]  # share of dead groups in the last batch that had the objective
+    first_mean: Vector  # mean reward at the end of the warm-up; NaN before
+    first_scale: Vector  # within-group standard deviation then; NaN before
+    largest_scale: Vector  # the largest since then; NaN before
+    dead_fraction: Vector  # share of dead groups in the last batch that had the objective
     conflict: Average  # correlation or cosine of the objectives
-    margin: Float[Tensor, "K K"]  # what counts as noise in `conflict`
+    margin: Matrix  # what counts as noise in `conflict`
     gradient_weights: Average  # weights from the gradients' Gram matrix
 
     @classmethod
-    def initial(cls, weights: Float[Tensor, " K"], margin: float) -> PriorityState:
+    def initial(cls, weights: Vector, margin: float) -> PriorityState:
         """The state before the first batch, at the user's weights."""
         n = len(weights)
         unknown = torch.full((n,), torch.nan, dtype=torch.float64)
@@ -77,13 +79,22 @@ class PriorityState:
             gradient_weights=Average.empty(n),
         )  # fmt: skip
 
+    def with_conflict(self, measured: Matrix, noise: Matrix, decay: float, least: float) -> PriorityState:
+        """The state with a correlation or cosine taken in; entries where `measured` is NaN are held."""
+        margin = noise.nan_to_num(nan=1.0).clamp(least, 0.99)
+        return replace(
+            self,
+            conflict=self.conflict.update(measured, decay),
+            margin=torch.where(measured.isnan(), self.margin, margin),
+        )
+
     @property
-    def scale(self) -> Float[Tensor, " K"]:
+    def scale(self) -> Vector:
         """Pooled within-group standard deviation; NaN where no live group was seen."""
         return self.variance.value.sqrt()
 
     @property
-    def widest(self) -> Float[Tensor, " K"]:
+    def widest(self) -> Vector:
         """The largest standard deviation known; 0 where none is."""
         return torch.stack([self.scale, self.first_scale, self.largest_scale]).nan_to_num(nan=0.0).amax(0)
 
@@ -92,34 +103,29 @@ class PriorityState:
 class ReportState:
     """What logs and warnings need; no advantage depends on it."""
 
-    owned: Float[Tensor, " K"]  # batches in a row in which the objective owned the advantage's variance
-    silent: Float[Tensor, " K"]  # batches in a row in which all its groups were dead
-    absent: Float[Tensor, " K"]  # batches in a row without any reward of it
-    effective: Float[Tensor, " K"]  # mean weight over the rows of the last batch
-    measured: Float[Tensor, "K K"]  # cosines of the gradients when last measured; NaN before
+    owned: Vector  # batches in a row in which the objective owned the advantage's variance
+    silent: Vector  # batches in a row in which all its groups were dead
+    absent: Vector  # batches in a row without any reward of it
+    effective: Vector  # mean weight over the rows of the last batch
+    measured: Matrix  # cosines of the gradients when last measured; NaN before
 
     @classmethod
-    def initial(cls, weights: Float[Tensor, " K"]) -> ReportState:
+    def initial(cls, weights: Vector) -> ReportState:
         """The state before the first batch."""
-        zero, n = torch.zeros(len(weights), dtype=torch.float64), len(weights)
-        measured = torch.full((n, n), torch.nan, dtype=torch.float64)
-        return cls(zero, zero, zero, weights, measured)
+        zero = torch.zeros_like(weights)
+        return cls(zero, zero, zero, weights, torch.full((len(weights), len(weights)), torch.nan, dtype=torch.float64))
 
 
-State = TypeVar("State", PriorityState, ReportState)
+# To and from the plain values of a checkpoint
 
 
-def to_plain(state: PriorityState | ReportState) -> dict[str, Any]:
+def to_plain(state: Any) -> dict[str, Any]:
     """The fields as plain numbers, lists and None (for NaN), exact to the last bit through JSON."""
     return {item.name: _plain(getattr(state, item.name)) for item in fields(state)}
 
 
-def from_plain(state: State, plain: dict[str, Any]) -> State:
-    """A state with the shapes of `state` and the numbers of `plain`.
-
-    Raises:
-        ValueError: names the fields that are missing or do not hold what they should.
-    """
+def from_plain(state: Any, plain: dict[str, Any]) -> Any:
+    """A state with the shapes of `state` and the numbers of `plain`; a ValueError names what is missing or damaged."""
     names = [item.name for item in fields(state)]
     missing = [name for name in names if name not in plain and name not in NEW_SINCE_0_1_0]
     if missing:
@@ -128,26 +134,23 @@ def from_plain(state: State, plain: dict[str, Any]) -> State:
             "another version: start without the state."
         )
     values = {}
-    for name in names:
-        if name in plain:
-            old = getattr(state, name)
-            try:
-                values[name] = _like(old, plain[name])
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"`{name}` of the saved state must hold {_described(old)}. Found {str(plain[name])[:80]}. The file was "
-                    "damaged: start without the state, or from an older checkpoint."
-                ) from error
+    for name in plain.keys() & names:
+        old = getattr(state, name)
+        try:
+            values[name] = _like(old, plain[name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"`{name}` of the saved state must hold numbers as in {str(_plain(old))[:80]}. Found "
+                f"{str(plain[name])[:80]}. The file was damaged: start without the state, or from an older checkpoint."
+            ) from error
     return replace(state, **values)
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Average):
-        return {"total": _plain(value.total), "weight": _plain(value.weight)}
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
+    if is_dataclass(value):
+        return to_plain(value)
+    if isinstance(value, Tensor | list):
+        return [_plain(item) for item in (value.tolist() if isinstance(value, Tensor) else value)]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -156,16 +159,10 @@ def _like(old: Any, plain: Any) -> Any:
         return Average(_like(old.total, plain["total"]), _like(old.weight, plain["weight"]))
     if isinstance(old, Tensor):
         return torch.tensor(_numbers(plain), dtype=torch.float64).reshape(old.shape)
-    return int(plain)
+    return type(old)(plain)
 
 
 def _numbers(plain: Any) -> Any:
     if isinstance(plain, list):
         return [_numbers(item) for item in plain]
     return math.nan if plain is None else float(plain)
-
-
-def _described(old: Any) -> str:
-    if isinstance(old, Average):
-        return f"`total` and `weight` with numbers of shape {list(old.total.shape)}"
-    return f"numbers of shape {list(old.shape)}" if isinstance(old, Tensor) else "a whole number"
