@@ -27,10 +27,8 @@ from typing import Any
 import torch
 from _bench import arguments, mean_and_error, table, write
 
-from trl_apex.aggregation import GRADIENT_RULES, MultiObjectiveRewardAggregator, PopulationConflict
-from trl_apex.aggregation import RULES as ALL_RULES
+from trl_apex.aggregation import GRADIENT_RULES, RULES, MultiObjectiveRewardAggregator, PopulationConflict
 
-RULES = tuple(rule for rule in ALL_RULES if rule not in ("gd2po", "saw", "ctwa"))  # these three were not measured here
 OBJECTIVES = ["pickscore", "aesthetic", "ocr", "deqa", "blank"]
 LIVE = OBJECTIVES[:4]
 PROMPTS, GROUP, SIZE = 16, 12, 32
@@ -270,14 +268,16 @@ def figure(table: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     panels, (left, right) = plt.subplots(1, 2, figsize=(13, 8.5), gridspec_kw={"width_ratios": [1, 1.15]})
+    measured = {line["name"] for line in table}
+    rules = [rule for rule in RULES if rule in measured]
     height = 0.38
     for step, (conflict, colour) in enumerate(zip(CONFLICTS, ("#9ecae1", "#08306b"), strict=True)):
         lines = {line["name"]: line for line in table if line["conflict"] == conflict}
-        places = [number + (0.5 - step) * height for number in range(len(RULES))]
-        worst, error = zip(*(lines[rule]["worst"] for rule in RULES), strict=True)
+        places = [number + (0.5 - step) * height for number in range(len(rules))]
+        worst, error = zip(*(lines[rule]["worst"] for rule in rules), strict=True)
         left.barh(places, worst, height, xerr=error, color=colour, label=f"conflict cosine {conflict:g}")
-        left.plot([lines[rule]["mean"][0] for rule in RULES], places, "|", color="black", markersize=7)
-    left.set_yticks(range(len(RULES)), RULES)
+        left.plot([lines[rule]["mean"][0] for rule in rules], places, "|", color="black", markersize=7)
+    left.set_yticks(range(len(rules)), rules)
     left.set_xlabel("share of the solo gain: worst objective (bar), mean (tick)")
     names = [*list(PARTS)[1:], *OPTIONS]
     lines = {line["name"]: line for line in table if line["conflict"] == HARD}

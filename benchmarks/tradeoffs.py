@@ -21,9 +21,8 @@ from _bench import arguments, machine, mean_and_error, table, write
 from _tradeoff_figure import SHOWN, draw, objectives, shown_condition
 from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, OBJECTIVES, run
 
-from trl_apex.aggregation import RULES as ALL_RULES
+from trl_apex.aggregation import RULES
 
-RULES = tuple(rule for rule in ALL_RULES if rule not in ("gd2po", "saw", "ctwa"))  # these three were not measured here
 ONLY = [f"only_{name}" for name in OBJECTIVES]
 # What a user tries by hand: more and more weight on the two objectives that lag, in the order of OBJECTIVES.
 GRID = ["2_1_1_1", "4_1_1_1", "1_2_1_1", "1_4_1_1", "2_2_1_1", "4_4_1_1", "4_8_1_1", "8_4_1_1"]

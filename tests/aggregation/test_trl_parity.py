@@ -37,16 +37,9 @@ def language_model():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+        vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
     return LlamaForCausalLM(config), tokenizer
 
 
@@ -98,27 +91,16 @@ def trl_advantages(language_model, folder, rewards, monkeypatch, **settings) -> 
     ],
 )
 def test_equals_trl(language_model, tmp_path, monkeypatch, rewards, rule, scale, weights):
-    theirs = trl_advantages(
-        language_model,
-        tmp_path,
-        rewards,
-        monkeypatch,
-        multi_objective_aggregation=rule,
-        scale_rewards=scale,
-        reward_weights=weights,
-    )
+    settings = {"multi_objective_aggregation": rule, "scale_rewards": scale, "reward_weights": weights}
+    theirs = trl_advantages(language_model, tmp_path, rewards, monkeypatch, **settings)
     matrix = torch.tensor([[math.nan if value is None else value for value in row] for row in rewards])
     groups = torch.arange(PROMPTS).repeat_interleave(GROUP)
-    aggregator = MultiObjectiveRewardAggregator(
-        ["ocr", "pickscore", "deqa"], weights, rule, options={"scale_rewards": scale}
-    )
+    aggregator = MultiObjectiveRewardAggregator(["ocr", "pickscore", "deqa"], weights, rule, {"scale_rewards": scale})
     ours, _ = aggregator(matrix, groups)
     assert theirs.abs().max() > 0.5
     assert (ours - theirs).abs().max() <= 1e-6
 
     shuffled = torch.randperm(len(matrix), generator=torch.Generator().manual_seed(0))
-    moved, _ = MultiObjectiveRewardAggregator(
-        ["ocr", "pickscore", "deqa"], weights, rule, options={"scale_rewards": scale}
-    )(matrix[shuffled], groups[shuffled] * 10 - 7)
+    moved, _ = aggregator(matrix[shuffled], groups[shuffled] * 10 - 7)
     # The order of summation differs, so TRL's float32 rounding (rewards of 20, spreads of 0.3) shows.
     assert (moved - theirs[shuffled]).abs().max() <= 2e-5

@@ -140,6 +140,8 @@ def ctwa(rewards: Rows, weights: Vector, groups: Groups, std_epsilon: float = 1e
 
     $$w' = \arg\min_v\; (v - w)^\top C (v - w) \quad\text{such that}\quad (C v)_k \ge 0 \text{ for all } k \text{ with } w_k > 0$$
 
+    If objectives are linearly dependent, \(w'\) is not unique; \(A\) is.
+
     Source: after the condition of CTWA (arXiv 2602.06869); this way to meet it is ours.
 
     Example:
