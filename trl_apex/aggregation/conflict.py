@@ -45,8 +45,8 @@ class Sums:
 
     weight: float  # sum of the updates' weights
     squares: float  # sum of their squares
-    mean: Float[Tensor, " K*K"]
-    scatter: Float[Tensor, "K*K K*K"]
+    mean: Float[Tensor, " N"]  # N = K * K
+    scatter: Float[Tensor, "N N"]
 
 
 class PopulationConflict:
