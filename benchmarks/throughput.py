@@ -39,21 +39,12 @@ COMPILED = {"compile_denoiser": True}
 # timestep a forward: more of them are for GPUs that one batch leaves idle.
 PARTS: dict[str, tuple[Parts, str]] = {
     BASE: (Parts(), "Flow-GRPO's order of work"),
-    "separate_guidance": (
-        Parts(separate_guidance=True),
-        "the branches of the guidance in two forwards (slower)",
-    ),
-    "rewards_after_sampling": (
-        Parts(rewards_last=True),
-        "rewards only when all is sampled (slower in wall time)",
-    ),
+    "separate_guidance": (Parts(separate_guidance=True), "the branches of the guidance in two forwards (slower)"),
+    "rewards_after_sampling": (Parts(rewards_last=True), "rewards only when all is sampled (slower in wall time)"),
     "prompt_cache": (Parts(cache_prompts=True), "prompts encoded before training"),
     "group_deduplication": (Parts(encode_distinct=True), "a group's prompt encoded once an iteration"),
     "timestep_batching": (Parts(timesteps_at_once=3), "three timesteps a forward of the update"),
-    "window": (
-        Parts(window=LAST),
-        "two stochastic, trained steps, the last possible; the others deterministic",
-    ),
+    "window": (Parts(window=LAST), "two stochastic, trained steps, the last possible; the others deterministic"),
     "window_shared_prefix": (
         Parts(window=LAST, shared_prefix=True),
         "the same, one start a group, steps before the window once",
