@@ -105,7 +105,8 @@ WHOLE_TOO: dict[Any, Any] = {
     list[float] | None: list[float | int] | None,
 }
 POSITIVE = (
-    "noise_level", "timestep_shift", "advantage_max", "fpo_scale", "nft_beta", "kl_mask_threshold", "reward_timeout",
+    "noise_level", "timestep_shift", "advantage_max", "fpo_scale", "nft_beta", "kl_mask_threshold", "target_movement",
+    "reward_timeout",
 )  # fmt: skip
 LEAST = {
     **dict.fromkeys((
@@ -243,6 +244,11 @@ class DiffusionGRPOConfig(GRPOConfig):
         "clips ratios that are normalized per timestep.",
     )
     kl_mask_threshold: float = _field(1e-5, "'kl_mask': KL divergence of a step above which a row may be dropped.")
+    target_movement: float | None = _field(
+        None,
+        "Mean squared change of the prediction that an iteration should make. The learning rate adapts to it, within a tenth "
+        "and ten times its own value. None: the plain schedule.",
+    )
     share_initial_noise: bool = _field(
         False, "Images of one group start from the same noise and differ by the window's."
     )
@@ -385,6 +391,10 @@ class DiffusionGRPOConfig(GRPOConfig):
              f"`ratio_guard` needs loss_type='grpo': with {self.loss_type!r} no step is stochastic", "Leave it out."),
             (self.ratio_guard == "kl_mask" and self.delta is not None, self.delta,
              "`delta` has no effect with ratio_guard='kl_mask', which clips no ratio", "Leave it out."),
+            (self.target_movement is not None and (self.fp16 or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")),
+             {"fp16": self.fp16, "lr_scheduler_type": getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)},
+             "`target_movement` needs bf16 or float32, and a schedule that does not adapt the rate itself",
+             "Leave these out."),
             (not flow and self.timesteps_per_image is not None, self.timesteps_per_image,
              "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'", "Use sde_window_size with 'grpo'."),
             (len(range_) != 2 or not 0 <= range_[0] < range_[1] <= 1, range_,

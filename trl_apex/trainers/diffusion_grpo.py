@@ -65,6 +65,7 @@ from .logs import (
     update_metrics,
 )
 from .publishing import without_token
+from .step_size import StepSizeControl
 from .trl_seam import RunTrainer
 from .weights import ADAPTER_RATE, FULL_RATE, EMACallback
 
@@ -245,10 +246,14 @@ class DiffusionGRPOTrainer(RunTrainer):
         self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps)
         for callback in (IterationCallback(self), self._detectors, self._guard, self._ema):
             self.add_callback(callback)
+        self._step_size = StepSizeControl(self, args.target_movement) if args.target_movement else None
+        if self._step_size is not None:
+            self.add_callback(self._step_size)
 
     def _stateful(self) -> dict[str, Any]:
         """What a checkpoint keeps in `apex_state.json`: objects with `state_dict` and `load_state_dict`, by name."""
-        return {"monitor": self._watch, "detectors": self._detectors}
+        objects = {"monitor": self._watch, "detectors": self._detectors}
+        return objects if self._step_size is None else objects | {"step_size": self._step_size}
 
     # One iteration
 
@@ -270,6 +275,8 @@ class DiffusionGRPOTrainer(RunTrainer):
                     self.updates_per_iteration,
                 )
             self._iteration_rollout = self._generate_and_score_completions(generation_batch)
+            if self._step_size is not None:
+                self._step_size.see_rollout(self._iteration_rollout)
         return self._micro_batch(self._iteration_rollout, position)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -516,12 +523,16 @@ class DiffusionGRPOTrainer(RunTrainer):
         }
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """One micro-batch. DeepSpeed steps inside the backward, so that an update without a signal is left out here."""
-        if not self.is_deepspeed_enabled:
+        """One micro-batch, or none once the policy has moved far enough.
+
+        DeepSpeed steps inside the backward, so that an update without a signal is left out here as well.
+        """
+        stopped = self._step_size is not None and self._step_size.stopped
+        if not self.is_deepspeed_enabled and not stopped:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         self._guard.update_is_dead = inputs["dead"] and self.args.skip_dead_updates and self.beta == 0
-        if not self._guard.update_is_dead:
+        if not self._guard.update_is_dead and not stopped:
             return super().training_step(model, inputs, num_items_in_batch)
         self._step += 1
         return torch.zeros((), device=self.accelerator.device)
