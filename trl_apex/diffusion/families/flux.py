@@ -46,7 +46,7 @@ class FluxPolicy(DiffusionPolicy):
     ) -> Tensor:
         patches = pixel_unshuffle(latents, 2)  # [R, 4 C, H / 2, W / 2]
         packed = patches.flatten(2).transpose(1, 2)
-        places = torch.cartesian_prod(*(torch.arange(size, device=latents.device) for size in patches.shape[2:]))
+        places = torch.cartesian_prod(*map(torch.arange, patches.shape[2:]))
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.full((len(latents),), guidance_scale, device=latents.device)
@@ -56,7 +56,7 @@ class FluxPolicy(DiffusionPolicy):
             timestep=timesteps / 1000,
             guidance=guidance,
             txt_ids=torch.zeros(embeddings["encoder_hidden_states"].shape[1], 3, device=latents.device),
-            img_ids=pad(places, (1, 0)).float(),
+            img_ids=pad(places, (1, 0)).float().to(latents.device),
             return_dict=False,
             **embeddings,
         )[0]
