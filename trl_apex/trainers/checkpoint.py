@@ -20,18 +20,8 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ..distributed import check_equal, failing_together, full_trainable_weights, gather_list, wait_for_all
-from .manifest import (
-    PARTIAL,
-    SaveError,
-    clear_partial,
-    defects,
-    finalize,
-    last_valid,
-    manifest,
-    rotate,
-    saving,
-    to_resume_from,
-)
+from . import manifest
+from .manifest import PARTIAL, SaveError, clear_partial, defects, last_valid, saving
 from .publishing import push_checkpoint
 from .weights import difference, save_denoiser, save_diffusers_lora, stored_shapes
 
@@ -179,9 +169,9 @@ def save_checkpoint(trainer: Any) -> None:
     wait_for_all()
     with failing_together(f"saving {name}"), saving(name, run):
         if trainer.args.should_save:
-            finalize(partial, final, engine=trainer._engine, world_size=trainer.accelerator.num_processes)
+            manifest.finalize(partial, final, engine=trainer._engine, world_size=trainer.accelerator.num_processes)
             clear_partial(run)
-            rotate(run, trainer.args.save_total_limit, state.best_model_checkpoint)
+            manifest.rotate(run, trainer.args.save_total_limit, state.best_model_checkpoint)
     if trainer.args.push_to_hub:
         push_checkpoint(trainer, final)
 
@@ -240,7 +230,7 @@ def resume_point(trainer: Any, wanted: str | bool | None) -> str | None:
     found = None
     with failing_together("the choice of a checkpoint"):
         if trainer.accelerator.is_main_process:
-            found = str(to_resume_from(wanted, trainer.args.output_dir))
+            found = str(manifest.to_resume_from(wanted, trainer.args.output_dir))
             check_engine(found, trainer._engine, trainer.accelerator.num_processes)
             check_state(trainer._stateful(), found)
             if trainer._engine == "ddp":
@@ -252,7 +242,7 @@ def resume_point(trainer: Any, wanted: str | bool | None) -> str | None:
 
 def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
     """Raise ValueError for a checkpoint that this engine ("ddp", "zero1" to "zero3", "fsdp") or number of processes cannot read."""
-    facts = manifest(checkpoint) or {}
+    facts = manifest.read(checkpoint) or {}
     saved = facts.get("engine", engine), facts.get("world_size", world_size)
     if saved[0] != engine or (engine.startswith("zero") and saved[1] != world_size):
         raise ValueError(

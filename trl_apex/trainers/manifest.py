@@ -40,7 +40,7 @@ def finalize(partial: str | Path, final: str | Path, **facts: Any) -> None:
         >>> (run / PARTIAL / "checkpoint-4").mkdir(parents=True)
         >>> _ = (run / PARTIAL / "checkpoint-4" / "weights").write_bytes(b"1234")
         >>> finalize(run / PARTIAL / "checkpoint-4", run / "checkpoint-4", world_size=2)
-        >>> defects(run / "checkpoint-4"), manifest(run / "checkpoint-4")["world_size"]
+        >>> defects(run / "checkpoint-4"), read(run / "checkpoint-4")["world_size"]
         ([], 2)
         >>> _ = (run / "checkpoint-4" / "weights").write_bytes(b"12")
         >>> defects(run / "checkpoint-4")
@@ -96,7 +96,7 @@ def rotate(run: str | Path, limit: int | None, keep: str | Path | None = None) -
     if not limit or limit < 0:
         return
     found = checkpoints(run)
-    resumable = [c for c in found if manifest(c) and not missing_state(c)]
+    resumable = [c for c in found if read(c) and not missing_state(c)]
     spared = {c for c in found if keep and c.name == Path(keep).name} | set(resumable[:1] or found[:1])
     others = [c for c in found if c not in spared]
     for checkpoint in others[max(limit - len(spared), 0) :]:
@@ -169,7 +169,7 @@ def last_valid(run: str | Path) -> Path | None:
 
 def defects(checkpoint: str | Path) -> list[str]:
     """What is damaged in a checkpoint, one line a file. Files that the manifest does not list are no defect."""
-    checkpoint, content = Path(checkpoint), manifest(checkpoint)
+    checkpoint, content = Path(checkpoint), read(checkpoint)
     if content is None:
         return [f"{MANIFEST} is missing or unreadable"]
     if "sha256" in content and _own_hash(content) != content["sha256"]:
@@ -189,7 +189,7 @@ def defects(checkpoint: str | Path) -> list[str]:
 
 def missing_state(checkpoint: str | Path) -> list[str]:
     """What a checkpoint lacks for a resume, one line each: `save_only_model` writes the weights alone."""
-    engine = (manifest(checkpoint) or {}).get("engine")
+    engine = (read(checkpoint) or {}).get("engine")
     if engine is None:
         return []
     optimizer = {"ddp": "optimizer.pt", "fsdp": "optimizer*"}.get(engine, "latest")
@@ -199,7 +199,7 @@ def missing_state(checkpoint: str | Path) -> list[str]:
     return [f"no {part} ({pattern})" for part, pattern in parts.items() if not any(Path(checkpoint).glob(pattern))]
 
 
-def manifest(checkpoint: str | Path) -> dict[str, Any] | None:
+def read(checkpoint: str | Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None where it has none that can be read."""
     try:
         content = json.loads(Path(checkpoint, MANIFEST).read_text())

@@ -20,15 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi, ModelCard, ModelCardData, errors
 from peft import PeftModel
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -80,15 +72,7 @@ def init_hf_repo(trainer: Any, token: str | None, private: bool | None) -> None:
 
 
 def push_to_hub(
-    trainer: Any,
-    commit_message: str | None,
-    blocking: bool,
-    token: str | None,
-    revision: str | None,
-    private: bool | None,
-    *,
-    hub_model_id: str | None,
-    **kwargs: Any,
+    trainer: Any, commit_message, blocking, token, revision, private, *, hub_model_id: str | None, **kwargs: Any
 ) -> Any:
     """[`RunTrainer.push_to_hub`]."""
     if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
@@ -283,33 +267,33 @@ def trying(attempt: Callable[[], T], repo_id: str, endpoint: str, run_dir: str |
 def is_network_failure(error: BaseException) -> bool:
     """Whether another attempt may help: the server is busy or broken, or gave no answer."""
     status = _status(error)
-    network = isinstance(error, HTTPError | ConnectionError | TimeoutError)
+    network = isinstance(error, errors.HTTPError | ConnectionError | TimeoutError)
     return network and (status is None or status >= 500 or status == 429)
 
 
 def _sent_once(error: BaseException) -> bool:
-    if not isinstance(error, HTTPError):
+    if not isinstance(error, errors.HTTPError):
         return False
-    request = error.response.request if isinstance(error, HfHubHTTPError) else error.request
+    request = error.response.request if isinstance(error, errors.HfHubHTTPError) else error.request
     return any(part in str(request.url) for part in SENT_ONCE)
 
 
 def _status(error: BaseException) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
 
 
 def _cause(error: BaseException, repo_id: str, endpoint: str) -> tuple[str, bool]:
     """What went wrong and what to do, and whether the user can mend it."""
-    status, no_token = _status(error), isinstance(error, LocalTokenNotFoundError)
-    if isinstance(error, HfHubHTTPError) and status == 401:
+    status, no_token = _status(error), isinstance(error, errors.LocalTokenNotFoundError)
+    if isinstance(error, errors.HfHubHTTPError) and status == 401:
         no_token = "authorization" not in error.response.request.headers and "nvalid" not in str(error)
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         cause = "offline mode is on. Unset HF_HUB_OFFLINE"
-    elif isinstance(error, HFValidationError):
+    elif isinstance(error, errors.HFValidationError):
         cause = f"{repo_id!r} is no name of a repository. Use `user/name`"
     elif no_token:
         cause = f"{endpoint} wants a token and there is none. Run `hf auth login`, or set HF_TOKEN"
-    elif status == 404 or isinstance(error, RepositoryNotFoundError):  # a private one looks absent to strangers
+    elif status == 404 or isinstance(error, errors.RepositoryNotFoundError):  # a private one looks absent to strangers
         cause = f"there is no repository {repo_id} at {endpoint}, or the token does not see it. Check name and token"
     elif status == 401:
         cause = f"{endpoint} does not accept the token. Make a new one with write access, and run `hf auth login`"

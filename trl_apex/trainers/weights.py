@@ -179,7 +179,7 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-# Copies of the trained weights: the moving average
+# Copies of the trained weights, saved and loaded beside them: the moving average
 
 
 class EMACallback(TrainerCallback):
