@@ -480,22 +480,22 @@ class DiffusionGRPOTrainer(RunTrainer):
         args, found = self.args, {}
         pairs = torch.cartesian_prod(torch.arange(len(rollout["prompts"])), torch.arange(args.rows_per_image))
 
-        def every_row(model: nn.Module, keep: Callable[[Tensor, dict[str, Any]], Tensor]) -> Tensor:
+        def every_row(model: nn.Module, what: Callable[..., Tensor] | None = None) -> Tensor:
             was_training, kept = model.training, []
             model.eval()
             for chunk in pairs.split(args.per_device_train_batch_size * args.timestep_batch_size):
                 rows = self._rows(rollout, chunk)
-                kept.append(keep(self._predict(model, rows), rows))
+                prediction = self._predict(model, rows)
+                kept.append(prediction if what is None else what(prediction, rows))
             model.train(was_training)
             return torch.cat(kept).unflatten(0, (-1, args.rows_per_image))
 
         if args.flow_matching and self.updates_per_iteration > 1:
             with self._rollout_weights():
-                keep = (lambda velocity, rows: velocity) if args.loss_type == "nft" else self._log_prob
-                found["old"] = every_row(self._rollout_model(), keep)
+                found["old"] = every_row(self._rollout_model(), None if args.loss_type == "nft" else self._log_prob)
         if self._reference is not None:
             with self._reference_on_device() as reference:
-                found["reference"] = every_row(reference, lambda prediction, rows: prediction)
+                found["reference"] = every_row(reference)
         return found
 
     # The update
