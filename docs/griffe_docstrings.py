@@ -1,6 +1,7 @@
 """Makes the docstrings of the package, which follow Hugging Face's form, readable by mkdocstrings."""
 
-import ast
+import dataclasses
+import importlib
 import re
 
 import griffe
@@ -18,16 +19,12 @@ class HuggingFaceDocstrings(griffe.Extension):
             text = re.sub(r"\[(`[\w.]+`)\](?![\[(])", r"\1", text)
             obj.docstring.value = ARGUMENT.sub(lambda m: f"{m[1]}({re.sub('[`*]', '', m[2])}):", text)
 
-    def on_attribute(self, *, attr, **kwargs) -> None:
+    def on_class_members(self, *, cls, **kwargs) -> None:
         """The help text of a configuration's field is its documentation."""
-        if attr.docstring is not None or attr.value is None:
+        if not any(str(member.value).startswith(("_field(", "_option(")) for member in cls.attributes.values()):
             return
-        try:
-            value = ast.parse(str(attr.value), mode="eval").body
-        except SyntaxError:
-            return
-        for call in ast.walk(value):
-            if isinstance(call, ast.Call) and ast.unparse(call.func) in ("_help", "_option"):
-                text = call.args[-1]
-                if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    attr.docstring = griffe.Docstring(text.value, parent=attr)
+        owner = getattr(importlib.import_module(cls.module.path), cls.name)
+        for field in dataclasses.fields(owner):
+            if field.name in cls.attributes and "help" in field.metadata:
+                member = cls.attributes[field.name]
+                member.docstring = griffe.Docstring(field.metadata["help"], parent=member)

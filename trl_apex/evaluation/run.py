@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..rewards.base import default_device
 from ..rewards.scoring import RewardScorer, reward_name
 from ..trainers.adapters import adapted, check_adapter
 from ..trainers.evaluation import draw_and_score, reward_means
-from ..trainers.inputs import as_list
+from ..trainers.inputs import as_list, submit
 from .measures import compare, joint_hypervolume
 
 BASE = "base"
@@ -134,14 +135,8 @@ def run_evaluation(
     def evaluate(name: str) -> list[Record]:
         """Draw and score every row with the policy as it is now."""
         with closing(RewardScorer([*rewards, *monitors], names)) as scorer:
-
-            def submit(batch: list[dict[str, Any]], images: Tensor, drawn: list) -> Any:
-                texts = [row["prompt"] for row in batch]
-                columns = {key: [row[key] for row in batch] for key in batch[0] if key != "prompt"}
-                return scorer.submit(prompts=texts, completions=drawn, images=images, columns=columns)
-
             found = draw_and_score(
-                rows, range(len(rows)), draw, submit, names,
+                rows, range(len(rows)), draw, partial(submit, scorer), names,
                 seed=seed, shape=shape, batch_size=batch_size, pictures=pictures,
             )  # fmt: skip
         means = reward_means(_by_prompt(found, names), names)

@@ -40,7 +40,6 @@ from ..distributed import (
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
 from ..report.figures import reward_grid
-from ..rewards.base import to_pil
 from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardFailureRateError, RewardScorer
 from . import evaluation
@@ -49,7 +48,7 @@ from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallbac
 from .checkpoint import save_before_failing
 from .config import DiffusionGRPOConfig
 from .detectors import LearningDetectors
-from .inputs import as_list, check_inputs, check_whole, loading_arguments, reward_columns, upgraded
+from .inputs import as_list, check_inputs, check_whole, loading_arguments, submit, upgraded
 from .logs import (
     COLUMNS,
     ROWS,
@@ -373,16 +372,11 @@ class DiffusionGRPOTrainer(RunTrainer):
         return scorer
 
     def _submit(self, scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions: list | None = None):
-        """Have images scored; the result is a future of a `ScoredBatch`."""
-        return scorer.submit(
-            prompts=[row["prompt"] for row in rows],
-            completions=to_pil(images) if completions is None else completions,
-            images=images,
-            columns={name: [row[name] for row in rows] for name in reward_columns(rows[0])},
-            trainer_state=self.state,
-            log_metric=self._log_metric,
-            log_extra=self._log_completion_extra,
-        )
+        """Have images scored, with what TRL gives to rewards beside; the result is a future of a `ScoredBatch`."""
+        return submit(
+            scorer, rows, images, completions,
+            trainer_state=self.state, log_metric=self._log_metric, log_extra=self._log_completion_extra,
+        )  # fmt: skip
 
     def _stop_if_rewards_fail(self, failures: dict[str, int], samples: int) -> None:
         limit = self.args.max_reward_failure_rate

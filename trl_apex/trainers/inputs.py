@@ -1,4 +1,4 @@
-"""Checks of what a user passes to a trainer, before any compute."""
+"""What a user passes to a trainer, checked before any compute, and what rewards are called with."""
 
 import inspect
 import warnings
@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 from trl import GRPOConfig
 
 from ..diffusion.families import dtype_argument
 from ..prompts.datasets import check_dataset
+from ..rewards.base import to_pil
 from ..rewards.scoring import numbered_names, reward_name, takes_images
 from .manifest import check_writable
 
@@ -109,6 +110,17 @@ def _check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, wher
 def reward_columns(columns: Iterable[str]) -> list[str]:
     """The dataset columns that reward functions get as keywords; the trainer's own keywords go first."""
     return [name for name in columns if name not in (*KEYWORDS, "images", "prompt", "completion")]
+
+
+def submit(scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions: list | None = None, **keywords: Any):
+    """Have the images of some rows of a dataset scored; returns a future of a `ScoredBatch`."""
+    return scorer.submit(
+        prompts=[row["prompt"] for row in rows],
+        completions=to_pil(images) if completions is None else completions,
+        images=images,
+        columns={name: [row[name] for row in rows] for name in reward_columns(rows[0])},
+        **keywords,
+    )
 
 
 def _check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks: Any) -> None:
