@@ -1,14 +1,19 @@
 """Training in which something breaks, on one rank."""
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from compare import movement
 from training import dark, make_trainer, red, weights_of
+from transformers import TrainerCallback
+
+from trl_apex.trainers.manifest import PARTIAL, finalize
 
 
 def constant(images, **kwargs):
@@ -18,53 +23,45 @@ def constant(images, **kwargs):
 
 def train_with_a_bad_gradient(rank: int, output_dir: str, bad_rank: int, bad_step: int) -> dict[str, Any]:
     """Three updates, the loss of one of which is not a number on one rank."""
-    trainer = make_trainer(output_dir, max_steps=3, max_nonfinite_updates=5)
-    compute, seen = trainer._compute_loss, []
+    trainer, seen = make_trainer(output_dir, max_steps=3, max_nonfinite_updates=5), []
+    compute = trainer._compute_loss
 
     def loss(model, inputs):
-        value = compute(model, inputs)
         bad = rank == bad_rank and trainer.state.global_step == bad_step
-        return value * float("nan") if bad else value
+        return compute(model, inputs) * (float("nan") if bad else 1.0)
+
+    class Weights(TrainerCallback):
+        def on_step_begin(self, *arguments, **others):
+            seen.append(weights_of(trainer))
+
+        on_train_end = on_step_begin
 
     trainer._compute_loss = loss
-    step_end = trainer.callback_handler.on_step_end
-
-    def on_step_end(*args, **kwargs):
-        seen.append(weights_of(trainer))
-        return step_end(*args, **kwargs)
-
-    trainer.callback_handler.on_step_end = on_step_end
-    step_begin = trainer.callback_handler.on_step_begin
-
-    def on_step_begin(*args, **kwargs):
-        if not seen:
-            seen.append(weights_of(trainer))
-        return step_begin(*args, **kwargs)
-
-    trainer.callback_handler.on_step_begin = on_step_begin
+    trainer.add_callback(Weights())
     trainer.train()
     return {
-        "finite": all(bool(torch.isfinite(torch.from_numpy(w)).all()) for w in seen[-1].values()),
+        "finite": all(bool(np.isfinite(w).all()) for w in seen[-1].values()),
         "moved": [movement(a, b) for a, b in zip(seen, seen[1:], strict=False)],
         "skipped": [e.get("skipped_updates/nonfinite", 0.0) for e in trainer.state.log_history if "loss" in e],
     }
 
 
 class BreaksOnRank:
-    """A reward that is sound until its `call`-th call on one rank, and then does something else.
+    """A reward that is sound but for its second call on rank 1, in which it does something else.
 
     Args:
         how (`str`): "wrong" returns too few numbers, a user's bug; "raise" fails as a network may; "die" ends the process;
             "never" is sound.
     """
 
-    def __init__(self, how: str, rank: int = 1, call: int = 2):
-        self.how, self.rank, self.call, self.calls = how, rank, call, 0
-        self.__name__ = "breaks"
+    __name__ = "breaks"
+
+    def __init__(self, how: str):
+        self.how, self.calls = how, 0
 
     def __call__(self, images, **kwargs):
         self.calls += 1
-        if int(os.environ["RANK"]) == self.rank and self.calls == self.call:
+        if os.environ["RANK"] == "1" and self.calls == 2:
             if self.how == "wrong":
                 return [0.0]
             if self.how == "die":
@@ -113,19 +110,15 @@ def train_with_unequal_aggregators(rank: int, output_dir: str) -> None:
     trainer.train()
 
 
-def save_forever(rank: int, output_dir: str, seed: int) -> None:
-    """Publish one checkpoint after another, until killed."""
-    import random
-
-    from trl_apex.trainers.manifest import PARTIAL, finalize
-
+def save_until_killed(rank: int, output_dir: str, seed: int) -> None:
+    """Publish one checkpoint after another."""
+    Path(output_dir, "pid").write_text(str(os.getpid()))
     source = random.Random(seed)
     for step in range(1, 100_000):
         partial = Path(output_dir, PARTIAL, f"checkpoint-{step % 7}")
-        partial.mkdir(parents=True, exist_ok=True)
         for name in ("weights", "optimizer", "state/rank0"):
             path = partial / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
                 for _ in range(source.randrange(1, 20)):
                     file.write(source.randbytes(50_000))
@@ -133,13 +126,13 @@ def save_forever(rank: int, output_dir: str, seed: int) -> None:
         finalize(partial, Path(output_dir, f"checkpoint-{step % 7}"), world_size=1)
 
 
-def train_slowly(rank: int, output_dir: str) -> None:
-    """Checkpoints without end, for a test that kills the run from outside."""
+def train_until_killed(rank: int, output_dir: str) -> None:
+    """Checkpoints without end."""
+    Path(output_dir, "pid").write_text(str(os.getpid()))
 
     def slow(images, **kwargs):
         time.sleep(0.05)
         return dark(images)
 
     slow.__name__ = "dark"
-
     make_trainer(output_dir, rewards=(red, slow), max_steps=10_000, save_strategy="steps", save_steps=1).train()

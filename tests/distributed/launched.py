@@ -1,24 +1,33 @@
-"""The script of the tests of `accelerate launch`: two updates, on two processes."""
+"""What the tests of `accelerate launch` start: `launched.py FOLDER HOW` makes two updates with a reward that breaks so,
+`launched.py EXAMPLE.py [ARGUMENTS]` runs an example, unchanged. Each rank leaves `rank{n}.json` in the output directory."""
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    from engines import on_cpu
     from faults import BreaksOnRank
     from training import engine_of, make_trainer, red
 
-    folder, how = sys.argv[1:]
-    trainer = make_trainer(folder, rewards=(red, BreaksOnRank(how)), save_strategy="steps", save_steps=1)
-    trainer.train()
-    if trainer.is_world_process_zero():
-        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        result = {
-            "world": trainer.accelerator.num_processes,
-            "engine": engine_of(trainer),
-            "step": trainer.state.global_step,
-            "logs": logs,
-        }
-        Path(folder, "result.json").write_text(json.dumps(result))
+    first, *arguments = sys.argv[1:]
+    if first.endswith(".py"):
+        on_cpu()
+        sys.argv = [first, *arguments]
+        sys.path.insert(0, str(Path(first).parent))
+        trainer = runpy.run_path(first)["main"](arguments)
+    else:
+        rewards = (red, BreaksOnRank(*arguments))
+        trainer = make_trainer(first, rewards=rewards, save_strategy="steps", save_steps=1)
+        trainer.train()
+    result = {
+        "world": trainer.accelerator.num_processes,
+        "engine": engine_of(trainer),
+        "step": trainer.state.global_step,
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    rank = trainer.accelerator.process_index
+    Path(trainer.args.output_dir, f"rank{rank}.json").write_text(json.dumps(result))

@@ -83,18 +83,16 @@ def _launch(name: str, script: Path, *arguments: str):
 def test_accelerate_launch_trains(name, tmp_path):
     done = _launch(name, HERE / "launched.py", str(tmp_path), "never")
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "rank0.json").read_text())
     assert (result["world"], result["engine"], result["step"]) == (2, name, 2)
-    assert curve(result, "ratio/max_deviation")[0] == 0.0
+    assert curve(result, "ratio/max_deviation")[0] < 1e-6
 
 
 @pytest.mark.distributed
 def test_accelerate_launch_ends_when_a_rank_is_killed(tmp_path):
     done = _launch("ddp", HERE / "launched.py", str(tmp_path), "die")
     assert done.returncode != 0
-    assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr.replace(" ", "").replace(
-        "exitcode:", "exitcode: "
-    )
+    assert "SIGKILL" in done.stderr or "exitcode:-9" in done.stderr.replace(" ", "")
     assert last_valid(tmp_path).name == "checkpoint-1"
 
 
@@ -113,7 +111,7 @@ def test_the_documented_command_trains_all_weights(name, tmp_path):
         "--disable_tqdm",
         "true",
     ]
-    script = [HERE / "launched_example.py", str(EXAMPLES / "train_sd35_full.py")]
+    script = [HERE / "launched.py", str(EXAMPLES / "train_sd35_full.py")]
     done = _launch(name, *script, *config, *cpu, "--output_dir", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))

@@ -26,7 +26,7 @@ def test_an_engine_trains_an_adapter_as_ddp_does(engine, ddp, tmp_path):
     runs = run(train, 2, environment(engine), output_dir=str(tmp_path))
     assert [r["world"] for r in runs] == [2, 2]
     assert runs[0]["engine"] == STAGE.get(engine, engine)
-    assert curve(runs[0], "ratio/max_deviation")[0] == 0.0
+    assert curve(runs[0], "ratio/max_deviation")[0] < 1e-6
     assert_same_training(runs[0], ddp[0], tolerance=1e-5)
     assert runs[0]["aggregator"] == runs[1]["aggregator"]
     assert largest_difference(runs[0]["weights"], runs[1]["weights"]) == 0.0
@@ -76,14 +76,8 @@ def test_kl_to_a_frozen_copy_of_all_weights(engine, reference, tmp_path):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("engine", OTHERS)
 def test_the_gradient_probe_sees_the_same_conflict(engine, lora, reference, tmp_path):
-    options = {
-        "gradient_probe": True,
-        "probe_every": 1,
-        "aggregation_options": {"conflict_source": "gradient"},
-        "max_steps": 3,
-        "lora": lora,
-    }
-    options["probe_layers"] = [r"attn\.to_[qk]"]
+    options = {"gradient_probe": True, "probe_every": 1, "aggregation_options": {"conflict_source": "gradient"}}
+    options |= {"max_steps": 3, "lora": lora, "probe_layers": [r"attn\.to_[qk]"]}
     result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
     for ddp in (reference(**options)[0], reference(world=1, **options)[0]):
         assert_same_training(result, ddp, tolerance=2e-5)

@@ -1,10 +1,30 @@
 """The tests' own machinery: what hangs is found and says where, what is merely slow is let be."""
 
 import os
+import time
 
+import torch.distributed
 from patience import Patience
 from processes import attempt
-from waiting import compute, wait_for_a_rank_that_never_comes
+
+
+def sleep_forever() -> None:
+    time.sleep(1e6)
+
+
+def wait_for_a_rank_that_never_comes(rank: int) -> None:
+    torch.distributed.init_process_group("gloo")
+    if rank == 0:
+        torch.distributed.barrier()
+    sleep_forever()
+
+
+def compute(rank: int, seconds: float) -> float:
+    """Compute for so many seconds of wall time."""
+    started = time.monotonic()
+    while time.monotonic() - started < seconds:
+        sum(range(10_000))
+    return time.monotonic() - started
 
 
 def test_ranks_that_wait_for_each_other_are_found():

@@ -109,16 +109,9 @@ def test_two_nodes_train(tmp_path):
     variables = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "ACCELERATE_USE_CPU": "true", "ENGINE": "ddp"}
     variables |= {"OMP_NUM_THREADS": "1", "SLURM_JOB_ID": str(os.getpid())}
     env = slurm(tmp_path, COMMANDS, **variables)
-    command = [
-        "bash",
-        str(SCRIPT),
-        str(CONFIGS / "two_node_ddp.yaml"),
-        str(HERE / "launched.py"),
-        str(tmp_path),
-        "never",
-    ]
-    done = launch(command, env)
+    script = [str(HERE / "launched.py"), str(tmp_path), "never"]
+    done = launch(["bash", str(SCRIPT), str(CONFIGS / "two_node_ddp.yaml"), *script], env)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "rank0.json").read_text())
     assert (result["world"], result["engine"], result["step"]) == (2, "ddp", 2)
-    assert curve(result, "ratio/max_deviation")[0] == 0.0
+    assert curve(result, "ratio/max_deviation")[0] < 1e-6

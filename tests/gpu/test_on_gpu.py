@@ -3,17 +3,17 @@
 They are skipped without CUDA. `TRL_APEX_TEST_DEVICE=cpu` runs them on the CPU, as far as it has these types.
 """
 
+import math
 import os
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from datasets import Dataset
 from peft import LoraConfig
+from tiny_runs import contrast, redness, tiny_pipeline, tiny_trainer, weights_of
 
-from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex import APEXTrainer, DiffusionGRPOTrainer
 from trl_apex.aggregation import RULES
-from trl_apex.tiny.pipeline import build_pipeline
 from trl_apex.tiny.render import as_float, render_batch, sample_scenes
 from trl_apex.tiny.world import tiny_rewards
 
@@ -23,19 +23,10 @@ pytestmark = [
     pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-PROMPTS = ['a red circle with " C A T "', 'a blue square with " H U T "', "a green star", "a red square"]
-KINDS = {"grpo": (DiffusionGRPOTrainer, DiffusionGRPOConfig), "apex": (APEXTrainer, APEXConfig)}
+KINDS = {"grpo": DiffusionGRPOTrainer, "apex": APEXTrainer}
 TYPES = {"float32": {"bf16": False}, "bf16": {"bf16": True}, "fp16": {"bf16": False, "fp16": True}}
 LARGEST_RATIO = {"float32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # |ratio - 1| before the weights have moved
 TWO_PASSES = {"num_iterations": 2}
-
-
-def redness(completions, images, **kwargs):
-    return images[:, 0].mean((1, 2)).tolist()
-
-
-def contrast(prompts, completions, images, **kwargs):
-    return (100 * images.std((1, 2, 3))).tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -51,36 +42,12 @@ def make(tmp_path):
     def build(kind="apex", dtype="float32", peft=True, device=DEVICE, rewards=(redness, contrast), **options):
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
-        trainer_class, config_class = KINDS[kind]
-        settings = {
-            "output_dir": str(tmp_path / f"run-{device}"),
-            "use_cpu": device == "cpu",
-            "per_device_train_batch_size": 8,
-            "generation_batch_size": 8,
-            "num_generations": 4,
-            "num_inference_steps": 3,
-            "guidance_scale": 2.0,
-            "max_sequence_length": 12,
-            "max_steps": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "learning_rate": 1e-3,
-            "disable_tqdm": True,
-            "seed": 3,
-            **TYPES[dtype],
-        }
-        pipeline = build_pipeline(0)
-        with torch.no_grad():
-            pipeline.transformer.proj_out.weight.mul_(20)  # a fresh head would predict nothing and hide errors
-        trainer = trainer_class(
-            pipeline,
-            list(rewards),
-            config_class(**{**settings, **options}),
-            Dataset.from_dict({"prompt": PROMPTS * 2}),
-            eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-            peft_config=LoraConfig(r=4, lora_alpha=12, init_lora_weights="gaussian") if peft else None,
-        )
+        settings = {"per_device_train_batch_size": 8, "generation_batch_size": 8, "num_generations": 4, "max_steps": 2}
+        settings |= {"num_inference_steps": 3, "guidance_scale": 2.0, "report_to": "none", **TYPES[dtype], **options}
+        folder = settings.pop("output_dir", tmp_path / f"run-{device}")
+        lora = LoraConfig(r=4, lora_alpha=12, init_lora_weights="gaussian") if peft else None
+        settings |= {"use_cpu": device == "cpu", "evaluate": True, "lora": lora}
+        trainer = tiny_trainer(folder, rewards, KINDS[kind], pipeline=tiny_pipeline(blocks=4), **settings)
         assert trainer.accelerator.device.type == device
         return trainer
 
@@ -88,7 +55,7 @@ def make(tmp_path):
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().cpu().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: value.cpu() for name, value in weights_of(trainer).items()}
 
 
 def trained(trainer) -> list[dict]:
@@ -127,9 +94,7 @@ def test_every_rule_trains(make, rule):
     [
         pytest.param(True, {"beta": 0.04, **TWO_PASSES}, id="KL"),
         pytest.param(False, {"beta": 0.04, "learning_rate": 1e-5, **TWO_PASSES}, id="KL to a copy"),
-        pytest.param(
-            False, {"beta": 0.04, "learning_rate": 1e-5, "offload_reference": True}, id="KL to an offloaded copy"
-        ),
+        pytest.param(False, {"beta": 0.04, "learning_rate": 1e-5, "offload_reference": True}, id="KL, offloaded copy"),
         pytest.param(True, {"ema_decay": 0.9}, id="EMA"),
         pytest.param(True, {"gradient_probe": True, "probe_every": 1}, id="probe"),
         pytest.param(True, {"gradient_checkpointing": True, "timestep_batch_size": 2}, id="checkpointing"),
@@ -180,6 +145,4 @@ def test_the_rewards_score_as_on_the_cpu(make):
 def test_the_tiny_world_trains_on_its_rewards(make):
     trainer = make("apex", "bf16", rewards=tiny_rewards()[1:], max_steps=1)
     (line,) = trained(trainer)
-    assert all(
-        line[f"rewards/{name}/mean"] == line[f"rewards/{name}/mean"] for name in ("pickscore", "deqa", "aesthetic")
-    )
+    assert all(math.isfinite(line[f"rewards/{name}/mean"]) for name in ("pickscore", "deqa", "aesthetic"))

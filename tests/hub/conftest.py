@@ -1,32 +1,20 @@
 """A hub on loopback, and a run to put there."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from loopback_hub import Hub, running_hub
 from PIL import Image
 from safetensors.torch import save_file
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator:
-    """The server, reachable from this process although the tests are offline otherwise."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import _http
-    from loopback_hub import Hub
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # The library repeats a broken request for half a minute, the trainer a broken commit: here without pauses.
-    monkeypatch.setattr("trl_apex.trainers.publishing.PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
-    server = Hub()
-    yield server
-    server.shutdown()
-    server.server_close()
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with running_hub(monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture

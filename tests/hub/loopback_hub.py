@@ -8,13 +8,22 @@ import hashlib
 import json
 import re
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+
 WRITER, READER, STRANGER = "hf_writerwriterwriter", "hf_readerreaderreader", "hf_strangerstranger"
 SHA = "0" * 39
+INVALID = "Invalid credentials in Authorization header"  # by which the library knows it from a hidden repository
 
 
 @dataclass
@@ -48,6 +57,20 @@ class Hub(ThreadingHTTPServer):
         """Connections that a fault cut are no news."""
 
 
+@contextmanager
+def running_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that is the default of everything in this process, although the tests are offline otherwise."""
+    server = Hub()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    # The library repeats a broken request for half a minute, the trainer a broken commit: here without pauses.
+    monkeypatch.setattr("trl_apex.trainers.publishing.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
@@ -57,17 +80,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Silence."""
 
-    def do_GET(self) -> None:
-        self.route("GET")
-
-    def do_HEAD(self) -> None:
-        self.route("HEAD")
-
-    def do_POST(self) -> None:
-        self.route("POST")
-
-    def route(self, method: str) -> None:
-        path = unquote(urlsplit(self.path).path)
+    def route(self) -> None:
+        method, path = self.command, unquote(urlsplit(self.path).path)
         self.server.requests.append((method, path))
         if method == "POST" and "/commit/" in path and self.broken():
             return
@@ -78,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
                 action(self, *found.groups(), **({"body": body} if method == "POST" else {}))
                 return
         self.answer(404, {"error": f"no route {method} {path}"})
+
+    do_GET = do_HEAD = do_POST = route
 
     def broken(self) -> bool:
         if self.server.faults <= 0:
@@ -91,9 +107,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(503, {"error": "busy"})
         return True
 
-    def answer(
-        self, status: int, content: Any = None, headers: dict[str, str] | None = None, raw: bytes = b""
-    ) -> None:
+    def answer(self, status: int, content: Any = None, headers: dict | None = None, raw: bytes = b"") -> None:
         payload = json.dumps(content).encode() if content is not None else raw
         self.send_response(status)
         for name, value in {"Content-Length": str(len(payload)), **(headers or {})}.items():
@@ -110,9 +124,7 @@ class Handler(BaseHTTPRequestHandler):
         """Whether the caller may see (or change) a repository; answers the request if not."""
         user, repo = self.user(), self.server.repos.get(name)
         if user == "?":
-            self.answer(
-                401, {"error": "Invalid credentials in Authorization header"}, {"X-Error-Message": "Invalid token"}
-            )
+            self.answer(401, {"error": INVALID}, {"X-Error-Message": "Invalid token"})
         elif repo is None or (repo.private and user not in ("me", "me-reading")):
             hidden = 404 if user else 401
             self.answer(hidden, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
@@ -125,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         user = self.user()
         if user in ("", "?"):
-            self.answer(401, {"error": "Invalid credentials"})
+            self.answer(401, {"error": INVALID})
         else:
             self.answer(200, {"type": "user", "name": user, "orgs": []})
 
@@ -133,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         user, asked = self.user(), json.loads(body)
         name = f"{asked.get('organization') or user}/{asked['name']}"
         if user in ("", "?"):
-            self.answer(401, {"error": "Invalid credentials in Authorization header"})
+            self.answer(401, {"error": INVALID})
         elif name in self.server.repos:
             self.answer(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"})
         elif user != "me":
@@ -160,10 +172,9 @@ class Handler(BaseHTTPRequestHandler):
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
         repo.files.update(files)  # all at once, as a commit is
         repo.commits.append(summary)
-        url = f"{self.server.url}/{name}/commit/{SHA}{len(repo.commits)}"
-        self.answer(
-            200, {"success": True, "commitUrl": url, "commitOid": f"{SHA}{len(repo.commits)}", "hookOutput": ""}
-        )
+        commit = f"{SHA}{len(repo.commits)}"
+        url = f"{self.server.url}/{name}/commit/{commit}"
+        self.answer(200, {"success": True, "commitUrl": url, "commitOid": commit, "hookOutput": ""})
 
     def info(self, name: str, revision: str | None = None) -> None:
         if self.allowed(name):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 from loopback_hub import WRITER, Hub
 
 from trl_apex.cli import main
@@ -12,7 +11,6 @@ from trl_apex.cli import main
 @pytest.fixture
 def push(hub: Hub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Runs the command; returns exit code, what was printed, and the lines on stderr."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
 
     def call(*flags: str, token: str = WRITER):
         monkeypatch.setenv("HF_TOKEN", token)

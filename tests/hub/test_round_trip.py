@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 from loopback_hub import WRITER, Hub
 from peft import LoraConfig
+from tiny_runs import tiny_trainer
 
-from trl_apex import APEXConfig, APEXTrainer
+from trl_apex import APEXTrainer
 from trl_apex.diffusion.rollout import evaluation_noise
 from trl_apex.tiny.pipeline import build_pipeline
 from trl_apex.trainers.publishing import PushError
@@ -32,58 +33,27 @@ torch.save(image, sys.argv[2])
 """
 
 
-def red(images, **columns):
-    return images[:, 0].mean((1, 2)).tolist()
+def make_trainer(output_dir: Path, lora: bool = True, **options) -> APEXTrainer:
+    values = {"per_device_train_batch_size": 8, "generation_batch_size": 8, "num_generations": 4, "max_steps": 2}
+    values |= {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "pipeline": build_pipeline(0)}
+    values |= {"hub_token": WRITER, "hub_model_id": "me/apex", **options}
+    return tiny_trainer(output_dir, lora=LoraConfig(r=4, lora_alpha=16) if lora else None, **values)
 
 
-def dark(images, **columns):
-    return (-images.mean((1, 2, 3))).tolist()
-
-
-@pytest.fixture
-def endpoint(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """The hub as the default of everything in this process."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    return hub
-
-
-def make_trainer(output_dir: Path, lora: bool = True, monitors: list | None = None, **options) -> APEXTrainer:
-    config = APEXConfig(
-        output_dir=str(output_dir),
-        use_cpu=True,
-        per_device_train_batch_size=8,
-        generation_batch_size=8,
-        num_generations=4,
-        num_inference_steps=2,
-        guidance_scale=1.0,
-        gradient_accumulation_steps=1,
-        max_sequence_length=12,
-        learning_rate=1e-2,
-        disable_tqdm=True,
-        logging_steps=1,
-        **{"max_steps": 2, "save_steps": 1, "hub_token": WRITER, "hub_model_id": "me/apex", **options},
-    )
-    adapter = LoraConfig(r=4, lora_alpha=16) if lora else None
-    dataset = Dataset.from_dict({"prompt": PROMPTS * 2})
-    return APEXTrainer(build_pipeline(0), [red, dark], config, dataset, peft_config=adapter, monitor_funcs=monitors)
-
-
-def test_a_pushed_adapter_draws_the_same_on_another_machine(endpoint: Hub, tmp_path: Path) -> None:
+def test_a_pushed_adapter_draws_the_same_on_another_machine(hub: Hub, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run")
     trainer.train()
-    assert trainer.push_to_hub(private=True) == f"{endpoint.url}/me/apex"
-    repo = endpoint.repos["me/apex"]
+    assert trainer.push_to_hub(private=True) == f"{hub.url}/me/apex"
+    repo = hub.repos["me/apex"]
     assert repo.private and len(repo.commits) == 1
     card = repo.files["README.md"].decode()
-    assert "load_lora_weights" in card and "| red | 1.0 |" in card and "library_name: diffusers" in card
-    assert json.loads(repo.files["aggregator_state.json"])["objectives"] == ["red", "dark"]
+    assert "load_lora_weights" in card and "| redness | 1.0 |" in card and "library_name: diffusers" in card
+    assert json.loads(repo.files["aggregator_state.json"])["objectives"] == ["redness", "contrast"]
     assert {"figures/priorities.png", "figures/rewards.png", "trainer_state.json"} <= set(repo.files)
     assert not [path for path, content in repo.files.items() if WRITER.encode() in content]
 
     build_pipeline(0).save_pretrained(tmp_path / "base")
-    environment = {**os.environ, "HF_ENDPOINT": endpoint.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER}
     command = [sys.executable, "-c", DOWNLOAD, str(tmp_path / "base")]
     done = subprocess.run([*command, str(tmp_path / "image.pt")], env=environment, capture_output=True, text=True)
@@ -92,19 +62,15 @@ def test_a_pushed_adapter_draws_the_same_on_another_machine(endpoint: Hub, tmp_p
 
     local, untrained = build_pipeline(0), build_pipeline(0)
     local.load_lora_weights(tmp_path / "run")
-    arguments = {
-        "num_inference_steps": 2,
-        "guidance_scale": 1.0,
-        "output_type": "latent",
-        "latents": torch.ones(1, 16, 8, 8),
-    }
+    arguments = {"num_inference_steps": 2, "guidance_scale": 1.0, "latents": torch.ones(1, 16, 8, 8)}
+    arguments["output_type"] = "latent"
     here, without = (each("a blue square", **arguments).images for each in (local, untrained))
     # Weights that lie elsewhere in memory may be added in another order; the adapter changes the image a thousand times as much.
     torch.testing.assert_close(elsewhere, here, rtol=0, atol=1e-5)
     assert (elsewhere - without).abs().max() > 0.01
 
 
-def test_the_average_that_was_evaluated_is_what_is_uploaded(endpoint: Hub, tmp_path: Path) -> None:
+def test_the_average_that_was_evaluated_is_what_is_uploaded(hub: Hub, tmp_path: Path) -> None:
     seen = []
 
     def record(images, **columns):
@@ -112,14 +78,14 @@ def test_the_average_that_was_evaluated_is_what_is_uploaded(endpoint: Hub, tmp_p
         return [0.0] * len(images)
 
     options = {"ema_decay": 0.5, "push_to_hub": True, "hub_strategy": "every_save", "hub_always_push": True}
-    trainer = make_trainer(tmp_path / "run", monitors=[record], eval_num_inference_steps=2, **options)
+    trainer = make_trainer(tmp_path / "run", monitors=[record], **options)
     trainer.train()
-    during = dict(endpoint.repos["me/apex"].files)
+    during = dict(hub.repos["me/apex"].files)
     assert "adapter_model.safetensors" not in during, "these are the last weights, to resume from"
     trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS}))
     trainer.save_model()  # uploads
-    assert "(decay 0.5)" in endpoint.repos["me/apex"].files["README.md"].decode()
-    for name, files in (("during", during), ("after", endpoint.repos["me/apex"].files)):
+    assert "(decay 0.5)" in hub.repos["me/apex"].files["README.md"].decode()
+    for name, files in (("during", during), ("after", hub.repos["me/apex"].files)):
         pipeline, folder = build_pipeline(0), tmp_path / name
         folder.mkdir()
         (folder / LORA_FILE).write_bytes(files[LORA_FILE])
@@ -130,15 +96,13 @@ def test_the_average_that_was_evaluated_is_what_is_uploaded(endpoint: Hub, tmp_p
         assert (images - torch.cat(seen)).abs().max() < 1e-5
 
 
-def test_a_repository_in_place_of_the_message_is_refused_and_by_its_name_it_is_the_target(
-    endpoint: Hub, tmp_path: Path
-) -> None:
+def test_a_repository_in_place_of_the_message_is_refused_and_by_its_name_it_is_the_target(hub: Hub, tmp_path) -> None:
     trainer = make_trainer(tmp_path / "run", hub_model_id=None, max_steps=1)
     with pytest.raises(ValueError, match='Pass hub_model_id="my-org/face"'):
         trainer.push_to_hub("my-org/face")
-    assert endpoint.repos == {}
+    assert hub.repos == {}
     trainer.push_to_hub("First", hub_model_id="me/face")
-    assert list(endpoint.repos) == ["me/face"] and endpoint.repos["me/face"].commits == ["First"]
+    assert list(hub.repos) == ["me/face"] and hub.repos["me/face"].commits == ["First"]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +114,10 @@ def test_a_repository_in_place_of_the_message_is_refused_and_by_its_name_it_is_t
         pytest.param("all_checkpoints", {"checkpoint-1", "checkpoint-2"}, marks=pytest.mark.slow),
     ],
 )
-def test_strategies(endpoint: Hub, tmp_path: Path, strategy: str, folders: set[str]) -> None:
+def test_strategies(hub: Hub, tmp_path: Path, strategy: str, folders: set[str]) -> None:
     trainer = make_trainer(tmp_path / "run", push_to_hub=True, hub_strategy=strategy, hub_always_push=True)
     trainer.train()
-    repo = endpoint.repos["me/apex"]
+    repo = hub.repos["me/apex"]
     assert ("pytorch_lora_weights.safetensors" in repo.files) == (strategy != "end")
     assert len(repo.commits) == (0 if strategy == "end" else 2)
     trainer.save_model()
@@ -166,10 +130,10 @@ def test_strategies(endpoint: Hub, tmp_path: Path, strategy: str, folders: set[s
 
 
 @pytest.mark.slow
-def test_an_uploaded_checkpoint_can_be_resumed_from(endpoint: Hub, tmp_path: Path) -> None:
+def test_an_uploaded_checkpoint_can_be_resumed_from(hub: Hub, tmp_path: Path) -> None:
     make_trainer(tmp_path / "run", push_to_hub=True, hub_strategy="checkpoint", max_steps=1).train()
     copy = tmp_path / "elsewhere" / "checkpoint-1"
-    for path, content in endpoint.repos["me/apex"].files.items():
+    for path, content in hub.repos["me/apex"].files.items():
         if path.startswith("last-checkpoint/"):
             target = copy / path.removeprefix("last-checkpoint/")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -180,25 +144,25 @@ def test_an_uploaded_checkpoint_can_be_resumed_from(endpoint: Hub, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_full_fine_tuning_uploads_what_diffusers_loads(endpoint: Hub, tmp_path: Path) -> None:
+def test_full_fine_tuning_uploads_what_diffusers_loads(hub: Hub, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", lora=False, max_steps=1)
     trainer.train()
     trainer.push_to_hub()
-    files = endpoint.repos["me/apex"].files
+    files = hub.repos["me/apex"].files
     assert {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(files)
     assert "AutoModel.from_pretrained" in files["README.md"].decode()
 
 
-def test_a_wrong_token_is_named_before_any_compute(endpoint: Hub, tmp_path: Path) -> None:
+def test_a_wrong_token_is_named_before_any_compute(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(PushError, match="does not accept the token"):
         make_trainer(tmp_path / "run", push_to_hub=True, hub_token="hf_wrongwrongwrong")
 
 
 def test_a_cut_in_the_middle_of_training_loses_nothing(
-    endpoint: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tmp_path / "run", push_to_hub=True, hub_strategy="every_save", hub_always_push=True)
-    endpoint.fail("cut", 1000)
+    hub.fail("cut", 1000)
     caplog.set_level(logging.WARNING)
     trainer.train()
     assert trainer.state.global_step == 2, "training goes on without the hub"
@@ -206,6 +170,6 @@ def test_a_cut_in_the_middle_of_training_loses_nothing(
     with pytest.raises(PushError, match="Nothing is lost"):
         trainer.push_to_hub()
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
-    endpoint.fail("", 0)
+    hub.fail("", 0)
     trainer.push_to_hub()
-    assert "pytorch_lora_weights.safetensors" in endpoint.repos["me/apex"].files
+    assert "pytorch_lora_weights.safetensors" in hub.repos["me/apex"].files

@@ -1,11 +1,14 @@
 """Uploads to a hub on loopback: what arrives, what stays, and what is said when it fails."""
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from loopback_hub import READER, STRANGER, WRITER, Hub, Repo
 
+from trl_apex.redact import redacted
 from trl_apex.trainers.publishing import PushError, push_run, refresh_model_card, trying
 
 
@@ -35,10 +38,6 @@ def test_everything_that_is_needed_arrives_in_one_commit(run_dir: Path, hub: Hub
 
 
 def test_no_secret_pickle_or_checkpoint_arrives(run_dir: Path, hub: Hub) -> None:
-    import json
-
-    from trl_apex.redact import redacted
-
     for name in ("config.json", "environment.json"):  # as the trainer's record writes them
         (run_dir / name).write_text(json.dumps(redacted(json.loads((run_dir / name).read_text()))))
     push(run_dir, hub)
@@ -136,8 +135,6 @@ def test_a_folder_without_weights_is_not_uploaded(tmp_path: Path, run_dir: Path,
 
 
 def test_offline_mode_is_named(run_dir: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PushError, match="Unset HF_HUB_OFFLINE"):
         push(run_dir, hub)

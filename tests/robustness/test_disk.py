@@ -25,8 +25,8 @@ def small_disk(folder, size="2M"):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def check(failed: dict, run, tmp_path, reason: str) -> None:
-    """The message, and that the first checkpoint leads to the same end as an undisturbed run."""
+def fails_in_the_second_save(run, harm: str, reason: str, tmp_path) -> None:
+    failed = call(train_until_the_disk_fails, tmp_path / "log", str(run), harm).checked()
     assert failed["kind"] == "SaveError", failed
     assert "checkpoint-4 must be written completely to" in failed["error"] and reason in failed["error"], failed[
         "error"
@@ -35,39 +35,30 @@ def check(failed: dict, run, tmp_path, reason: str) -> None:
     assert failed["whole"] == ["checkpoint-2"] and failed["broken"] == []
 
 
+def test_a_file_that_cannot_grow(tmp_path):
+    fails_in_the_second_save(tmp_path / "run", "limited", "MB free", tmp_path)
+
+
 @pytest.mark.slow
-def test_a_full_disk(tmp_path, figure):
+@pytest.mark.parametrize(
+    ("harm", "reason", "name"), [("full", "MB free", "disk_full"), ("read_only", "Read-only file system", "read_only")]
+)
+def test_a_disk_that_fails_leaves_a_checkpoint_that_leads_to_the_same_end(harm, reason, name, tmp_path, figure):
     undisturbed = call(train_again, tmp_path / "log0", str(tmp_path / "sound"), False).checked()
     with small_disk(tmp_path / "disk") as disk:
-        run = disk / "run"
-        failed = call(train_until_the_disk_fails, tmp_path / "log1", str(run), "full").checked()
-        check(failed, run, tmp_path, "MB free")
-        (disk / FILLER).unlink()
-        assert call(train_again, tmp_path / "log2", str(run), True).checked() == undisturbed
-    figure("disk_full", {"error": failed["kind"], "whole_before": 1, "whole_after": 1, "resumed_bit_identical": True})
-
-
-def test_a_file_that_cannot_grow(tmp_path):
-    run = tmp_path / "run"
-    failed = call(train_until_the_disk_fails, tmp_path / "log", str(run), "limited").checked()
-    check(failed, run, tmp_path, "MB free")
-
-
-@pytest.mark.slow
-def test_an_output_directory_that_becomes_read_only(tmp_path, figure):
-    undisturbed = call(train_again, tmp_path / "log0", str(tmp_path / "sound"), False).checked()
-    with contextlib.ExitStack() as stack:
-        if os.geteuid() == 0:  # whom permissions do not bind
-            run = stack.enter_context(small_disk(tmp_path / "disk")) / "run"
-            failed = call(train_until_the_disk_fails, tmp_path / "log1", str(run), "read_only").checked()
-            subprocess.run(["mount", "-o", "remount,rw", str(run.parent)], check=True)
+        fails_in_the_second_save(disk / "run", harm, reason, tmp_path)
+        if harm == "full":
+            (disk / FILLER).unlink()
         else:
-            run = tmp_path / "run"
-            failed = call(train_until_the_disk_fails, tmp_path / "log1", str(run), "forbidden").checked()
-            run.chmod(0o755)
-        check(failed, run, tmp_path, "Read-only file system" if os.geteuid() == 0 else "Permission denied")
-        assert call(train_again, tmp_path / "log2", str(run), True).checked() == undisturbed
-    figure("read_only", {"error": failed["kind"], "whole_before": 1, "whole_after": 1, "resumed_bit_identical": True})
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert call(train_again, tmp_path / "log2", str(disk / "run"), True).checked() == undisturbed
+    figure(name, {"error": "SaveError", "whole_before": 1, "whole_after": 1, "resumed_bit_identical": True})
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+def test_an_output_directory_that_may_no_longer_be_written(tmp_path):
+    fails_in_the_second_save(tmp_path / "run", "forbidden", "Permission denied", tmp_path)
+    (tmp_path / "run").chmod(0o755)
 
 
 def test_an_output_directory_that_cannot_be_written_is_refused_before_any_compute(tmp_path):

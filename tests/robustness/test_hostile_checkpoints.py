@@ -128,9 +128,8 @@ def test_a_pickle_in_place_of_a_state_is_not_run(name, forged, run, tmp_path):
         if name == "training_args.bin":  # which nothing reads
             tiny_trainer(run, **{**SAVING, "max_steps": 3}).train(resume_from_checkpoint=str(checkpoint))
         else:
-            refused(
-                run, "must hold tensors and numbers only. Found something else in .*checkpoint-2, which was not run"
-            )
+            message = "must hold tensors and numbers only. Found something else in .*checkpoint-2, which was not run"
+            refused(run, message)
     assert not sign.exists()
 
 
@@ -157,56 +156,47 @@ def test_a_file_beside_the_weights_is_refused(name, run, tmp_path):
     assert not sign.exists()
 
 
-def another_rank(run):
-    return {"lora": LoraConfig(r=3, lora_alpha=4)}, r"weights that differ, e.g. .* in .*adapter_model.safetensors"
+OTHER = {
+    "rank": ({"lora": LoraConfig(r=3, lora_alpha=4)}, r"weights that differ, e.g. .* in .*adapter_model.safetensors"),
+    "scale": ({"lora": LoraConfig(r=2, lora_alpha=64)}, "`lora_alpha` that it was saved with, 4. Found 64"),
+    "layers": ({"lora": LoraConfig(r=2, lora_alpha=4, target_modules=["attn.to_q"])}, "must be of the same model and adapter. Found .*that differ"),
+    "no_adapter": ({"lora": None}, "all weights, in model.safetensors alone. Found adapter_model.safetensors in"),
+    "objectives": ({"rewards": (contrast, redness)}, "saved state must be for the objectives"),
+    "fewer_objectives": ({"rewards": (redness,)}, "saved state must be for the objectives"),
+    "rule": ({"multi_objective_aggregation": "dvao"}, "saved state must be for the rule 'dvao'"),
+}
 
 
-def another_scale(run):
-    return {"lora": LoraConfig(r=2, lora_alpha=64)}, "`lora_alpha` that it was saved with, 4. Found 64"
+@pytest.mark.parametrize("other", mostly_slow(OTHER, "rank", "objectives"))
+def test_a_checkpoint_of_something_else_is_refused(other, run):
+    options, message = OTHER[other]
+    refused(run, message, **options)
 
 
-def other_layers(run):
-    return {
-        "lora": LoraConfig(r=2, lora_alpha=4, target_modules=["attn.to_q"])
-    }, "must be of the same model and adapter. Found .*that differ"
-
-
-def no_adapter(run):
-    return {"lora": None}, "all weights, in model.safetensors alone. Found adapter_model.safetensors in"
-
-
-def other_objectives(run):
-    return {"rewards": (contrast, redness)}, "saved state must be for the objectives"
-
-
-def more_objectives(run):
-    return {"rewards": (redness,)}, "saved state must be for the objectives"
-
-
-def another_rule(run):
-    return {"multi_objective_aggregation": "dvao"}, "saved state must be for the rule 'dvao'"
-
-
-def weights_renamed(run):
+@pytest.mark.slow
+def test_weights_under_other_names_are_refused(run):
     file = run / "checkpoint-2" / "adapter_model.safetensors"
     save_file({f"x.{name}": value for name, value in load_file(file).items()}, file)
     forge(run / "checkpoint-2")
-    return {}, "must be of the same model and adapter. Found .*that differ"
+    refused(run, "must be of the same model and adapter. Found .*that differ")
 
 
-def no_state(run):
-    (run / "checkpoint-2" / "apex_state.json").write_text("{}")
-    forge(run / "checkpoint-2")
-    return {}, "must hold the state of the aggregator"
-
-
-def half_a_state(run):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "must hold the state of the aggregator"),
+        (
+            {"aggregator": {"objectives": ["redness", "contrast"], "rule": "apex", "iteration": 2}},
+            "saved state must hold .*Found none of .*priorities",
+        ),
+    ],
+)
+def test_half_a_state_is_refused(state, message, run):
     file = run / "checkpoint-2" / "apex_state.json"
-    states = json.loads(file.read_text())
-    states["aggregator"] = {"objectives": ["redness", "contrast"], "rule": "apex", "iteration": 2}
-    file.write_text(json.dumps(states))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **state} if state else {}))
     forge(run / "checkpoint-2")
-    return {}, "saved state must hold .*Found none of .*priorities"
+    refused(run, message)
 
 
 @pytest.mark.parametrize(
@@ -225,18 +215,6 @@ def test_a_state_file_of_a_wrong_form_is_refused_by_name(file, content, run):
     refused(run, file)
 
 
-@pytest.mark.parametrize(
-    "foreign",
-    mostly_slow([
-        another_rank, another_scale, other_layers, no_adapter, other_objectives, more_objectives, another_rule,
-        weights_renamed, no_state, half_a_state,
-    ], another_rank, other_objectives),
-)  # fmt: skip
-def test_a_checkpoint_of_something_else_is_refused(foreign, run):
-    options, message = foreign(run)
-    refused(run, message, **options)
-
-
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused_in_full_fine_tuning(tmp_path):
     run = tmp_path / "run"
@@ -245,36 +223,30 @@ def test_a_checkpoint_of_another_model_is_refused_in_full_fine_tuning(tmp_path):
     refused(run, "weights that differ, e.g. .* in .*model.safetensors", lora=None, pipeline=pipeline)
 
 
-def saved_adapter(run: Path) -> Path:
-    return run / "checkpoint-2" / LORA_FILE
+def refused_as_adapter(run: Path, match: str, change) -> None:
+    """Evaluating the checkpoint whose adapter `change` has spoilt raises `match`."""
+    change(run / "checkpoint-2" / LORA_FILE)
+    with pytest.raises(ValueError, match=match), adapted(SD3Policy(tiny_pipeline()), run / "checkpoint-2"):
+        pass
 
 
 @pytest.mark.parametrize("harm", mostly_slow(["cut", "flipped_header", "pickle", "empty", "text"], "pickle"))
 def test_a_broken_adapter_is_refused(harm, run, tmp_path):
-    file, sign = saved_adapter(run), tmp_path / "sign"
-    content = file.read_bytes()
+    sign = tmp_path / "sign"
     spoilt = {
-        "cut": content[: len(content) // 2],
-        "flipped_header": bytes([content[0] ^ 255]) + content[1:],
-        "pickle": pickle.dumps(Malicious(sign)),
-        "empty": b"",
-        "text": b"version https://git-lfs.github.com/spec/v1\n",
+        "cut": lambda content: content[: len(content) // 2],
+        "flipped_header": lambda content: bytes([content[0] ^ 255]) + content[1:],
+        "pickle": lambda content: pickle.dumps(Malicious(sign)),
+        "empty": lambda content: b"",
+        "text": lambda content: b"version https://git-lfs.github.com/spec/v1\n",
     }[harm]
-    file.write_bytes(spoilt)
-    with (
-        pytest.raises(ValueError, match=f"must be a safetensors file. Found .*{LORA_FILE}"),
-        adapted(SD3Policy(tiny_pipeline()), run / "checkpoint-2"),
-    ):
-        pass
+    message = f"must be a safetensors file. Found .*{LORA_FILE}"
+    refused_as_adapter(run, message, lambda file: file.write_bytes(spoilt(file.read_bytes())))
     assert not sign.exists()
 
 
 def test_an_adapter_of_another_model_is_refused(run):
-    pipeline = tiny_pipeline()
-    weights = load_file(saved_adapter(run))
-    save_file({name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in weights.items()}, saved_adapter(run))
-    with (
-        pytest.raises(ValueError, match="adapter must have weights of this .*Found .*another model"),
-        adapted(SD3Policy(pipeline), run / "checkpoint-2"),
-    ):
-        pass
+    def double(file):
+        save_file({name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in load_file(file).items()}, file)
+
+    refused_as_adapter(run, "adapter must have weights of this .*Found .*another model", double)

@@ -78,10 +78,8 @@ def test_a_hundred_steps(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["sum_then_normalize", "normalize_then_sum"])
 def test_static_rules_learn_from_huge_rewards(rule, tmp_path):
-    trainer = run(
-        tmp_path, (scaled(1e30), contrast), cls=DiffusionGRPOTrainer, multi_objective_aggregation=rule, max_steps=2
-    )
-    assert_sound(trainer)
+    options = {"cls": DiffusionGRPOTrainer, "multi_objective_aggregation": rule}
+    assert_sound(run(tmp_path, (scaled(1e30), contrast), **options))
 
 
 @pytest.mark.slow
@@ -111,9 +109,8 @@ def test_what_is_not_a_number_stops_the_run_with_the_step_and_the_images(tmp_pat
         return redness(images)
 
     trainer = tiny_trainer(tmp_path, [poison, contrast], max_steps=8, max_nonfinite_updates=2)
-    with pytest.raises(
-        RuntimeError, match=r"2 updates in a row had non-finite gradients, the last of them update 5 \(image \d"
-    ):
+    message = r"2 updates in a row had non-finite gradients, the last of them update 5 \(image \d"
+    with pytest.raises(RuntimeError, match=message):
         trainer.train()
     assert "Update 4 has non-finite gradients and is skipped (1 in a row): image " in caplog.text
     assert any(f"({prompt!r})" in caplog.text for prompt in PROMPTS)

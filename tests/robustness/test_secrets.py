@@ -1,34 +1,23 @@
 """A run with three secrets, and a search for them in everything that it leaves, logs, prints and uploads."""
 
 import logging
-import sys
 from pathlib import Path
 
 import pytest
+from loopback import running
+from loopback_hub import WRITER, running_hub
+from tiny_runs import redness
 
 from trl_apex.cli import main
 from trl_apex.redact import redacted
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / "hub"), str(TESTS / "serving")]
-
-from loopback import running  # noqa: E402
-from loopback_hub import WRITER, Hub  # noqa: E402
-from tiny_runs import redness  # noqa: E402
 
 FROM_ENVIRONMENT, OF_THE_SERVER = "hf_environmentsecretsecret", "reward-server-secret-0123456789abcdef"
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    from huggingface_hub import constants
-
-    server = Hub()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running_hub(monkeypatch) as server:
+        yield server
 
 
 def leaks(folder: Path, secrets: dict[str, str]) -> list[str]:

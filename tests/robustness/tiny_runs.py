@@ -74,6 +74,7 @@ def tiny_trainer(
     evaluate: bool = False,
     lora: Any = True,
     pipeline: Any = None,
+    monitors: Any = None,
     **overrides: Any,
 ) -> Any:
     """A trainer with the settings of `tiny_args`."""
@@ -87,6 +88,7 @@ def tiny_trainer(
         dataset,
         eval_dataset=dataset if evaluate else None,
         peft_config=lora,
+        monitor_funcs=monitors,
     )
 
 
