@@ -188,7 +188,7 @@ def test_weights_under_other_names_are_refused(run):
         ({}, "must hold the state of the aggregator"),
         (
             {"aggregator": {"objectives": ["redness", "contrast"], "rule": "apex", "iteration": 2}},
-            "saved state must hold .*Found none of .*priorities",
+            "saved state must hold .*Found no .*priorities",
         ),
     ],
 )
