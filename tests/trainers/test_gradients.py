@@ -84,7 +84,7 @@ def test_a_shared_prefix_saves_forwards_and_changes_no_gradient(pipeline, datase
     from trl_apex.trainers import diffusion_grpo as module
 
     sample = module.sample
-    monkeypatch.setattr(module, "sample", lambda *args: sample(*args[:-1], None))
+    monkeypatch.setattr(module, "sample", lambda *args, **options: sample(*args[:-1], None, **options))
     expected, alone, _ = trained(pipeline, dataset, make_args(DiffusionGRPOConfig, **settings), lora)
     probe = [1]  # the one row that watches whether updates reach the rollout
     assert [rows for rows, grad in alone if not grad] == probe + [8] * 6
