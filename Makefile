@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 
 LOWEST := .venv-lowest
 LOWEST_EXTRAS := demo server gradient
-LOWEST_SAMPLE := tests/aggregation tests/diffusion tests/diffusion tests/rewards/test_scoring.py tests/trainers/test_trainers.py \
+LOWEST_SAMPLE := tests/aggregation tests/diffusion tests/rewards/test_scoring.py tests/trainers/test_trainers.py \
 	tests/trainers/test_trl_seam.py
 empty :=
 space := $(empty) $(empty)

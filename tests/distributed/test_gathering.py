@@ -29,4 +29,3 @@ def test_weights_are_gathered_once_a_rollout_or_in_each_forward(engine, tmp_path
     layers = counted[False, 8] - counted[False, 4]  # of four more forwards
     assert layers >= 4 * BLOCKS
     assert counted[False, 8] > counted[True, 8]
-    print(engine, counted)

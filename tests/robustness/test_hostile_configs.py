@@ -50,10 +50,9 @@ def attempt(field: str, value, folder, pipeline) -> str | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            args = tiny_args(folder, **{field: value})
+            tiny_args(folder, **{field: value})
             if not (isinstance(value, int) and value > TOO_LARGE):
                 tiny_trainer(folder, pipeline=pipeline, lora=None, **{field: value})
-            assert args is not None
     except (ValueError, TypeError) as error:
         return str(error)
     return None
