@@ -57,7 +57,7 @@ def test_the_first_rollout_is_the_same_where_the_forwards_have_the_same_size(tmp
         {"num_iterations": 2, "beta": 0.01, "epsilon": 1e-3},  # no ratio near the clip, where rounding would decide
         {"gradient_accumulation_steps": 1, "max_steps": 6},
         {"loss_type": "fpo", "fpo_scale": 0.1, "epsilon": 1.0, **FINAL_LATENTS},
-        {"loss_type": "nft", "beta": 0.1, **FINAL_LATENTS},
+        {"loss_type": "nft", "beta": 0.1, "target_movement": 1.0, **FINAL_LATENTS},
     ],
     ids=["plain", "shared-noise-window", "two-passes-and-kl", "three-updates", "fpo", "nft"],
 )

@@ -13,8 +13,8 @@ from ..distributed import gather_rows
 class StepSizeControl(TrainerCallback):
     """Holds the [`movement`] of an iteration near `target_movement`.
 
-    After each update, one small forward on rows that are fixed for the iteration says how far the prediction has moved from that
-    of the policy that sampled. At the end of the iteration the factor on the learning rate follows from it. A pass that
+    After each update, a forward on one row of each image says how far the prediction has moved from that of the policy that
+    sampled. At the end of the iteration the factor on the learning rate follows from it. A pass that
     overshoots ends the iteration there: the rest of its updates are left out. All ranks see the same mean.
     """
 
@@ -23,7 +23,8 @@ class StepSizeControl(TrainerCallback):
         self.factor = 1.0
         self.stopped = False
         """Whether the rest of this iteration's updates is left out."""
-        self._before: tuple[dict[str, Any], Tensor] | None = None  # rows, and what the policy that sampled predicts
+        self._rollout: dict[str, Any] = {}
+        self._before: Tensor | None = None  # what the policy that sampled predicts
 
     def state_dict(self) -> dict[str, Any]:
         return {"factor": self.factor}
@@ -32,21 +33,25 @@ class StepSizeControl(TrainerCallback):
         self.factor = float(state["factor"])
 
     def see_rollout(self, rollout: dict[str, Any]) -> None:
-        """Choose the rows to watch, one place of each of a few samples, and note what is predicted there now."""
-        args = self.trainer.args
-        sample = torch.arange(min(len(rollout["prompts"]), args.per_device_train_batch_size))
-        rows = self.trainer._rows(rollout, torch.stack([sample, sample % args.rows_per_image], 1))
-        self._before = rows, self._predict(rows)
+        """Note what the policy that sampled predicts for the rows that are watched."""
+        self._rollout = rollout
+        self._before = self._predictions()
 
     @torch.no_grad()
-    def _predict(self, rows: dict[str, Any]) -> Tensor:
-        with self.trainer._rollout_weights():
-            model = self.trainer._rollout_model()
+    def _predictions(self) -> Tensor:
+        """For one row of each sample, the same on any number of processes."""
+        trainer, args, rollout = self.trainer, self.trainer.args, self._rollout
+        sample = torch.arange(len(rollout["prompts"]))
+        first = trainer.accelerator.process_index * len(sample)
+        pairs = torch.stack([sample, (first + sample) % args.rows_per_image], 1)
+        with trainer._rollout_weights():
+            model = trainer._rollout_model()
             was_training = model.training
             model.eval()
-            prediction = self.trainer._predict(model, rows)
+            chunks = pairs.split(args.per_device_train_batch_size * args.timestep_batch_size)
+            found = [trainer._predict(model, trainer._rows(rollout, chunk)) for chunk in chunks]
             model.train(was_training)
-        return prediction
+        return torch.cat(found)
 
     def on_step_begin(self, args, state, control, **kwargs):
         scheduled = self.trainer.lr_scheduler.get_last_lr()
@@ -57,8 +62,7 @@ class StepSizeControl(TrainerCallback):
         assert self._before is not None, "an update follows a rollout"
         last = state.global_step % self.trainer.updates_per_iteration == 0
         if not self.stopped:
-            rows, before = self._before
-            moved = gather_rows(movement(self._predict(rows), before)[None]).mean().item()
+            moved = gather_rows(movement(self._predictions(), self._before)[None]).mean().item()
             self.stopped = overshoots(moved, self.target)
             if last or self.stopped:
                 metrics = self.trainer._metrics["train"]
@@ -66,3 +70,6 @@ class StepSizeControl(TrainerCallback):
                 metrics["rate_factor"].append(self.factor)  # that led to this movement
                 self.factor = next_rate_factor(self.factor, moved, self.target)
         self.stopped &= not last
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._rollout, self._before = {}, None
