@@ -45,7 +45,7 @@ PROBED = 4
 """Float32 tensors of [tokens, width] that the gradient probe keeps of a block: the inputs of the adapters of q, k, v and output,
 which autocast keeps in half precision. Elsewhere the probe shares what autograd keeps."""
 DECODING = 3
-"""Tensors of full resolution and `block_out_channels[1]` channels at the peak of the VAE."""
+"""Tensors of full resolution and the channels of the VAE's second level at the peak of the VAE."""
 REWARD_NETWORKS = {
     "pickscore": ("CLIP-H", 986e6 * 4), "hpsv2": ("CLIP-H of HPSv2", 986e6 * 4), "clip_score": ("CLIP-L", 428e6 * 4),
     "aesthetic": ("CLIP-L", 428e6 * 4), "image_reward": ("BLIP-L", 478e6 * 4), "deqa": ("a VLM of 8.2 B", 8.2e9 * 2),
@@ -95,13 +95,12 @@ class Shapes:
     def embeddings(self, rows: int, max_sequence_length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Prompt embeddings of `rows` prompts, on the meta device."""
         config, pipeline = self.policy.denoiser.config, type(self.policy.pipeline).__name__
-        tokens = {
-            "StableDiffusion3Pipeline": 77 + max_sequence_length,
-            "FluxPipeline": max_sequence_length,
-        }  # CLIP: 77
         width = getattr(config, "joint_attention_dim", None) or config.cross_attention_dim
-        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (tokens.get(pipeline, 77), width)}
-        if pipeline in tokens:
+        tokens = 77 if "StableDiffusion" in pipeline else 0  # CLIP's
+        if pipeline not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+            tokens += max_sequence_length
+        shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (tokens, width)}
+        if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline"):
             shapes["pooled_projections"] = (config.pooled_projection_dim,)
         elif pipeline == "StableDiffusionXLPipeline":
             size = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -252,7 +251,8 @@ def measure_rows(shapes: Shapes, settings: PlanSettings) -> PerRow:
     kind = "LoRA" if s.lora_r else "autocast" if autocast else "half"
     hidden, kept, live = zip(*_blocks(shapes, s, kind), strict=True)
     pixels = torch.Size(s.size(shapes.policy)).numel()
-    channels = shapes.policy.pipeline.vae.config.block_out_channels[:2][-1]
+    vae = shapes.policy.pipeline.vae.config
+    channels = vae.base_dim * vae.dim_mult[1] if "dim_mult" in vae else vae.block_out_channels[:2][-1]
     embeddings = shapes.embeddings(1, config.max_sequence_length, torch.bfloat16 if s.half else torch.float32)
     probes = bool(getattr(config, "gradient_probe", False)) and s.lora_r > 0 and autocast
     return PerRow(

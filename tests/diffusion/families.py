@@ -3,19 +3,32 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
-from trl_apex.tiny.pipeline import build_tokenizer
+from trl_apex.tiny.pipeline import PROMPT_VOCABULARY, build_tokenizer
 
 
 def vae(channels: int, shift: float | None) -> AutoencoderKL:
@@ -51,6 +64,37 @@ def clip(projected: bool, width: int = 16):
 
 def t5(width: int):
     return T5EncoderModel(T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+
+
+def chat_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """Words, single capitals and line ends, so that Qwen-Image's instruction has its 34 tokens."""
+    special = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
+    ids = {token: index for index, token in enumerate((*special, "\n", *PROMPT_VOCABULARY))}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    words = Regex(r"\n|[A-Z](?![a-z])|[A-Z]?[a-z]+|\S")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=chat_template,
+        padding_side="right",
+    )
+
+
+LANGUAGE_MODEL = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 3,
+    "pad_token_id": 0,
+}
 
 
 def sd3(dual: bool = True) -> StableDiffusion3Pipeline:
@@ -104,6 +148,38 @@ def flux() -> FluxPipeline:
         tokenizer=build_tokenizer(),
         text_encoder_2=t5(32),
         tokenizer_2=build_tokenizer(begin=False),
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    """The scheduler stretches its shifted grid to end at a given noise level, as the published one."""
+    text = {**LANGUAGE_MODEL, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return QwenImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, time_shift_type="exponential", shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 2],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[-0.7, 0.1, 0.3, 0.0],
+            latents_std=[1.5, 0.8, 1.2, 1.0],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=chat_tokenizer(),
     )
 
 
@@ -170,6 +246,7 @@ FAMILIES = {
     "sd3.5-medium": sd3,
     "sd3": lambda: sd3(dual=False),
     "flux": flux,
+    "qwen-image": qwen_image,
     "sd1.5": stable_diffusion,
     "sd2-v": lambda: stable_diffusion("v_prediction"),
     "sdxl": stable_diffusion_xl,
@@ -181,3 +258,17 @@ def build(name: str, seed: int = 0):
     pipeline = FAMILIES[name]()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def plain_call(pipeline, noise: torch.Tensor | None = None, guidance_scale: float = 1.0) -> dict:
+    """Arguments with which a pipeline draws two prompts at 16 pixels as our sampler does, from unpacked noise."""
+    name = type(pipeline).__name__
+    call = {"height": 16, "width": 16, "output_type": "pt", "guidance_scale": guidance_scale}
+    if "StableDiffusionPipeline" not in name and "XL" not in name:
+        call["max_sequence_length"] = 12
+    if name == "QwenImagePipeline":
+        call["true_cfg_scale"] = call.pop("guidance_scale")
+        call |= {"negative_prompt": ["", ""]} if guidance_scale > 1 else {}
+    if noise is not None and name in ("FluxPipeline", "QwenImagePipeline"):
+        noise = pipeline._pack_latents(noise, len(noise), *noise.shape[1:])
+    return call if noise is None else {**call, "latents": noise}

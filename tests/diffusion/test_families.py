@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
 )
-from families import FAMILIES, build
+from families import FAMILIES, build, plain_call
 
 from trl_apex.diffusion.families import FAMILIES as REGISTERED
 from trl_apex.diffusion.families import base, load_policy
@@ -33,12 +33,7 @@ def test_deterministic_sampling_equals_the_pipeline(name, guidance):
     policy = load_policy(pipeline)
     shape = policy.latent_shape(SIZE, SIZE)
     noise = keyed_noise([(0,), (1,)], shape)
-    given = pipeline._pack_latents(noise, 2, *shape) if name == "flux" else noise
-    kwargs = {"max_sequence_length": 12} if name in ("sd3", "sd3.5-medium", "flux") else {}
-    expected = pipeline(
-        PROMPTS, height=SIZE, width=SIZE, latents=given, num_inference_steps=4, guidance_scale=guidance,
-        output_type="pt", **kwargs,
-    ).images  # fmt: skip
+    expected = pipeline(PROMPTS, num_inference_steps=4, **plain_call(pipeline, noise, guidance)).images
     sampler = Sampler(policy.schedule(4, SIZE, SIZE), policy.transitions[0], 0.7)
     embeddings = policy.encode(PROMPTS, 12)
     negative = policy.encode_negative("", 12) if policy.batched_guidance else None
@@ -49,6 +44,28 @@ def test_deterministic_sampling_equals_the_pipeline(name, guidance):
     final, _ = denoise(predict, sampler, noise, range(0), noise.new_zeros(2, 0, *shape))
     torch.testing.assert_close(policy.decode(final), expected.float(), rtol=1e-4, atol=2e-4)
     assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["qwen-image"])
+def test_padding_changes_nothing(name):
+    policy = load_policy(build(name))
+    latents, prompts = (
+        keyed_noise([(0,), (1,)], policy.latent_shape(SIZE, SIZE)),
+        ["a red star", "a blue circle with a"],
+    )
+    timesteps = torch.tensor([700.5, 300.0])
+
+    def velocity(rows, max_sequence_length):
+        embeddings = policy.encode([prompts[i] for i in rows], max_sequence_length)
+        assert all(value.shape[:1] == (len(rows),) for value in embeddings.values())
+        with torch.no_grad():
+            return policy.predict(policy.denoiser, latents[rows], timesteps[rows], embeddings, 1.0)
+
+    together = velocity([0, 1], 16)
+    for row in (0, 1):
+        for length in (16, 24):
+            torch.testing.assert_close(velocity([row], length)[0], together[row], rtol=1e-5, atol=1e-5)
+    assert (together - velocity([0, 1], 3)).abs().max() > 1e-4, "the prompts' own tokens count"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -106,7 +123,7 @@ def test_sd3_and_flux_train_at_512_pixels_where_nothing_is_said(monkeypatch):
 
 def test_a_family_is_one_short_file():
     files = {Path(inspect.getsourcefile(policy)) for policy in REGISTERED.values()}
-    assert {file.name for file in files} == {"sd3.py", "flux.py", "stable_diffusion.py"}
+    assert {file.name for file in files} == {"sd3.py", "flux.py", "qwen_image.py", "stable_diffusion.py"}
     for file in files:
         assert len(file.read_text().splitlines()) < 150, file.name
 
@@ -126,7 +143,7 @@ def test_a_family_is_one_short_file():
     ],
 )
 def test_flow_models_refuse_other_schedulers_by_name(other, found):
-    for name in ("sd3", "flux"):
+    for name in ("sd3", "flux", "qwen-image"):
         pipeline = build(name)
         pipeline.scheduler = other
         with pytest.raises(ValueError, match=f"must be a FlowMatchEulerDiscreteScheduler.*Found {found}"):
@@ -172,7 +189,7 @@ def test_v_prediction_from_pure_noise_draws_the_pipelines_image_and_trains():
         load_policy(pipeline).schedule(4, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "sd1.5", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image", "sd1.5", "sdxl"])
 def test_a_pipeline_without_a_component_is_refused_by_its_name(name):
     policy = load_policy(build(name))
     for component in ("vae", "scheduler", policy.denoiser_name, "tokenizer", *policy.encoder_names):

@@ -64,7 +64,8 @@ def settings(lora_r=32, gpus=1, zero_stage=0, rewards_gb=0.0, **changes):
     ("name", "denoiser", "encoders"),
     [
         ("sd3.5-medium", 2243.2, [124, 695, 4762]), ("sd3.5-large", 8056.6, [124, 695, 4762]),
-        ("flux.1-dev", 11_901.4, [123, 4762]), ("sd1.5", 859.5, [123]), ("sdxl", 2567.5, [123, 695]),
+        ("flux.1-dev", 11_901.4, [123, 4762]), ("qwen-image", 20_430.4, [8292]),
+        ("sd1.5", 859.5, [123]), ("sdxl", 2567.5, [123, 695]),
     ],
 )  # fmt: skip
 def test_parameters_of_published_models(name, denoiser, encoders):

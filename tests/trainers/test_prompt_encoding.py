@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from adapter_trainers import build, make
 from datasets import Dataset
+from peft import LoraConfig
 from tiny_runs import equal_weights, weights_of
 from toy_rewards import PROMPTS, contrast, redness
 
@@ -92,3 +94,15 @@ def test_encoders_of_a_passed_pipeline_stay_usable(pipeline, dataset, lora, make
 def test_unloading_needs_the_prompts_first(make_args):
     with pytest.raises(ValueError, match="`unload_text_encoders` needs `precompute_prompts`"):
         make_args(precompute_prompts=False, unload_text_encoders=True)
+
+
+@pytest.mark.parametrize("name", ["qwen-image"])
+def test_what_a_language_model_encoded_is_read_from_the_disk_without_it(name, tmp_path):
+    build(name).save_pretrained(tmp_path / "pipeline")
+    trained = []
+    for source, cache in ((build(name), None), (str(tmp_path / "pipeline"), str(tmp_path / "cache"))):
+        trainer = make(source, tmp_path / "run", LoraConfig(r=2), guidance_scale=3.0, prompt_cache_dir=cache)
+        trainer.train()
+        trained.append(weights_of(trainer))
+    assert trainer.policy.pipeline.text_encoder is None
+    assert equal_weights(*trained)

@@ -5,7 +5,7 @@ import dataclasses
 import adapter_trainers
 import pytest
 import torch
-from adapter_trainers import PROMPTS, build, distance
+from adapter_trainers import PROMPTS, build, distance, plain_call
 from diffusers import AutoModel
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -50,9 +50,7 @@ def plain(folder, trainer, name="sd3", lora=True):
         if isinstance(component, torch.nn.Module):
             component.eval()
     noise = evaluation_noise(5, [0, 1], trainer.latent_shape)
-    given = {"max_sequence_length": 12} if name == "sd3" else {}
-    call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt", **given}
-    return pipeline(PROMPTS["prompt"][:], latents=noise, **call).images
+    return pipeline(PROMPTS["prompt"][:], num_inference_steps=2, **plain_call(pipeline, noise)).images
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

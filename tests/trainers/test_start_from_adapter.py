@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from adapter_trainers import PROMPTS, build, distance, make
+from adapter_trainers import PROMPTS, build, distance, make, plain_call
 from peft import LoHaConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file
 
@@ -18,11 +18,8 @@ def images(pipeline):
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval()  # as `from_pretrained` leaves them
-    given = (
-        {"max_sequence_length": 12} if type(pipeline).__name__ in ("StableDiffusion3Pipeline", "FluxPipeline") else {}
-    )
-    call = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
-    return pipeline(PROMPTS["prompt"][:], generator=torch.Generator().manual_seed(1), **call, **given).images
+    generator = torch.Generator().manual_seed(1)
+    return pipeline(PROMPTS["prompt"][:], generator=generator, num_inference_steps=2, **plain_call(pipeline)).images
 
 
 def drawn(trainer):
@@ -45,7 +42,7 @@ def tuned(name, run):
     return pipeline
 
 
-@pytest.mark.parametrize("name", ["sd3.5-medium", "flux", "sd1.5", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3.5-medium", "flux", "qwen-image", "sd1.5", "sdxl"])
 def test_a_loaded_adapter_is_trained_on_alone_and_saved_alone(name, tmp_path):
     pipeline = tuned(name, tmp_path / "first")
     base, start = images(build(name)), images(pipeline)

@@ -46,7 +46,7 @@ def guided_prediction(
 ) -> Latents:
     """Predict the velocity with classifier-free guidance, both branches in one forward; float32.
 
-        v = v_negative + guidance_scale (v_prompt - v_negative)
+        v = v_negative + guidance_scale (v_prompt - v_negative)        (a family may rescale it: `DiffusionPolicy.guide`)
 
     The update must differentiate the same guided prediction that sampled. A script that samples with guidance and trains
     without has importance ratios that start away from 1.
@@ -72,7 +72,7 @@ def _predict(policy, model, latents: Tensor, timesteps: Tensor, branches: Embedd
         return policy.predict(model, latents, timesteps, branches, guidance_scale).float()
     prediction = policy.predict(model, latents.repeat(2, 1, 1, 1), timesteps.repeat(2), branches, guidance_scale)
     without, with_prompt = prediction.float().chunk(2)
-    return without + guidance_scale * (with_prompt - without)
+    return policy.guide(without, with_prompt, guidance_scale)
 
 
 @torch.no_grad()

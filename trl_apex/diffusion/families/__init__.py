@@ -9,12 +9,14 @@ from packaging.version import Version
 
 from .base import DiffusionPolicy
 from .flux import FluxPolicy
+from .qwen_image import QwenImagePolicy
 from .sd3 import SD3Policy
 from .stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 
 FAMILIES: dict[str, type[DiffusionPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
+    "QwenImagePipeline": QwenImagePolicy,
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
 }

@@ -143,6 +143,10 @@ class DiffusionPolicy(ABC):
     ) -> Latents:
         """One forward of `model`, unguided: the velocity `noise - image` (flows), or the noise or v (DDIM)."""
 
+    def guide(self, without: Latents, with_prompt: Latents, guidance_scale: float) -> Latents:
+        """Classifier-free guidance from the unconditional prediction and the prompt's."""
+        return without + guidance_scale * (with_prompt - without)
+
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
         """Decode latents into images in [0, 1], float32, at most `DECODE_PIXELS` at a time.
@@ -150,26 +154,31 @@ class DiffusionPolicy(ABC):
         A float16 VAE whose configuration says `force_upcast` (SDXL's overflows) decodes in float32.
         """
         vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
         own_dtype = vae.dtype
         upcast = own_dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
         pixels = latents.shape[-2] * latents.shape[-1] * self.vae_scale_factor**2
         try:
             if upcast:
                 vae.float()
-            chunks = latents.to(vae.dtype).split(max(1, DECODE_PIXELS // pixels))
-            images = [(vae.decode(chunk, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1) for chunk in chunks]
+            chunks = latents.split(max(1, DECODE_PIXELS // pixels))
+            images = [(self.decode_by_vae(chunk).float() / 2 + 0.5).clamp(0, 1) for chunk in chunks]
         finally:
             if upcast:
                 vae.to(own_dtype)
         return torch.cat(images)
+
+    def decode_by_vae(self, latents: Float[Tensor, "B C H W"]) -> Float[Tensor, "B 3 h w"]:
+        """Images in [-1, 1], in the VAE's dtype; here its configuration's scale and shift are undone."""
+        vae = self.pipeline.vae
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0]
 
 
 JOINT_ATTENTION = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 )
-"""LoRA targets of the transformers that attend to image and text together (SD3, FLUX)."""
+"""LoRA targets of the transformers that attend to image and text together (SD3, FLUX, Qwen-Image)."""
 
 
 def flow_schedule(scheduler: Any, num_steps: int, tokens: int, sigmas: Any = None) -> Schedule:

@@ -1,5 +1,7 @@
 """FLUX.1 (dev and schnell): packed latents, guidance told to the model."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from .base import JOINT_ATTENTION, DiffusionPolicy, flow_schedule
 class FluxPolicy(DiffusionPolicy):
     """`FluxPipeline`: CLIP and T5, rectified flow. Trajectories hold unpacked latents `[C, H, W]`."""
 
-    encoder_names = ("text_encoder", "text_encoder_2")
+    encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     lora_targets = JOINT_ATTENTION
     training_size = 512
     batched_guidance = False
