@@ -71,6 +71,13 @@ def test_overhead(smoke):
 
 
 @pytest.mark.slow
+def test_mixing(smoke):
+    rows = smoke("mixing")["rows"]
+    assert [row["arm"] for row in rows] == ["mixed", "word_then_colour", "colour_then_word"]
+    assert all(row["worse kind"] == min(row["ocr"], row["colour"]) for row in rows)
+
+
+@pytest.mark.slow
 def test_growth(smoke, tmp_path):
     found = smoke("growth")
     assert [row["what"] for row in found["rows"]] == ["objectives", "group size"]

@@ -102,6 +102,14 @@ def test_custom_rewards(tmp_path):
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
+def test_mixed_prompts(tmp_path):
+    trainer = load("mixed_prompts").main(["--max_steps", "3", "--output_dir", str(tmp_path)])
+    for name, prompts in {"ocr": 2, "right_colour": 2, "pickscore": 4, "aesthetic": 4}.items():
+        assert column(trainer, f"rewards/{name}/prompts") == [prompts], name
+        assert column(trainer, f"rewards/{name}/images") == [8 * prompts], name
+    assert column(trainer, "missing/ocr") == [0.5]
+
+
 def test_remote_rewards_in_one_process(tmp_path):
     trainer = load("remote_rewards").main(["both", "--max_steps", "1", "--output_dir", str(tmp_path)])
     (row,) = [row for row in trainer.state.log_history if "rewards/contrast/mean" in row]

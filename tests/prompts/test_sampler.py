@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 
 from trl_apex.prompts import GroupSampler
@@ -32,3 +34,62 @@ def test_an_epoch_has_its_own_order_and_repeats_it_exactly():
 def test_too_few_prompts_is_an_error_not_an_empty_run():
     with pytest.raises(ValueError, match="needs 8 prompts.*Found a dataset of 3"):
         GroupSampler(3, 8, 2, 1, True, 0)
+
+
+KINDS = ["ocr"] * 30 + ["plain"] * 100 + ["rare"] * 10 + ["off"] * 5
+
+
+def mixed(mix=None, **changes):
+    options = {"groups": 8, "group_size": 2, "repeats": 1, "shuffle": True, "seed": 3, **changes}
+    return GroupSampler(len(KINDS), kinds=KINDS, mix=mix or {"ocr": 8, "plain": 9, "rare": 3, "off": 0}, **options)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_iteration_holds_every_kind_and_the_epoch_keeps_the_shares(shuffle):
+    sampler = mixed(shuffle=shuffle)
+    indices = list(sampler)
+    assert len(indices) == len(sampler)
+    seen = Counter()
+    for start in range(0, len(indices), 16):
+        prompts = indices[start : start + 16 : 2]
+        assert prompts == indices[start + 1 : start + 16 : 2], "groups are whole"
+        kinds = Counter(KINDS[i] for i in prompts)
+        assert kinds["ocr"] in (3, 4) and kinds["plain"] in (3, 4) and kinds["rare"] in (1, 2) and not kinds["off"]
+        seen.update(prompts)
+    iterations = len(indices) // 16
+    assert iterations == 27, "100 prompts at 3.6 an iteration"
+    for kind, share in {"ocr": 3.2, "plain": 3.6, "rare": 1.2}.items():
+        counts = [seen[i] for i in range(len(KINDS)) if KINDS[i] == kind]
+        assert abs(sum(counts) - share * iterations) <= 1
+        assert max(counts) - min(counts) <= 1, "a kind repeats as a whole"
+
+
+def test_a_mixed_epoch_has_its_own_order_and_repeats_it_exactly():
+    sampler = mixed()
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_kinds_take_turns_so_that_processes_share_them():
+    prompts = list(mixed({"ocr": 1, "plain": 1, "rare": 0, "off": 0}, group_size=1))[:8]
+    assert [KINDS[i] for i in prompts] == ["ocr", "plain"] * 4
+
+
+@pytest.mark.parametrize(
+    "mix, message",
+    [
+        ({"ocr": 1, "plain": 1}, "give each kind.*the kinds .'ocr', 'off', 'plain', 'rare'"),
+        ({"ocr": 1, "plain": 1, "rare": 1, "of": 0}, "give each kind"),
+        ({"ocr": 1, "plain": 1, "rare": -1, "off": 0}, "not negative"),
+        ({"ocr": 0, "plain": 0, "rare": 0, "off": 0}, "one that is positive"),
+        ({"ocr": 1, "plain": 1, "rare": float("nan"), "off": 0}, "one that is positive"),
+        ({"ocr": 90, "plain": 5, "rare": 5, "off": 0}, "at least one prompt.*'plain', and a share of 0.4 of 8"),
+        ({"ocr": 1, "plain": 1, "rare": 0, "off": 6}, "as many different ones.*Found 5 prompts of 'off'"),
+    ],
+)
+def test_a_mix_that_does_not_fit_is_refused(mix, message):
+    with pytest.raises(ValueError, match=message):
+        mixed(mix)

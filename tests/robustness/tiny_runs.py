@@ -71,6 +71,7 @@ def tiny_trainer(
     cls: type[APEXTrainer] = APEXTrainer,
     *,
     prompts: list[str] | None = None,
+    columns: dict[str, list] | None = None,
     evaluate: bool = False,
     lora: Any = True,
     pipeline: Any = None,
@@ -78,7 +79,7 @@ def tiny_trainer(
     **overrides: Any,
 ) -> Any:
     """A trainer with the settings of `tiny_args`."""
-    dataset = Dataset.from_dict({"prompt": PROMPTS if prompts is None else prompts})
+    dataset = Dataset.from_dict({"prompt": PROMPTS if prompts is None else prompts, **(columns or {})})
     if lora is True:
         lora = LoraConfig(r=2, lora_alpha=4, init_lora_weights="gaussian")
     return cls(

@@ -1,7 +1,9 @@
 """Which prompts an iteration samples, and which (sample, step) rows each of its updates trains on."""
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -18,6 +20,9 @@ class GroupSampler(Sampler[int]):
     draws a batch for every micro-batch of the update while the rollout behind it is made only once. Prompts beyond the
     last full iteration of an epoch wait for another epoch's order.
 
+    With a `mix`, every iteration holds prompts of every kind: `groups * share` of each, rounded so that the shares hold
+    over the iterations. An epoch goes once through the kind with the most prompts for its share; the others repeat.
+
     Args:
         num_prompts (`int`): length of the dataset.
         groups (`int`): P, prompts an iteration.
@@ -25,19 +30,33 @@ class GroupSampler(Sampler[int]):
         repeats (`int`): micro-batches an iteration.
         shuffle (`bool`): draw a new order each epoch.
         seed (`int`): of the order.
+        kinds (`Sequence`, *optional*): the kind of each prompt.
+        mix (`dict[str, float]`, *optional*): the share of each kind, divided by their sum; 0 leaves a kind out.
 
     Raises:
-        ValueError: if there are fewer prompts than one iteration needs.
+        ValueError: if there are fewer prompts than one iteration needs, or the mix does not fit the kinds.
 
     Example:
         ```python
         >>> list(GroupSampler(5, groups=2, group_size=2, repeats=1, shuffle=False, seed=0))
         [0, 0, 1, 1, 2, 2, 3, 3]
+        >>> list(GroupSampler(4, 2, 1, 1, False, 0, kinds=["ocr", "any", "any", "any"], mix={"ocr": 1, "any": 1}))
+        [0, 1, 0, 2, 0, 3]
 
         ```
     """
 
-    def __init__(self, num_prompts: int, groups: int, group_size: int, repeats: int, shuffle: bool, seed: int):
+    def __init__(
+        self,
+        num_prompts: int,
+        groups: int,
+        group_size: int,
+        repeats: int,
+        shuffle: bool,
+        seed: int,
+        kinds: Sequence[Any] | None = None,
+        mix: dict[str, float | int] | None = None,
+    ):
         if num_prompts < groups:
             raise ValueError(
                 f"One iteration needs {groups} prompts (generation_batch_size / num_generations). Found a dataset of "
@@ -45,22 +64,64 @@ class GroupSampler(Sampler[int]):
             )
         self.num_prompts, self.groups, self.group_size, self.repeats = num_prompts, groups, group_size, repeats
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.quotas, self.prompts = [float(groups)], [torch.arange(num_prompts)]  # of each kind
+        if kinds is not None and mix is not None:
+            _check_mix(kinds, mix, groups)
+            drawn = [kind for kind, share in mix.items() if share]
+            self.quotas = [groups * mix[kind] / sum(mix.values()) for kind in drawn]
+            self.prompts = [torch.tensor([i for i, kind in enumerate(kinds) if kind == own]) for own in drawn]
+        self.iterations = max(
+            math.floor(len(own) / quota + 1e-9) for own, quota in zip(self.prompts, self.quotas, strict=True)
+        )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def counts(self) -> list[list[int]]:
+        """Prompts of each kind in each iteration of an epoch; what rounding owes to a kind goes to it later."""
+        whole = [math.floor(quota + 1e-9) for quota in self.quotas]
+        owed, found = [0.0] * len(whole), []
+        for _ in range(self.iterations):
+            owed = [debt + quota - least for debt, quota, least in zip(owed, self.quotas, whole, strict=True)]
+            paid = sorted(range(len(whole)), key=lambda kind: -round(owed[kind], 9))[: self.groups - sum(whole)]
+            owed = [debt - (kind in paid) for kind, debt in enumerate(owed)]
+            found.append([least + (kind in paid) for kind, least in enumerate(whole)])
+        return found
+
     def __iter__(self) -> Iterator[int]:
-        order = torch.arange(self.num_prompts)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self.num_prompts, generator=generator)
-        for start in range(0, self.num_prompts - self.groups + 1, self.groups):
-            iteration = order[start : start + self.groups].repeat_interleave(self.group_size).tolist()
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        counts = self.counts()
+        queues = []
+        for own, total in zip(self.prompts, map(sum, zip(*counts, strict=True)), strict=True):
+            rounds = range(-(-total // len(own)))
+            orders = [torch.randperm(len(own), generator=generator) if self.shuffle else slice(None) for _ in rounds]
+            queues.append(iter(torch.cat([own[order] for order in orders]).tolist()))
+        for each in counts:  # the kinds take turns, so that ranks share them
+            turns = sorted(((i + 0.5) / count, kind) for kind, count in enumerate(each) for i in range(count))
+            iteration = [prompt for _, kind in turns for prompt in [next(queues[kind])] * self.group_size]
             for _ in range(self.repeats):
                 yield from iteration
 
     def __len__(self) -> int:
-        return self.num_prompts // self.groups * self.groups * self.group_size * self.repeats
+        return self.iterations * self.groups * self.group_size * self.repeats
+
+
+def _check_mix(kinds: Sequence[Any], mix: dict[str, float | int], groups: int) -> None:
+    """Raise unless every kind has a share, and every share makes whole prompts of an iteration and has as many."""
+    total, there = sum(mix.values()), Counter(kinds)
+    if set(there) != set(mix) or min(mix.values()) < 0 or not 0 < total < math.inf:
+        raise ValueError(
+            "`prompt_mix` must give each kind of the column a share that is not negative, and one that is positive. Found "
+            f"{mix} and the kinds {sorted(map(str, there))}. Correct either; a share of 0 leaves a kind out."
+        )
+    for kind, share in mix.items():
+        quota = groups * share / total
+        if share and (quota < 1 - 1e-9 or there[kind] < math.ceil(quota - 1e-9)):
+            raise ValueError(
+                "Each kind of `prompt_mix` needs at least one prompt an iteration, and as many different ones as its share is. "
+                f"Found {there[kind]} prompts of {kind!r}, and a share of {quota:.3g} of {groups} prompts an iteration. Change "
+                "the share or `generation_batch_size` / `num_generations`, or add prompts."
+            )
 
 
 def update_rows(

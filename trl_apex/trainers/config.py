@@ -224,6 +224,12 @@ class DiffusionGRPOConfig(GRPOConfig):
         "Free the text encoders once all prompts are encoded (a pipeline object that was passed keeps its own, on the "
         "CPU). None: where the trainer loaded the pipeline from a name.",
     )
+    prompt_mix: dict[str, float | int] | str | None = _field(
+        None,
+        "Share of each kind of prompts in every iteration, such as {'ocr': 0.5, 'plain': 0.5}; on the command line as "
+        "JSON. None: as the dataset has them.",
+    )
+    prompt_mix_column: str = _field("kind", "'prompt_mix': column of the dataset with the kind of each prompt.")
     transition: str | None = _field(
         None, "Stochastic step: 'flow_sde', 'cps' or 'ddim'. None for the model family's default."
     )
@@ -285,6 +291,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        self.prompt_mix = read_json("prompt_mix", self.prompt_mix, '{"ocr": 1, "plain": 1}')
         self._check_fields()
         updates, accumulation = self.updates_per_iteration, self.gradient_accumulation_steps
         refuse([
@@ -496,13 +503,7 @@ class AggregationFields(_OldFields):
         Raises:
             ValueError: for an unknown option, a value out of its range, or two values for one option.
         """
-        given: Any = self.aggregation_options
-        try:
-            given = json.loads(given) if isinstance(given, str) else given
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"`aggregation_options` must be JSON. Found {given!r} ({error}). Pass e.g. '{{\"scale_blend\": 0.5}}'."
-            ) from error
+        given: Any = read_json("aggregation_options", self.aggregation_options, '{"scale_blend": 0.5}')
         try:
             ApexOptions.read(given)
         except ValueError as error:
@@ -627,6 +628,14 @@ class APEXGRPOConfig(AggregationFields, GRPOConfig):
             upgraded.multi_objective_aggregation = "apex"
         upgraded._check_aggregation(upgraded._read_aggregation_options())
         return upgraded
+
+
+def read_json(name: str, given: Any, example: str) -> Any:
+    """What the option `name` holds, as an object also where the command line gives it as JSON."""
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` must be JSON. Found {given!r} ({error}). Pass e.g. '{example}'.") from error
 
 
 def check_types(config: Any, names: set[str], finite: set[str]) -> None:

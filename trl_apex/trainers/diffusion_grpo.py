@@ -48,7 +48,7 @@ from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallbac
 from .checkpoint import save_before_failing
 from .config import DiffusionGRPOConfig
 from .detectors import LearningDetectors
-from .inputs import as_list, check_inputs, check_whole, loading_arguments, submit, upgraded
+from .inputs import as_list, check_inputs, check_whole, loading_arguments, prompt_kinds, submit, upgraded
 from .logs import (
     COLUMNS,
     ROWS,
@@ -153,7 +153,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             self.policy = load_policy(model, **loading_arguments(model, args))
         check_whole(self.policy.pipeline)
         self._plan_rollout(args)
-        self._plan_updates(args, len(train_dataset))
+        self._plan_updates(args, train_dataset)
         start = take_adapter(self.policy, adapter)
         denoiser, self._reference = prepare_denoiser(self.policy, args, peft_config, start)
         if args.learning_rate is None:
@@ -216,7 +216,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         schedule = self.policy.schedule(num_steps, self.height, self.width)
         return Sampler(schedule, self.transition, args.noise_level, solver)
 
-    def _plan_updates(self, args: DiffusionGRPOConfig, num_prompts: int) -> None:
+    def _plan_updates(self, args: DiffusionGRPOConfig, dataset: Any) -> None:
         self.updates_per_pass = updates_per_pass(
             args.per_device_train_batch_size * args.steps_per_generation,
             args.rows_per_image,
@@ -226,15 +226,17 @@ class DiffusionGRPOTrainer(RunTrainer):
         )
         self.updates_per_iteration = self.updates_per_pass * args.num_iterations
         self.steps_per_iteration = self.updates_per_iteration * args.gradient_accumulation_steps
-        self._group_sampler(args, num_prompts)  # raises where prompts are too few
+        self._group_sampler(args, dataset)  # raises where prompts are too few
 
-    def _group_sampler(self, args: DiffusionGRPOConfig, num_prompts: int) -> GroupSampler:
+    def _group_sampler(self, args: DiffusionGRPOConfig, dataset: Any) -> GroupSampler:
         group, repeats = args.num_generations, self.steps_per_iteration
         groups = args.generation_batch_size // group
-        return GroupSampler(num_prompts, groups, group, repeats, args.shuffle_dataset, args.seed)
+        mix: Any = args.prompt_mix  # a dictionary by now
+        kinds = None if mix is None else prompt_kinds(dataset, args.prompt_mix_column)
+        return GroupSampler(len(dataset), groups, group, repeats, args.shuffle_dataset, args.seed, kinds, mix)
 
     def _get_train_sampler(self, dataset=None) -> GroupSampler:
-        return self._group_sampler(self.args, len(self.train_dataset if dataset is None else dataset))
+        return self._group_sampler(self.args, self.train_dataset if dataset is None else dataset)
 
     def _add_callbacks(self, names: list[str]) -> None:
         args = self.args

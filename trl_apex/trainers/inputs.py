@@ -123,6 +123,16 @@ def submit(scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions:
     )
 
 
+def prompt_kinds(dataset: Any, column: str) -> list:
+    """The kind of each prompt, for `prompt_mix`."""
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"`prompt_mix` needs the column {column!r} with the kind of each prompt. Found {dataset.column_names}. Add it, or "
+            "name another column with `prompt_mix_column`."
+        )
+    return dataset[column][:]
+
+
 def _check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks: Any) -> None:
     """Raise unless evaluation reports the metric that picks the best model: one of `names`, or "reward".
 

@@ -57,11 +57,17 @@ def log_scoring(
 def log_rewards(
     rewards: Tensor, names: list[str], weights: Tensor, group_size: int, metrics: dict[str, list[float]]
 ) -> None:
-    """Log mean and spread of each objective and of the weighted sum; `rewards` `[B, K]` are all ranks', NaN where missing."""
+    """Log each objective's mean and spread, and its images and prompts, and the weighted sum's mean and spread.
+
+    `rewards` `[B, K]` are all ranks', NaN where missing.
+    """
     rewards = rewards.double()
     for name, column in zip(names, rewards.T, strict=True):
         metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
         metrics[f"rewards/{name}/std"].append(_std(column))
+        scored = column.isfinite().reshape(-1, group_size)
+        metrics[f"rewards/{name}/images"].append(float(scored.sum()))
+        metrics[f"rewards/{name}/prompts"].append(float(scored.any(1).sum()))
     total = weighted_sum(rewards, weights)
     groups = [_std(group) for group in total.reshape(-1, group_size)]
     spreads = torch.tensor([std for std in groups if math.isfinite(std)], dtype=torch.float64)

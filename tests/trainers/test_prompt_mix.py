@@ -1,0 +1,42 @@
+"""Prompts of several kinds in one run, each with its own reward."""
+
+import pytest
+from tiny_runs import fingerprints, history, redness, tiny_trainer
+
+KINDS = {"kind": ["word", "word", "plain", "plain"]}
+
+
+def of_words(images, kind, **others):
+    """Contrast of the images of one kind of prompts."""
+    return [float(image.std()) if name == "word" else None for image, name in zip(images, kind, strict=True)]
+
+
+def mixed(folder, **options):
+    mix = {"prompt_mix": {"word": 0.5, "plain": 0.5}, **options}
+    return tiny_trainer(folder, (redness, of_words), columns=KINDS, **mix)
+
+
+def test_each_objective_has_its_prompts_in_every_iteration_and_a_resumed_run_goes_on_exactly(tmp_path):
+    whole = mixed(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    whole.train()
+    assert (
+        history(whole, "rewards/of_words/prompts") == [1] * 4 and history(whole, "rewards/redness/prompts") == [2] * 4
+    )
+    assert history(whole, "rewards/of_words/images") == [2] * 4 and history(whole, "rewards/redness/images") == [4] * 4
+    resumed = mixed(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert fingerprints(resumed) == fingerprints(whole)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompt_mix_column": "sort"}, "needs the column 'sort'.*Found .'prompt', 'kind'"),
+        ({"prompt_mix": {"word": 1, "plan": 1}}, "the kinds .'plain', 'word'"),
+        ({"prompt_mix": {"word": "much", "plain": 1}}, "must be of type dict"),
+        ({"prompt_mix": "{word: 1}"}, "must be JSON"),
+    ],
+)
+def test_a_mix_that_the_dataset_does_not_have_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        mixed(tmp_path, **options)
