@@ -239,7 +239,11 @@ def build_parser() -> argparse.ArgumentParser:
         "command line, where other users could see it.",
     )
     several = f"{HELP['rewards']}; may be repeated"
-    option("-r", "--reward", action="append", required=True, metavar="REWARD", help=several)
+    option("-r", "--reward", action="append", default=[], metavar="REWARD", help=several)
+    option(
+        "--env", help="serve from a virtual environment, envs/ENV, which is made first: 'deqa', or a requirements file"
+    )
+    option("--parent", type=int, help=argparse.SUPPRESS)  # the process to end with
     option("--host", default="127.0.0.1", help="other than loopback needs a token")
     option("--port", default=8000)
     option("--token-file", help="a file that holds the bearer token")
@@ -257,7 +261,8 @@ TRAIN_HELP = f"""Trains a text-to-image model on several rewards. A YAML file ho
 what to train
   --model NAME                  {HELP["model"]}
   --dataset NAME                {HELP["dataset"]}
-  --rewards NAME [NAME ...]     ocr pickscore deqa aesthetic clip_score image_reward hpsv2 vlm_judge remote
+  --rewards NAME [NAME ...]     ocr pickscore deqa aesthetic clip_score image_reward hpsv2 geneval source
+                                vlm_judge vlm_yes published_deqa remote
                                 jpeg_compressibility jpeg_incompressibility, 'name(key=value)' or module:attribute
   --reward_weights W [W ...]    your weight for each reward; equal if left out
   --output_dir DIR              checkpoints, adapter, logs and report go here
@@ -599,7 +604,22 @@ def _push(run_dir: str, repo_id: str, **options: Any) -> None:
     print(push_run(run_dir, repo_id, **options))
 
 
-def _serve_rewards(reward: list[str], **options: Any) -> None:
+def _serve_rewards(reward: list[str], env: str | None, **options: Any) -> None:
+    if env:
+        from .serving.local import make_environment
+
+        if not reward:
+            raise ValueError(
+                "`--env` must be given a reward to serve. Found none. Pass `--reward`; for the published DeQA-Score, whose "
+                "authors' code is run then: --reward 'published_deqa(trust_remote_code=True)'."
+            )
+        python = str(make_environment(env))
+        program = [python, "-m", "trl_apex", "serve-rewards"]
+        for name in reward:
+            program += ["--reward", name]
+        for name, value in options.items():
+            program += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        os.execv(python, program)
     from .serving.server import serve
 
     serve(reward, **options)

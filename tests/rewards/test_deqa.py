@@ -7,7 +7,7 @@ from PIL import Image
 from rewards_tiny_models import LEVELS, save_llava
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
-from trl_apex.rewards import DeQAReward, RewardLoadError
+from trl_apex.rewards import DeQAReward, RewardLoadError, VLMYesReward
 from trl_apex.rewards.deqa import build_text, level_score
 
 QUESTION = "How would you rate the quality of this image?"
@@ -84,3 +84,38 @@ def test_a_start_token_is_not_doubled(tmp_path):
     folder = save_llava(tmp_path, chat_template="<s>" + CHAT, wrap=True)
     text = build_text(AutoProcessor.from_pretrained(folder), QUESTION, "is")
     assert text == f"USER: <image> {QUESTION} ASSISTANT: is"
+
+
+def yes_by_hand(folder, image, text):
+    """log p(Yes), from the full distribution after the text."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    with torch.no_grad():
+        probabilities = model(**inputs).logits[0, -1].double().softmax(-1)
+    return probabilities[processor.tokenizer.convert_tokens_to_ids("Yes")].log().item()
+
+
+@pytest.mark.parametrize("chat_template", [None, CHAT])
+def test_log_probability_of_yes(tmp_path, images, chat_template):
+    folder = save_llava(tmp_path, levels=["Yes", "cat", "dog"], chat_template=chat_template)
+    around = "USER: <image>{}{{}}{}ASSISTANT:".format(*("  " if chat_template else "\n\n"))
+    reward = VLMYesReward(str(folder), question="The {prompt} ?", device="cpu")
+    expected = [
+        yes_by_hand(folder, image, around.format(f"The {it} ?"))
+        for image, it in zip(images, ["cat", "dog", "cat"], strict=True)
+    ]
+    rewards = reward(prompts=["cat", "dog", "cat"], completions=images)
+    assert rewards == pytest.approx(expected, abs=1e-5) and len(set(rewards)) == 3
+
+    asked = [["The cat ?", "How dog ?"], None, "this ?"]
+    mean = sum(yes_by_hand(folder, images[0], around.format(question)) for question in asked[0]) / 2
+    expected = [mean, expected[1], yes_by_hand(folder, images[2], around.format("this ?"))]
+    assert reward(prompts=["cat", "dog", "cat"], completions=images, questions=asked) == pytest.approx(
+        expected, abs=1e-5
+    )
+
+
+def test_an_unknown_answer_is_refused(llava_folder):
+    with pytest.raises(RewardLoadError, match="'Yes'"):
+        VLMYesReward(str(llava_folder), device="cpu").load()

@@ -26,7 +26,7 @@ def test_examples_run(pytestconfig):
     red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
     redness = namespace["redness"](prompts=["red", "red", "green"], completions=[red, blue, red])
     assert redness == [1.0, -0.5, None]
-    assert namespace["deqa"].__name__ == "deqa" and namespace["deqa"].model is None
+    assert namespace["deqa"].__name__ == "deqa" and namespace["deqa"]._server is None
 
 
 def test_own_reward_is_ten_lines(pytestconfig):
@@ -66,7 +66,18 @@ def test_nothing_heavy_at_import():
 
 
 @pytest.mark.parametrize(
-    "name", ["AestheticReward", "DeQAReward", "HPSv2Reward", "ImageReward", "OCRReward", "PickScoreReward"]
+    "name",
+    [
+        "AestheticReward",
+        "DeQAReward",
+        "GenEvalReward",
+        "HPSv2Reward",
+        "ImageReward",
+        "OCRReward",
+        "PickScoreReward",
+        "SourceReward",
+        "VLMYesReward",
+    ],
 )
 def test_each_reward_states_range_and_licence(name, pytestconfig):
     reward = getattr(trl_apex.rewards, name)

@@ -35,6 +35,20 @@ def test_parse(answer, score):
     assert parse_score(answer, 1, 5) == score
 
 
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Alignment Score (1-5): 2\nCoherence Score (1-5): 3\nStyle Score (1-5): 4.6", 3.2),
+        ('Word-wise Scores: [["cat", 0.5]]\nAlignment Score (1-5): 2\nStyle Score (1-5): 1', 1.5),
+        ("Final Score: 4", 4),
+        ("Alignment Score: 2\nStyle Score: 9", None),
+        ("", None),
+    ],
+)
+def test_parse_the_mean_of_several(answer, score):
+    assert parse_score(answer, 1, 5, several="mean") == (score if score is None else pytest.approx(score))
+
+
 class Judge(BaseHTTPRequestHandler):
     """Scores by the red channel of the image's corner; the prompt may ask it to misbehave."""
 
@@ -95,6 +109,18 @@ def test_scores(url, monkeypatch):
     assert call["model"] == "unified" and call["temperature"] == 0
 
 
+def test_an_image_is_judged_once_for_a_prompt(url):
+    Judge.seen.clear()
+    judge = VLMJudgeReward(url, "unified")
+    for _ in range(2):
+        assert asyncio.run(judge(prompts=["a", "b"], completions=pictures(100, 100))) == [2.0, 2.0]
+    assert asyncio.run(judge(prompts=["a"], completions=pictures(150))) == [3.0]
+    assert len(Judge.seen) == 3
+    for _ in range(2):  # a failure is asked again
+        assert asyncio.run(judge(prompts=["mumble"], completions=pictures(100))) == [None]
+    assert len(Judge.seen) == 5
+
+
 def test_one_bad_answer_costs_one_reward(url):
     judge = VLMJudgeReward(url, "unified", backoff=0.01)
     prompts = ["fine", "mumble", "forbidden", "busy"]
@@ -114,6 +140,8 @@ def test_nobody_there_fails_the_batch():
 def test_options():
     with pytest.raises(ValueError, match="`low` must be below"):
         VLMJudgeReward("http://x", "m", low=5, high=1)
+    with pytest.raises(ValueError, match='"last" or "mean"'):
+        VLMJudgeReward("http://x", "m", several="first")
     for instruction in ('answer {"score": 1 to 5}', "{0}", "a { brace"):
         with pytest.raises(ValueError, match="Double the braces"):
             VLMJudgeReward("http://x", "m", instruction=instruction)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
         TransientRewardError,
         reward_from_ddpo,
     )
-    from trl_apex.rewards.clip import AestheticReward, CLIPScoreReward, HPSv2Reward, PickScoreReward
-    from trl_apex.rewards.deqa import DeQAReward
+    from trl_apex.rewards.clip import AestheticReward, CLIPScoreReward, HPSv2Reward, PickScoreReward, SourceReward
+    from trl_apex.rewards.deqa import DeQAReward, PublishedDeQAReward, VLMYesReward
+    from trl_apex.rewards.geneval import GenEvalReward
     from trl_apex.rewards.image_reward import ImageReward
     from trl_apex.rewards.jpeg import JPEGCompressibilityReward, JPEGIncompressibilityReward
     from trl_apex.rewards.ocr import OCRReward

@@ -1,4 +1,4 @@
-"""How good the image's technical quality is to a vision-language model that names a level."""
+"""What a vision-language model would answer about an image: a level of quality, or yes."""
 
 import inspect
 from typing import Any
@@ -11,6 +11,7 @@ from trl_apex.rewards.base import Images, Reward, RewardLoadError, to_pil
 
 LEVELS = ("excellent", "good", "fair", "poor", "bad")
 QUESTION = "How would you rate the quality of this image?"
+PLACE = "{prompt}"
 ANSWER = "The quality of the image is"
 
 
@@ -21,7 +22,7 @@ class DeQAReward(Reward):
     [`level_score`] of the logits of the five level words as the next token. The prompt plays no part.
 
     The published weights, `zhiyuanyou/DeQA-Score-Mix3` (mPLUG-Owl2, 7B; Apache-2.0 by their authors' metadata, on a
-    LLaMA-2 base with Meta's community licence), need an older environment: use [`RemoteReward`], as docs/rewards.md shows.
+    LLaMA-2 base with Meta's community licence), need an older environment: see [`PublishedDeQAReward`].
 
     Args:
         model (`str`): Hub id or local folder of a model that `AutoModelForImageTextToText` loads.
@@ -68,7 +69,7 @@ class DeQAReward(Reward):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         processor = AutoProcessor.from_pretrained(self.model, trust_remote_code=self.trust_remote_code)
-        text = build_text(processor, self.question, self.answer, self.template)
+        text = build_text(processor, self.question, self.answer, self.template).rstrip(" ")
         level_ids = level_token_ids(processor.tokenizer, text, self.levels)
         # Images may take unlike numbers of tokens; padding on the left keeps the answer's start at the end of each row.
         processor.tokenizer.padding_side = "left"
@@ -79,14 +80,121 @@ class DeQAReward(Reward):
         return model, processor, text, torch.tensor(level_ids, device=self.device)
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
-        model, processor, text, level_ids = loaded
-        texts = [text] * len(prompts)
+        _, _, text, level_ids = loaded
+        return level_score(self._logits(loaded, images, [text] * len(prompts))[:, level_ids]).tolist()
+
+    def _logits(self, loaded: Any, images: Images, texts: list[str]) -> Float[Tensor, "B V"]:
+        """The logits of the token after each text."""
+        model, processor, _, _ = loaded
         inputs = processor(images=to_pil(images), text=texts, return_tensors="pt", padding=True).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs["logits_to_keep"] = 1  # the other positions' logits would fill the memory for nothing
-        return level_score(model(**inputs).logits[:, -1, level_ids]).tolist()
+        return model(**inputs).logits[:, -1]
+
+
+class VLMYesReward(DeQAReward):
+    """How sure a vision-language model is that the image shows what the prompt says.
+
+    `r = log p("Yes" | image, question)`, over all tokens. Where the dataset has a column of questions, `r` is their mean: one
+    question for each thing that the image must have says more than one about the whole prompt.
+
+    Args:
+        model (`str`): Hub id or local folder of a model that `AutoModelForImageTextToText` loads.
+        question (`str`, *optional*): The question, with the field `{prompt}`.
+        answer (`str`, *optional*, defaults to `"Yes"`): The answer whose probability counts; it must be one token.
+        column (`str`, *optional*, defaults to `"questions"`): A column with a question, or a list of them, a prompt.
+        template, trust_remote_code, dtype: See [`DeQAReward`].
+        name, device, batch_size: See [`Reward`].
+
+    Raises:
+        RewardLoadError: At the first call, if the answer is not one token.
+
+    Reference:
+        Lin et al., VQAScore, arXiv 2404.01291, which is `exp(r)`.
+    """
+
+    default_name = "vlm_yes"
+    range = "below 0, larger is better"
+
+    def __init__(
+        self,
+        model: str,
+        question: str = 'Does this image show "{prompt}"? Answer yes or no.',
+        answer: str = "Yes",
+        column: str = "questions",
+        template: str | None = None,
+        trust_remote_code: bool = False,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        # The text of all questions, with a place for the question.
+        super().__init__(model, PLACE, "", template, (answer,), trust_remote_code, name, device, dtype, batch_size)
+        self.asked, self.column = question, column
+
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        _, _, text, yes = loaded
+        pictures, rewards = to_pil(images), []
+        for i, own in enumerate(columns.get(self.column) or [None] * len(prompts)):
+            questions = [own] if isinstance(own, str) else own or [self.asked.replace("{prompt}", prompts[i])]
+            texts = [text.replace(PLACE, question) for question in questions]
+            logits = self._logits(loaded, [pictures[i]] * len(texts), texts)
+            rewards.append(logits.float().log_softmax(-1)[:, yes].mean().item())
+        return rewards
+
+
+class PublishedDeQAReward(Reward):
+    """DeQA-Score by its authors' own model and code: the `score` method that comes with the weights, 1 to 5.
+
+    It needs `transformers` 4.36.1, the environment that `trl-apex serve-rewards --env deqa` makes and serves it from.
+
+    Args:
+        model (`str`, *optional*): Hub id or local folder of a model with code of its own.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run that code, which it takes. Read it first.
+        revision (`str`, *optional*): The commit of the hub id, so that the code cannot change.
+        dtype (`torch.dtype`, *optional*): Defaults to float16 on an accelerator, float32 on the CPU.
+        name, device, batch_size: See [`Reward`].
+
+    Reference:
+        You et al., DeQA-Score, arXiv 2501.11561.
+    """
+
+    default_name = "deqa"
+    range = "1 (bad) to 5 (excellent), larger is better"
+    weights_licence = "Apache-2.0 by their authors' metadata, on a LLaMA-2 base with Meta's community licence"
+
+    def __init__(
+        self,
+        model: str = "zhiyuanyou/DeQA-Score-Mix3",
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__(name, device, dtype, batch_size)
+        if dtype is None and self.device.type != "cpu":
+            self.dtype = torch.float16
+        self.model, self.trust_remote_code, self.revision = model, trust_remote_code, revision
+
+    def _load(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self.model,
+            revision=self.revision or "main",
+            trust_remote_code=self.trust_remote_code,
+            attn_implementation="eager",
+            torch_dtype=self.dtype,
+        )
+        return model.to(self.device).eval()
+
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        return loaded.score(to_pil(images)).flatten().tolist()
 
 
 def level_score(level_logits: Float[Tensor, "B L"]) -> Float[Tensor, "B"]:
@@ -129,7 +237,7 @@ def level_token_ids(tokenizer: Any, text: str, levels: tuple[str, ...]) -> list[
     before = encode(text)
     ids: list[int] = []
     for word in levels:
-        after = encode(f"{text} {word}")
+        after = encode(f"{text}{'' if text[-1:].isspace() else ' '}{word}")
         added = after[len(before) :]
         if after[: len(before)] != before or len(added) != 1 or added[0] == tokenizer.unk_token_id or added[0] in ids:
             raise RewardLoadError(

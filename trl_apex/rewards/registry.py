@@ -14,14 +14,18 @@ REWARDS = {
     "aesthetic": "trl_apex.rewards.clip:AestheticReward",
     "clip_score": "trl_apex.rewards.clip:CLIPScoreReward",
     "deqa": "trl_apex.rewards.deqa:DeQAReward",
+    "geneval": "trl_apex.rewards.geneval:GenEvalReward",
     "hpsv2": "trl_apex.rewards.clip:HPSv2Reward",
     "image_reward": "trl_apex.rewards.image_reward:ImageReward",
     "jpeg_compressibility": "trl_apex.rewards.jpeg:JPEGCompressibilityReward",
     "jpeg_incompressibility": "trl_apex.rewards.jpeg:JPEGIncompressibilityReward",
     "ocr": "trl_apex.rewards.ocr:OCRReward",
+    "published_deqa": "trl_apex.rewards.deqa:PublishedDeQAReward",
     "pickscore": "trl_apex.rewards.clip:PickScoreReward",
     "remote": "trl_apex.serving.client:RemoteReward",
+    "source": "trl_apex.rewards.clip:SourceReward",
     "vlm_judge": "trl_apex.rewards.vlm_judge:VLMJudgeReward",
+    "vlm_yes": "trl_apex.rewards.deqa:VLMYesReward",
 }
 
 

@@ -2,10 +2,11 @@
 
 import asyncio
 import base64
+import hashlib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -19,7 +20,8 @@ Think briefly about each point of the caption, then end with one line of the for
 Final Score: X
 where X is a number from {low:g} (worst) to {high:g} (best).
 Caption: {prompt}"""
-SCORE = re.compile(r"\bscore\b[\s*_`]*(?:is|of|:|=)[\s*_`]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+SCORE = re.compile(r"\bscore\b(?: ?\([^)]*\))?[\s*_`]*(?:is|of|:|=)[\s*_`]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+KEPT = 4096  # scores, so that an image is judged once for a prompt
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
@@ -41,10 +43,12 @@ class VLMJudgeReward:
         max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`]; for each image.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one request.
         max_tokens (`int`, *optional*, defaults to `512`): Length of the answer.
+        several (`str`, *optional*, defaults to `"last"`): Of several scores in an answer, the `"last"` or their `"mean"`, as
+            for the three that UnifiedReward-2.0 states.
         name (`str`, *optional*, defaults to `"vlm_judge"`): Name of the objective.
 
     Raises:
-        ValueError: If `low` is not below `high`, or `instruction` has other fields.
+        ValueError: If `low` is not below `high`, `instruction` has other fields, or `several` is another word.
         RuntimeError: At a call, if no image at all could be judged because the endpoint is away or busy.
 
     Reference:
@@ -67,8 +71,12 @@ class VLMJudgeReward:
     timeout: float | int = 60.0
     max_tokens: int = 512
     name: str | None = None
+    several: str = "last"
+    _kept: dict[tuple, float] = field(default_factory=dict, init=False)  # scores by prompt and image
 
     def __post_init__(self) -> None:
+        if self.several not in ("last", "mean"):
+            raise ValueError(f'`several` must be "last" or "mean". Found {self.several!r}. Pass one of them.')
         if self.low >= self.high:
             raise ValueError(
                 f"`low` must be below `high`. Found {self.low} and {self.high}. Pass the worst and the best score."
@@ -97,10 +105,17 @@ class VLMJudgeReward:
         async with httpx.AsyncClient(timeout=self.timeout, headers=headers, verify=verify) as client:
 
             async def judge(prompt: str, picture: Image.Image) -> float:
+                key = (prompt, picture.size, hashlib.blake2b(picture.tobytes(), digest_size=16).digest())
                 async with gate:
-                    return await retrying(lambda: self._judge(client, prompt, picture), self.max_retries, self.backoff)
+                    if key not in self._kept:
+                        self._kept[key] = await retrying(
+                            lambda: self._judge(client, prompt, picture), self.max_retries, self.backoff
+                        )
+                    return self._kept[key]
 
             answers = await asyncio.gather(*map(judge, prompts, pictures), return_exceptions=True)
+        for oldest in list(self._kept)[:-KEPT]:
+            del self._kept[oldest]
         errors = [answer if isinstance(answer, BaseException) else None for answer in answers]
         causes = [None if error is None else describe(error) for error in errors]
         if errors and all(isinstance(error, TransientRewardError | httpx.TransportError) for error in errors):
@@ -126,23 +141,25 @@ class VLMJudgeReward:
         if response.status_code != 200:
             raise RuntimeError(f"the endpoint answers {response.status_code}: {response.text[:200]}")
         answer = response.json()["choices"][0]["message"]["content"]
-        score = parse_score(answer if isinstance(answer, str) else "", self.low, self.high)
+        score = parse_score(answer if isinstance(answer, str) else "", self.low, self.high, self.several)
         if score is None:
             raise RuntimeError(f"the answer states no score from {self.low:g} to {self.high:g}: {answer!r:.200}")
         return score
 
 
-def parse_score(text: str, low: float | int, high: float | int) -> float | None:
-    """The last score that a judge's answer states, or None; a number outside `[low, high]` is no score.
+def parse_score(text: str, low: float | int, high: float | int, several: str = "last") -> float | None:
+    """The last score that a judge's answer states, or the mean of all; None if there is none, or one outside `[low, high]`.
 
     Example:
         >>> parse_score("Alignment Score: 2\\nFinal Score: 3.5", 1, 5), parse_score("The score is 4/5.", 1, 5)
         (3.5, 4.0)
+        >>> parse_score("Alignment Score (1-5): 4\\nStyle Score (1-5): 3", 1, 5, several="mean")
+        3.5
         >>> parse_score("A fine image.", 1, 5)
     """
-    found = SCORE.findall(text)
-    score = float(found[-1]) if found else None
-    return score if score is not None and low <= score <= high else None
+    found = [float(score) for score in SCORE.findall(text)]
+    counted = found if several == "mean" else found[-1:]
+    return sum(counted) / len(counted) if counted and all(low <= score <= high for score in counted) else None
 
 
 def data_url(image: Image.Image) -> str:

@@ -1,6 +1,7 @@
 """Rewards that a reward server computes, as an async reward function."""
 
 import asyncio
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -14,21 +15,24 @@ from torch import Tensor
 from trl_apex.redact import secret_from
 from trl_apex.rewards.base import Images, RewardList, RewardLoadError, TransientRewardError, one_per_prompt
 from trl_apex.rewards.scoring import describe, retrying
+from trl_apex.serving.local import LocalServer
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, encode_request, json_columns
 
 TOKEN_VARIABLE = "TRL_APEX_REWARD_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 REQUEST_BYTES = 32 * 2**20  # larger parts are split further; the server takes twice as much
+_STARTING = threading.Lock()  # two calls at once start one server
 
 
 @dataclass(eq=False, repr=False)
 class RemoteReward:
     """A reward on a reward server, as an async reward function.
 
-    A batch is sent in small requests; a server that is busy or loading is waited for.
+    A batch is sent in small requests; a server that is busy or loading is waited for. Of several servers, each request
+    goes to the one with the fewest, and to another one if that fails.
 
     Args:
-        url (`str`): Address of the server, such as `"http://127.0.0.1:8000"`.
+        url (`str` or `Sequence[str]`): Address of the server, such as `"http://127.0.0.1:8000"`, or of several.
         name (`str`): The reward's name on the server, and of the objective.
         token_env (`str`, *optional*, defaults to `"TRL_APEX_REWARD_TOKEN"`): Environment variable with the bearer
             token, read at each call and never stored.
@@ -40,14 +44,21 @@ class RemoteReward:
         max_retries, backoff (`int`, `float`, *optional*, default to `0`, `0.5`): See [`retrying`]; for each request. The
             scorer has retries of its own.
         max_concurrency (`int`, *optional*, defaults to `8`): Requests of a call under way at the same time.
+        command (`str` or `Sequence[str]`, *optional*): Instead of `url`: arguments of a `trl-apex serve-rewards` that this
+            process starts on this machine, such as `"--reward my_rewards:redness"`. It is started again once if it dies.
+        python (`str`, *optional*): The Python that runs it, of another virtual environment. Defaults to this one's.
+        device (`str`, *optional*): The one accelerator that it sees, `"cuda:1"`, or `"cpu"`. Defaults to this process's.
+
+    Raises:
+        ValueError: If there is no `name`, or not one of `url` and `command`.
 
     Example:
         >>> RemoteReward("http://127.0.0.1:8000", "deqa").__name__
         'deqa'
     """
 
-    url: str
-    name: str
+    url: str | Sequence[str] = ()
+    name: str = ""
     token_env: str = TOKEN_VARIABLE
     timeout: float | int = 300.0
     startup_timeout: float | int = 120.0
@@ -56,10 +67,20 @@ class RemoteReward:
     max_retries: int = 0
     backoff: float | int = 0.5
     max_concurrency: int = 8
+    command: str | Sequence[str] | None = None
+    python: str | None = None
+    device: str | None = None
     _warned: bool = field(default=False, init=False)
+    _server: LocalServer | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        given = [self.url] if isinstance(self.url, str) else list(self.url)
+        if bool(given) == bool(self.command) or not self.name:
+            raise ValueError(
+                f"A remote reward must have a `name`, and either a `url` or a `command`. Found name {self.name!r}, url "
+                f"{self.url!r} and command {self.command!r}. Pass the reward's name on the server, and one of the two."
+            )
+        if not all(url.startswith(("http://", "https://")) for url in given):
             raise ValueError(
                 f"`url` must start with http:// or https://. Found {self.url!r}. Pass the server's address."
             )
@@ -68,7 +89,9 @@ class RemoteReward:
                 f"`batch_size` and `max_concurrency` must be at least 1. Found {self.batch_size} and "
                 f"{self.max_concurrency}. Pass the images per request, and the requests at a time."
             )
-        self.__name__, self.url = self.name, self.url.rstrip("/")
+        self.__name__, self._urls = self.name, [url.rstrip("/") for url in given]
+        if isinstance(self.url, str):
+            self.url = self.url.rstrip("/")
 
     async def __call__(
         self, prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
@@ -81,19 +104,44 @@ class RemoteReward:
         """
         import httpx
 
+        if self.command and self._server is None:
+            await asyncio.to_thread(self.check)
         batch = one_per_prompt(self.__name__, prompts, completions, images)
         sent = json_columns(columns, len(prompts))
         gate = asyncio.Semaphore(self.max_concurrency)
         limits = httpx.Limits(keepalive_expiry=2)  # less than the server's 5 s
+        timeout = httpx.Timeout(None, connect=10 if len(self._urls) > 1 else None)  # `_post` has the others
+        under_way: dict[str, int] = dict.fromkeys(self._urls, 0)  # requests by server
+        away: set[str] = set()
+
+        async def post(client: httpx.AsyncClient, body: bytes, size: int) -> RewardList:
+            left, restarted = list(self._urls), False
+            while True:
+                url = min(left, key=lambda url: (url in away, under_way[url]))
+                under_way[url] += 1
+                try:
+                    return await self._post(client, url, body, size)
+                except (TransientRewardError, RuntimeError) as error:
+                    if isinstance(error, TransientRewardError):
+                        away.add(url)
+                        if self._server is not None and not restarted:
+                            restarted = await asyncio.to_thread(self._restarted, self._server)
+                            if restarted:
+                                continue
+                    left.remove(url)
+                    if not left:
+                        raise
+                finally:
+                    under_way[url] -= 1
 
         async def score(client: httpx.AsyncClient, part: slice) -> RewardList:
             own = {key: value[part] for key, value in sent.items()}
             async with gate:
                 body = await asyncio.to_thread(encode_request, prompts[part], batch[part], own, self.as_uint8)
                 size = len(prompts[part])
-                return await retrying(lambda: self._post(client, body, size), self.max_retries, self.backoff)
+                return await retrying(lambda: post(client, body, size), self.max_retries, self.backoff)
 
-        async with httpx.AsyncClient(timeout=None, limits=limits, **self._client_options()) as client:
+        async with httpx.AsyncClient(timeout=timeout, limits=limits, **self._client_options()) as client:
             parts = self._parts(batch)
             answers = await asyncio.gather(*(score(client, part) for part in parts), return_exceptions=True)
         rewards = RewardList([])
@@ -108,25 +156,57 @@ class RemoteReward:
         return rewards
 
     def check(self) -> None:
-        """Ask the server whether it has this reward ready; waits while it is loading.
+        """Ask the servers whether they have this reward ready, after starting one if need be; waits while they load.
 
         Raises:
             RewardLoadError: With what is wrong, in one line.
         """
+        with _STARTING:
+            if self.command and self._server is None:
+                token = secret_from(self.token_env)
+                variables = {TOKEN_VARIABLE: token} if token else {}
+                self._server = LocalServer(self.command, self.python, self.device, variables)
+                self._urls = [self._server.url]
+        deadline = time.monotonic() + self.startup_timeout
+        for url in self._urls:
+            self._wait_until_ready(url, deadline)
+
+    def close(self) -> None:
+        """Stop the server that `command` started; the next call starts it again."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def _wait_until_ready(self, url: str, deadline: float) -> None:
         import httpx
 
-        deadline = time.monotonic() + self.startup_timeout
         while True:
+            waits = "loading"
             try:
                 with httpx.Client(timeout=10, **self._client_options()) as client:
-                    state = self._state(client.get(f"{self.url}/health"), client.get(f"{self.url}/v1/rewards"))
+                    state = self._state(client.get(f"{url}/health"), client.get(f"{url}/v1/rewards"))
             except httpx.HTTPError as error:
                 state = f"no server answers ({describe(error)}). Start it, or check the address"
+                if self._server and self._server.running:
+                    waits = state
+                elif self._server:
+                    state = "the server that `command` starts has ended. Its own words are in this run's output"
             if state == "ready":
                 return
-            if state != "loading" or time.monotonic() > deadline:
-                raise RewardLoadError(f"The reward `{self.__name__}` at {self.url} must be ready. Found: {state}.")
+            if state != waits or time.monotonic() > deadline:
+                raise RewardLoadError(f"The reward `{self.__name__}` at {url} must be ready. Found: {state}.")
             time.sleep(0.2)
+
+    def _restarted(self, server: LocalServer) -> bool:
+        """Whether the server of `command`, which did not answer, is ready now."""
+        while server.restart():
+            try:
+                self._wait_until_ready(server.url, time.monotonic() + self.startup_timeout)
+                return True
+            except RewardLoadError:
+                if server.running:
+                    raise
+        return False
 
     def _state(self, health: Any, listing: Any) -> str:
         """The reward's state on the server, or what is wrong and what to do."""
@@ -152,10 +232,10 @@ class RemoteReward:
         size = max(1, min(self.batch_size, REQUEST_BYTES // max(1, largest)))
         return [slice(i, i + size) for i in range(0, len(batch), size)]
 
-    async def _post(self, client: Any, body: bytes, size: int) -> RewardList:
+    async def _post(self, client: Any, url: str, body: bytes, size: int) -> RewardList:
         import httpx
 
-        address, headers = f"{self.url}/v1/rewards/{self.__name__}", {"Content-Type": MEDIA_TYPE}
+        address, headers = f"{url}/v1/rewards/{self.__name__}", {"Content-Type": MEDIA_TYPE}
         said = ""
         try:
             async with asyncio.timeout(self.timeout):
@@ -171,27 +251,28 @@ class RemoteReward:
                         said, wait = f": {detail(response)}", min(int(asked), 30) if asked.isdigit() else 1
                     await asyncio.sleep(wait)
         except TimeoutError:
-            raise RuntimeError(f"{self.url} did not answer within {self.timeout:g} s{said}") from None
+            raise RuntimeError(f"{url} did not answer within {self.timeout:g} s{said}") from None
         except httpx.TransportError as error:
-            raise TransientRewardError(f"{self.url} does not answer ({describe(error)})") from error
+            raise TransientRewardError(f"{url} does not answer ({describe(error)})") from error
         if response.status_code in (408, 429, 502, 504):
-            raise TransientRewardError(f"{self.url} answers {response.status_code}: {detail(response)}")
+            raise TransientRewardError(f"{url} answers {response.status_code}: {detail(response)}")
         if response.status_code != 200:
-            raise RuntimeError(f"{self.url} answers {response.status_code}: {detail(response)}")
+            raise RuntimeError(f"{url} answers {response.status_code}: {detail(response)}")
         answer = response.json()
         if not len(answer["rewards"]) == len(answer["errors"]) == size:
-            raise RuntimeError(f"{self.url} answers with {len(answer['rewards'])} rewards for {size} images")
+            raise RuntimeError(f"{url} answers with {len(answer['rewards'])} rewards for {size} images")
         return RewardList(answer["rewards"], answer["errors"])
 
     def _client_options(self) -> dict[str, Any]:
         import httpx
 
         token = secret_from(self.token_env)
-        address = urlsplit(self.url)
-        if token and address.scheme == "http" and address.hostname not in LOOPBACK and not self._warned:
+        addresses = [urlsplit(url) for url in self._urls]
+        plain = [url.hostname for url in addresses if url.scheme == "http" and url.hostname not in LOOPBACK]
+        if token and plain and not self._warned:
             self._warned = True
             warnings.warn(
-                f"The token in {self.token_env} goes to {address.hostname} unencrypted. Start the server with "
+                f"The token in {self.token_env} goes to {plain[0]} unencrypted. Start the server with "
                 "`--ssl-certfile` and `--ssl-keyfile` (or put a proxy with TLS before it) and use https://.",
                 stacklevel=3,
             )
@@ -199,11 +280,16 @@ class RemoteReward:
             "headers": {"Authorization": f"Bearer {token}"} if token else {},
             "trust_env": False,
             # Read for https alone, since that takes longer than a request; SSL_CERT_FILE may name certificates.
-            "verify": httpx.create_ssl_context() if address.scheme == "https" else False,
+            "verify": httpx.create_ssl_context() if any(url.scheme == "https" for url in addresses) else False,
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle the settings alone: a server belongs to the process that started it."""
+        return self.__dict__ | {"_server": None}
+
     def __repr__(self) -> str:
-        return f"RemoteReward(url={self.url!r}, name={self.__name__!r})"
+        where = f"command={self.command!r}" if self.command else f"url={self.url!r}"
+        return f"RemoteReward({where}, name={self.__name__!r})"
 
 
 def detail(response: Any) -> str:

@@ -34,6 +34,7 @@ from trl_apex.rewards.registry import load_rewards
 from trl_apex.rewards.scoring import reward_name
 from trl_apex.serving.batching import Job, ServedReward
 from trl_apex.serving.client import LOOPBACK, TOKEN_VARIABLE
+from trl_apex.serving.local import end_with
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, decode_images
 
 SHORTEST_TOKEN = 16
@@ -78,9 +79,12 @@ def serve(
     rewards: Mapping[str, Callable] | Sequence[Callable | str],
     host: str = "127.0.0.1",
     port: int = 8000,
+    parent: int | None = None,
     **options: Any,
 ) -> None:
-    """Run the server of [`make_server`] until `Ctrl-C` or SIGTERM; requests under way are finished first.
+    """Run the server of [`make_server`] until `Ctrl-C` or SIGTERM, or until the process `parent` is no longer this one's.
+
+    Requests under way are finished first.
 
     Raises:
         RuntimeError: If the server cannot listen on the address.
@@ -88,6 +92,8 @@ def serve(
     server = make_server(rewards, host, port, **options)
     scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
     print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
+    if parent is not None:
+        end_with(parent, lambda: setattr(server, "should_exit", True))
     server.run()
     if not server.started:
         raise RuntimeError(
