@@ -30,6 +30,8 @@ KEPT = {
     "block": {"LoRA": 22, "half": 29, "autocast": 37},
     "second attention": {"LoRA": 9, "half": 14, "autocast": 19},
     "single block": {"LoRA": 16, "half": 25, "autocast": 29},
+    "gated block": {"LoRA": 27, "half": 34, "autocast": 42},
+    "gated single block": {"LoRA": 20, "half": 29, "autocast": 33},
     "UNet attention": {"LoRA": 32, "half": 29, "autocast": 36},
     "UNet ResNet": {"LoRA": 14, "half": 10, "autocast": 14},
 }
@@ -37,7 +39,8 @@ KEPT = {
 LoRA: inputs of two norms and their modulated outputs 4, q k v 3 and their normed q k 2, attention's output 1, the feed-forward
 network's hidden layer before and after GELU 8, gated outputs and residuals 4: 22. Training the weights keeps their inputs too: 29;
 and float32 norms under autocast: 37. SD3.5-medium's first blocks have a second attention over image tokens alone. In FLUX's single
-blocks, attention and feed-forward network share norm and output. A UNet has gated hidden layers, cross-attention and ResNets."""
+blocks, attention and feed-forward network share norm and output. Gated hidden layers (FLUX.2, Z-Image) keep four tensors of up to
+three times the width, and Z-Image has two norms more. A UNet has gated hidden layers, cross-attention and ResNets."""
 LIVE = 12
 """Tensors of [tokens, width] at the peak of a forward pass without gradients: residual and norm, hidden layer before and after
 GELU; half as many again in FLUX's single blocks, where attention and hidden layer are there at once."""
@@ -95,7 +98,8 @@ class Shapes:
     def embeddings(self, rows: int, max_sequence_length: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Prompt embeddings of `rows` prompts, on the meta device."""
         config, pipeline = self.policy.denoiser.config, type(self.policy.pipeline).__name__
-        width = getattr(config, "joint_attention_dim", None) or config.cross_attention_dim
+        widths = "joint_attention_dim", "cap_feat_dim", "cross_attention_dim"
+        width = next(config[name] for name in widths if name in config)
         tokens = 77 if "StableDiffusion" in pipeline else 0  # CLIP's
         if pipeline not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
             tokens += max_sequence_length
@@ -271,17 +275,17 @@ def _blocks(shapes: Shapes, settings: PlanSettings, kind: str) -> list[tuple[int
     policy, denoiser, config = shapes.policy, shapes.policy.denoiser, shapes.policy.denoiser.config
     _, height, width = policy.latent_shape(*settings.size(policy))
     kept = {layer: tensors[kind] for layer, tensors in KEPT.items()}
-    if hasattr(denoiser, "transformer_blocks"):
+    if "cross_attention_dim" not in config:  # a transformer
         image = height * width // (policy.size_multiple() // policy.vae_scale_factor) ** 2
         prompt = shapes.embeddings(1, settings.config.max_sequence_length, torch.float32)["encoder_hidden_states"]
-        channels = config.num_attention_heads * config.attention_head_dim
+        channels = config.get("dim") or config.num_attention_heads * config.attention_head_dim
         one, second = (image + prompt.shape[1]) * channels, image * channels * kept["second attention"]
         dual, single = getattr(config, "dual_attention_layers", ()), getattr(denoiser, "single_transformer_blocks", ())
-        blocks = [
-            (one, kept["block"] * one + second * (i in dual), LIVE * one)
-            for i in range(len(denoiser.transformer_blocks))
-        ]
-        return blocks + [(one, kept["single block"] * one, LIVE * one * 3 // 2)] * len(single)
+        gated = "gated " if "mlp_ratio" in config or "dim" in config else ""
+        # Z-Image's refiners go in pairs: one sees the tokens of the image, the other those of the text.
+        count = config.n_layers + config.n_refiner_layers if "n_layers" in config else len(denoiser.transformer_blocks)
+        blocks = [(one, kept[gated + "block"] * one + second * (i in dual), LIVE * one) for i in range(count)]
+        return blocks + [(one, kept[gated + "single block"] * one, LIVE * one * 3 // 2)] * len(single)
     blocks, last = [], len(config.block_out_channels) - 1
     parts = [*enumerate(denoiser.down_blocks), (last, denoiser.mid_block)]
     parts += [(last - i, block) for i, block in enumerate(denoiser.up_blocks)]

@@ -3,9 +3,13 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -15,15 +19,22 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -66,8 +77,8 @@ def t5(width: int):
     return T5EncoderModel(T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
-def chat_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Words, single capitals and line ends, so that Qwen-Image's instruction has its 34 tokens."""
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Words, single capitals and line ends, so that Qwen-Image's instruction has its 34 tokens; a chat is the user's words."""
     special = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
     ids = {token: index for index, token in enumerate((*special, "\n", *PROMPT_VOCABULARY))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
@@ -78,7 +89,7 @@ def chat_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         unk_token="<unk>",
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-        chat_template=chat_template,
+        chat_template="{% set words = messages[-1].content %}{{ words if words is string else words[0].text }}",
         padding_side="right",
     )
 
@@ -183,6 +194,72 @@ def qwen_image() -> QwenImagePipeline:
     )
 
 
+def qwen3(cls=Qwen3ForCausalLM, layers: int = 27):
+    return cls(Qwen3Config(**{**LANGUAGE_MODEL, "num_hidden_layers": layers, "head_dim": 8}))
+
+
+def flux2(klein: bool = True, distilled: bool = False) -> Flux2Pipeline | Flux2KleinPipeline:
+    """The deepest layer of the language model that the pipelines read is 27 (klein) or 30."""
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=not klein,
+    )
+    autoencoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2)
+    shared = {
+        "transformer": transformer,
+        "vae": autoencoder,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "tokenizer": chat_tokenizer(),
+    }
+    if klein:
+        return Flux2KleinPipeline(text_encoder=qwen3(), is_distilled=distilled, **shared)
+    text = {"model_type": "mistral", **LANGUAGE_MODEL, "num_hidden_layers": 30, "head_dim": 8}
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "head_dim": 8, "image_size": 16, "patch_size": 4}
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision))
+    return Flux2Pipeline(text_encoder=encoder, **shared)
+
+
+def z_image() -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 16, 16],
+    )
+    with torch.no_grad():  # made without values
+        transformer.x_pad_token.normal_()
+        transformer.cap_pad_token.normal_()
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=vae(4, 0.1),
+        text_encoder=qwen3(Qwen3Model, 2),
+        tokenizer=chat_tokenizer(),
+    )
+
+
 def unet(cross: int, **extra) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
@@ -246,7 +323,11 @@ FAMILIES = {
     "sd3.5-medium": sd3,
     "sd3": lambda: sd3(dual=False),
     "flux": flux,
+    "flux2": lambda: flux2(klein=False),
+    "flux2-klein": flux2,
+    "flux2-klein-distilled": lambda: flux2(distilled=True),
     "qwen-image": qwen_image,
+    "z-image": z_image,
     "sd1.5": stable_diffusion,
     "sd2-v": lambda: stable_diffusion("v_prediction"),
     "sdxl": stable_diffusion_xl,
@@ -269,6 +350,8 @@ def plain_call(pipeline, noise: torch.Tensor | None = None, guidance_scale: floa
     if name == "QwenImagePipeline":
         call["true_cfg_scale"] = call.pop("guidance_scale")
         call |= {"negative_prompt": ["", ""]} if guidance_scale > 1 else {}
+    if name == "ZImagePipeline":
+        call["guidance_scale"] -= 1
     if noise is not None and name in ("FluxPipeline", "QwenImagePipeline"):
         noise = pipeline._pack_latents(noise, len(noise), *noise.shape[1:])
     return call if noise is None else {**call, "latents": noise}

@@ -33,7 +33,7 @@ def test_deterministic_sampling_equals_the_pipeline(name, guidance):
     policy = load_policy(pipeline)
     shape = policy.latent_shape(SIZE, SIZE)
     noise = keyed_noise([(0,), (1,)], shape)
-    expected = pipeline(PROMPTS, num_inference_steps=4, **plain_call(pipeline, noise, guidance)).images
+    expected = pipeline(prompt=PROMPTS, num_inference_steps=4, **plain_call(pipeline, noise, guidance)).images
     sampler = Sampler(policy.schedule(4, SIZE, SIZE), policy.transitions[0], 0.7)
     embeddings = policy.encode(PROMPTS, 12)
     negative = policy.encode_negative("", 12) if policy.batched_guidance else None
@@ -46,7 +46,7 @@ def test_deterministic_sampling_equals_the_pipeline(name, guidance):
     assert expected.std() > 0.01
 
 
-@pytest.mark.parametrize("name", ["qwen-image"])
+@pytest.mark.parametrize("name", ["qwen-image", "z-image"])
 def test_padding_changes_nothing(name):
     policy = load_policy(build(name))
     latents, prompts = (
@@ -123,7 +123,14 @@ def test_sd3_and_flux_train_at_512_pixels_where_nothing_is_said(monkeypatch):
 
 def test_a_family_is_one_short_file():
     files = {Path(inspect.getsourcefile(policy)) for policy in REGISTERED.values()}
-    assert {file.name for file in files} == {"sd3.py", "flux.py", "qwen_image.py", "stable_diffusion.py"}
+    assert {file.name for file in files} == {
+        "sd3.py",
+        "flux.py",
+        "flux2.py",
+        "qwen_image.py",
+        "stable_diffusion.py",
+        "z_image.py",
+    }
     for file in files:
         assert len(file.read_text().splitlines()) < 150, file.name
 
@@ -143,7 +150,7 @@ def test_a_family_is_one_short_file():
     ],
 )
 def test_flow_models_refuse_other_schedulers_by_name(other, found):
-    for name in ("sd3", "flux", "qwen-image"):
+    for name in ("sd3", "flux", "flux2", "flux2-klein", "qwen-image", "z-image"):
         pipeline = build(name)
         pipeline.scheduler = other
         with pytest.raises(ValueError, match=f"must be a FlowMatchEulerDiscreteScheduler.*Found {found}"):
@@ -189,7 +196,7 @@ def test_v_prediction_from_pure_noise_draws_the_pipelines_image_and_trains():
         load_policy(pipeline).schedule(4, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwen-image", "sd1.5", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2-klein", "qwen-image", "z-image", "sd1.5", "sdxl"])
 def test_a_pipeline_without_a_component_is_refused_by_its_name(name):
     policy = load_policy(build(name))
     for component in ("vae", "scheduler", policy.denoiser_name, "tokenizer", *policy.encoder_names):

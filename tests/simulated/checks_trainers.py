@@ -143,9 +143,9 @@ def test_an_evaluation_before_training_an_average_a_checkpoint_a_resume_and_an_e
     assert "redness" in str(result)
 
 
-@pytest.mark.parametrize("family", ["sd3.5-medium", "flux", "qwen-image", "sd1.5", "sdxl"])
+@pytest.mark.parametrize("family", ["sd3.5-medium", "flux", "flux2-klein", "qwen-image", "z-image", "sd1.5", "sdxl"])
 def test_every_family_trains_and_evaluates(make_trainer, family, monkeypatch):
-    if family == "flux":  # diffusers knows by name which devices have no float64
+    if "flux" in family:  # diffusers knows by name which devices have no float64
         monkeypatch.setattr(SimTensor, "has_float64", True)
     trainer = make_trainer(pipeline=build(family), max_steps=1, height=16, width=16)
     train(trainer)

@@ -188,6 +188,17 @@ def _with_index(method):
     return to
 
 
+def _on_the_cpu_first(function):
+    """In C++, `arange` resizes an empty tensor, which a wrapped one cannot follow."""
+
+    @functools.wraps(function)
+    def made(*args, device=None, **kwargs):
+        tensor = function(*args, **kwargs)
+        return tensor if device is None else tensor.to(device)
+
+    return made
+
+
 @functools.cache
 def install() -> None:
     """Make "sim" the accelerator of this process."""
@@ -202,6 +213,7 @@ def install() -> None:
     torch.accelerator.set_device_index = lambda device: torch.sim.set_device(device)
     torch.accelerator.empty_cache = lambda: torch.sim.empty_cache()
     torch.Tensor.to = _with_index(torch.Tensor.to)
+    torch.arange = _on_the_cpu_first(torch.arange)
     torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)  # a wrapped tensor cannot be made in it
     # Moving a module must not make new parameters, which an optimizer would not know.
     torch.__future__.set_swap_module_params_on_conversion(True)

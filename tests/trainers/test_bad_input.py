@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from adapter_trainers import build, make
 from datasets import Dataset
 from diffusers import FlowMatchHeunDiscreteScheduler
 from peft import LoraConfig
@@ -223,3 +224,8 @@ def test_a_pipeline_that_cannot_be_trained(pipeline, dataset, lora, make_args, c
     setattr(pipeline, component, other)
     with pytest.raises(ValueError, match=message):
         constructed(pipeline, dataset, lora, make_args())
+
+
+def test_a_distilled_model_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="distilled.*blur.*Train the base model"):
+        make(build("flux2-klein-distilled"), tmp_path, LoraConfig(r=2))

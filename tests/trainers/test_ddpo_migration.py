@@ -15,7 +15,8 @@ from trl_apex.rewards import reward_from_ddpo
 sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
 from families import build
 
-TARGETS = {"sd1.5": "ddim", "sd2-v": "ddim", "sdxl": "ddim", "flux": "flow_sde", "qwen-image": "flow_sde"}
+FLOWS = ("flux", "flux2", "flux2-klein", "qwen-image", "z-image")
+TARGETS = {"sd1.5": "ddim", "sd2-v": "ddim", "sdxl": "ddim", **dict.fromkeys(FLOWS, "flow_sde")}
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -96,7 +96,7 @@ def test_unloading_needs_the_prompts_first(make_args):
         make_args(precompute_prompts=False, unload_text_encoders=True)
 
 
-@pytest.mark.parametrize("name", ["qwen-image"])
+@pytest.mark.parametrize("name", ["flux2", "flux2-klein", "qwen-image", "z-image"])
 def test_what_a_language_model_encoded_is_read_from_the_disk_without_it(name, tmp_path):
     build(name).save_pretrained(tmp_path / "pipeline")
     trained = []

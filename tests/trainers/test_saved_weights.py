@@ -50,7 +50,7 @@ def plain(folder, trainer, name="sd3", lora=True):
         if isinstance(component, torch.nn.Module):
             component.eval()
     noise = evaluation_noise(5, [0, 1], trainer.latent_shape)
-    return pipeline(PROMPTS["prompt"][:], num_inference_steps=2, **plain_call(pipeline, noise)).images
+    return pipeline(prompt=PROMPTS["prompt"][:], num_inference_steps=2, **plain_call(pipeline, noise)).images
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

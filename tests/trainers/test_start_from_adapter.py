@@ -19,7 +19,9 @@ def images(pipeline):
         if isinstance(component, torch.nn.Module):
             component.eval()  # as `from_pretrained` leaves them
     generator = torch.Generator().manual_seed(1)
-    return pipeline(PROMPTS["prompt"][:], generator=generator, num_inference_steps=2, **plain_call(pipeline)).images
+    return pipeline(
+        prompt=PROMPTS["prompt"][:], generator=generator, num_inference_steps=2, **plain_call(pipeline)
+    ).images
 
 
 def drawn(trainer):
@@ -42,7 +44,7 @@ def tuned(name, run):
     return pipeline
 
 
-@pytest.mark.parametrize("name", ["sd3.5-medium", "flux", "qwen-image", "sd1.5", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3.5-medium", "flux", "flux2-klein", "qwen-image", "z-image", "sd1.5", "sdxl"])
 def test_a_loaded_adapter_is_trained_on_alone_and_saved_alone(name, tmp_path):
     pipeline = tuned(name, tmp_path / "first")
     base, start = images(build(name)), images(pipeline)

@@ -307,7 +307,7 @@ def encoder_fingerprint(pipeline: Any, encoder_names: tuple[str, ...], max_seque
     """A hash of everything that decides what a prompt's embeddings are, after the name of the pipeline's class.
 
     Of each encoder: class, configuration, and name, shape, dtype and 16 evenly spaced values of every parameter. Of
-    each tokenizer: class, longest text and vocabulary. And `max_sequence_length`, in tokens.
+    each tokenizer: class, longest text, vocabulary and chat template. And `max_sequence_length`, in tokens.
     """
     digest = hashlib.sha256(f"{type(pipeline).__name__} {max_sequence_length}".encode())
     for name in encoder_names:
@@ -323,6 +323,8 @@ def encoder_fingerprint(pipeline: Any, encoder_names: tuple[str, ...], max_seque
                 where = torch.linspace(0, len(flat) - 1, min(16, len(flat)), device=flat.device).long()
                 digest.update(flat[where].float().cpu().numpy().tobytes())
         if tokenizer is not None:
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
             vocabulary = sorted(tokenizer.get_vocab().items())
             digest.update(json.dumps([tokenizer.model_max_length, vocabulary]).encode())
+            digest.update(str(getattr(tokenizer, "chat_template", None) or "").encode())
     return f"{type(pipeline).__name__}-{digest.hexdigest()[:16]}"

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,12 @@ def prepare_denoiser(
     switched off, and one that starts elsewhere is copied once it lies on its device.
     """
     denoiser = policy.denoiser
+    if policy.distilled:
+        warnings.warn(
+            f"The configuration of this {type(policy.pipeline).__name__} says that the model is distilled (`is_distilled`). "
+            "Others report that such models blur under training with rewards. Train the base model instead.",
+            stacklevel=2,
+        )
     if args.disable_dropout:
         for module in denoiser.modules():
             if isinstance(module, nn.Dropout):

@@ -9,14 +9,19 @@ from packaging.version import Version
 
 from .base import DiffusionPolicy
 from .flux import FluxPolicy
+from .flux2 import Flux2KleinPolicy, Flux2Policy
 from .qwen_image import QwenImagePolicy
 from .sd3 import SD3Policy
 from .stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
+from .z_image import ZImagePolicy
 
 FAMILIES: dict[str, type[DiffusionPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
+    "Flux2Pipeline": Flux2Policy,
+    "Flux2KleinPipeline": Flux2KleinPolicy,
     "QwenImagePipeline": QwenImagePolicy,
+    "ZImagePipeline": ZImagePolicy,
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,
 }

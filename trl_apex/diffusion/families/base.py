@@ -32,7 +32,7 @@ class DiffusionPolicy(ABC):
     """Kinds of stochastic step that suit the schedule; the first is the default."""
     training_size: ClassVar[int | None] = None
     """Default height and width in pixels where the model's own size is larger; None for the model's own."""
-    batched_guidance: ClassVar[bool] = True
+    batched_guidance: bool = True
     """Whether `guidance_scale > 1` means a second, unconditional prediction (False: the model is told the scale)."""
 
     def __init__(self, pipeline: Any):
@@ -88,6 +88,11 @@ class DiffusionPolicy(ABC):
     @property
     def vae_scale_factor(self) -> int:
         return self.pipeline.vae_scale_factor
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the pipeline's configuration says that the model was distilled to few steps."""
+        return False
 
     def move_frozen(self, device: torch.device) -> None:
         """Move everything but the denoiser to `device`."""
@@ -181,10 +186,13 @@ JOINT_ATTENTION = tuple(
 """LoRA targets of the transformers that attend to image and text together (SD3, FLUX, Qwen-Image)."""
 
 
-def flow_schedule(scheduler: Any, num_steps: int, tokens: int, sigmas: Any = None) -> Schedule:
+def flow_schedule(
+    scheduler: Any, num_steps: int, tokens: int, sigmas: Any = None, shift: float | None = None
+) -> Schedule:
     """The grid of a `FlowMatchEulerDiscreteScheduler`, which is left as it is.
 
-    Dynamic shifting depends on `tokens`, the patches of an image. `sigmas`, if given, are the noise levels before shifting.
+    Dynamic shifting depends on `tokens`, the patches of an image, unless `shift` is given. `sigmas`, if given, are the noise
+    levels before shifting.
     """
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -192,6 +200,6 @@ def flow_schedule(scheduler: Any, num_steps: int, tokens: int, sigmas: Any = Non
     config, kwargs = scheduler.config, {} if sigmas is None else {"sigmas": sigmas}
     if config.use_dynamic_shifting:
         bounds = config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-        kwargs["mu"] = calculate_shift(tokens, *bounds)
+        kwargs["mu"] = calculate_shift(tokens, *bounds) if shift is None else shift
     scheduler.set_timesteps(num_steps, device="cpu", **kwargs)
     return Schedule(scheduler.sigmas.float(), scheduler.timesteps.float())

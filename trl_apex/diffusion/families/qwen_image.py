@@ -22,7 +22,7 @@ class QwenImagePolicy(FluxPolicy):
             prompts, device=self.pipeline.text_encoder.device, max_sequence_length=max_sequence_length
         )
         if mask is None:  # no prompt is shorter than another
-            mask = torch.ones(embeds.shape[:2])
+            mask = embeds.new_ones(embeds.shape[:2])
         room = max_sequence_length - embeds.shape[1]
         return {
             "encoder_hidden_states": pad(embeds, (0, 0, 0, room)),
