@@ -180,3 +180,14 @@ def test_training_anew_after_a_resume_starts_a_new_average(tmp_path):
     for checkpoint in (str(tmp_path / "checkpoint-1"), None):
         trainer.train(resume_from_checkpoint=checkpoint)
         assert trainer._ema._ema.optimization_step == 2
+
+
+def test_evaluation_draws_at_a_size_of_its_own(tmp_path):
+    trainer = make(tmp_path, LoraConfig(r=2), name="qwen-image", eval_height=24, eval_width=32)
+    pipeline = build("qwen-image")
+    noise = evaluation_noise(5, [0, 1], trainer.policy.latent_shape(24, 32))
+    call = {**plain_call(pipeline, noise), "height": 24, "width": 32, "num_inference_steps": 2}
+    assert distance(evaluated(trainer), pipeline(prompt=PROMPTS["prompt"][:], **call).images) < 1e-4
+    assert trainer.latent_shape == trainer.policy.latent_shape(16, 16)
+    with pytest.raises(ValueError, match="multiples of 4 pixels.*Found 18 x 16"):
+        make(tmp_path, LoraConfig(r=2), name="qwen-image", eval_height=18)

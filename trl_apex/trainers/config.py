@@ -112,8 +112,8 @@ LEAST = {
     **dict.fromkeys((
         "per_device_train_batch_size", "per_device_eval_batch_size", "generation_batch_size", "steps_per_generation",
         "num_iterations", "gradient_accumulation_steps", "num_inference_steps", "eval_num_inference_steps", "height",
-        "width", "max_sequence_length", "sde_window_size", "timesteps_per_image", "timestep_batch_size",
-        "rollout_batch_size", "ema_update_steps", "max_nonfinite_updates",
+        "width", "eval_height", "eval_width", "max_sequence_length", "sde_window_size", "timesteps_per_image",
+        "timestep_batch_size", "rollout_batch_size", "ema_update_steps", "max_nonfinite_updates",
     ), 1),
     **dict.fromkeys((
         "learning_rate", "weight_decay", "adam_epsilon", "epsilon", "beta", "guidance_scale", "eval_guidance_scale",
@@ -185,8 +185,8 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
 
     num_generations_eval: int | None = _field(1, "Must be 1: evaluation makes one image per prompt.")
-    height: int | None = _field(None, "Image height in pixels. None: 512 for SD3 and FLUX, else the model's own.")
-    width: int | None = _field(None, "Image width in pixels. None: 512 for SD3 and FLUX, else the model's own.")
+    height: int | None = _field(None, "Image height in pixels. None: 512 for flow models, else the model's own.")
+    width: int | None = _field(None, "Image width in pixels. None: 512 for flow models, else the model's own.")
     num_inference_steps: int = _field(10, "Denoising steps of a rollout.")
     loss_type: str = _field(
         "grpo",
@@ -284,6 +284,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         0.5, "Share of failed scores of one objective above which the run saves and stops."
     )
     eval_num_inference_steps: int = _field(40, "Denoising steps in evaluation (deterministic).")
+    eval_height: int | None = _field(None, "Image height in evaluation, in pixels; None for `height`.")
+    eval_width: int | None = _field(None, "Image width in evaluation, in pixels; None for `width`.")
     eval_guidance_scale: float | None = _field(None, "Guidance in evaluation; None for `guidance_scale`.")
     skip_dead_updates: bool = _field(True, "Leave the weights alone where every advantage of an update is 0.")
     max_nonfinite_updates: int = _field(

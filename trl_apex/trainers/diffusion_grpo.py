@@ -191,6 +191,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         default_height, default_width = self.policy.default_size()
         self.height, self.width = args.height or default_height, args.width or default_width
         self.latent_shape = self.policy.latent_shape(self.height, self.width)
+        self.eval_size = args.eval_height or self.height, args.eval_width or self.width
+        self.eval_latent_shape = self.policy.latent_shape(*self.eval_size)
         self.transition = args.transition or self.policy.transitions[0]
         if self.transition not in self.policy.transitions:
             raise ValueError(
@@ -212,8 +214,10 @@ class DiffusionGRPOTrainer(RunTrainer):
             self._levels(args, range(1), iteration=0)  # raises where the schedule has too few
         self._window(args, iteration=0)
 
-    def _sampler_of(self, args: DiffusionGRPOConfig, num_steps: int, solver: str = "euler") -> Sampler:
-        schedule = self.policy.schedule(num_steps, self.height, self.width)
+    def _sampler_of(
+        self, args: DiffusionGRPOConfig, num_steps: int, solver: str = "euler", size: tuple[int, int] | None = None
+    ) -> Sampler:
+        schedule = self.policy.schedule(num_steps, *(size or (self.height, self.width)))
         return Sampler(schedule, self.transition, args.noise_level, solver)
 
     def _plan_updates(self, args: DiffusionGRPOConfig, dataset: Any) -> None:

@@ -75,7 +75,7 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
 def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[dict[str, Any]]:
     """[`draw_and_score`] of every row of `dataset`, in order, with each rank's share; on every rank."""
     args, world, rank = trainer.args, trainer.accelerator.num_processes, trainer.accelerator.process_index
-    sampler = trainer._sampler_of(args, args.eval_num_inference_steps)
+    sampler = trainer._sampler_of(args, args.eval_num_inference_steps, size=trainer.eval_size)
     guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
     share = -(-len(dataset) // world)  # every rank makes as many forwards; what is beyond the end is not counted
     mine = [min(rank + i * world, len(dataset) - 1) for i in range(share)]
@@ -87,7 +87,7 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[
     with trainer._ema.averaged(), closing(scorer):
         own = draw_and_score(
             dataset, mine, draw, partial(trainer._submit, scorer), names,
-            seed=args.seed, shape=trainer.latent_shape, batch_size=args.per_device_eval_batch_size,
+            seed=args.seed, shape=trainer.eval_latent_shape, batch_size=args.per_device_eval_batch_size,
             pictures=PICTURES if trainer.accelerator.is_main_process else 0,
         )  # fmt: skip
     own_images = {record["row"]: record["image"] for record in own}  # pictures are not gathered
