@@ -18,6 +18,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from trl_apex.cli import COMMANDS, TRAIN_HELP, all_options, explain, main, train_options
+from trl_apex.rewards.registry import REWARDS as BUILT_IN
 from trl_apex.rewards.registry import load_rewards
 from trl_apex.trainers.logs import recorded_warnings
 
@@ -129,6 +130,17 @@ def test_an_unknown_command_is_corrected(capsys: pytest.CaptureFixture) -> None:
 def test_version_and_no_command(capsys: pytest.CaptureFixture) -> None:
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("trl_apex ")
     assert main([]) == 2
+
+
+def test_rewards_are_listed_with_what_they_need(capsys: pytest.CaptureFixture) -> None:
+    assert main(["rewards"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: re.split("  +", line) for line in lines}
+    assert list(rows) == list(BUILT_IN)
+    assert re.split("  +", head) == ["name", "range (larger is better)", "memory", "extra", "licence of the weights"]
+    assert rows["pickscore"] == ["pickscore", "raw, about 15 to 26", "3.9 GB", "MIT"]
+    assert rows["ocr"][:3] == ["ocr", "0 to 1", "ocr"]
+    assert all(len(row) >= 3 for row in rows.values()), "each states a range and a licence"
 
 
 def test_env_tells_versions_and_no_secret(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib
 import logging
 import os
 import re
@@ -17,13 +18,14 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any, NoReturn
 
-from .rewards.registry import load_rewards
+from .rewards.registry import REWARDS, load_rewards
 
 COMMANDS = {
     "demo": "train the tiny pipeline that comes with the package, on a CPU, in minutes",
     "train": "train a text-to-image model on several rewards",
     "evaluate": "compare tuned models with their base on the same prompts and noise",
     "report": "write the HTML report of one run, or of several side by side",
+    "rewards": "list the built-in rewards with range, memory, licence and the extra that they need",
     "serve-rewards": "serve reward functions to trainers over HTTP",
     "push": "upload a run to the Hugging Face Hub",
     "plan": "estimate the memory and compute of a training configuration before it runs",
@@ -250,6 +252,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--ssl-certfile", help="a certificate, to serve https instead of http")
     option("--ssl-keyfile", help="the certificate's key")
 
+    command("rewards", _rewards)
     command("env", _env)
     return parser
 
@@ -261,9 +264,7 @@ TRAIN_HELP = f"""Trains a text-to-image model on several rewards. A YAML file ho
 what to train
   --model NAME                  {HELP["model"]}
   --dataset NAME                {HELP["dataset"]}
-  --rewards NAME [NAME ...]     ocr pickscore deqa aesthetic clip_score image_reward hpsv2 geneval source
-                                vlm_judge vlm_yes published_deqa remote
-                                jpeg_compressibility jpeg_incompressibility, 'name(key=value)' or module:attribute
+  --rewards NAME [NAME ...]     names that `trl-apex rewards` lists, 'name(key=value)' or module:attribute
   --reward_weights W [W ...]    your weight for each reward; equal if left out
   --output_dir DIR              checkpoints, adapter, logs and report go here
   --lora_r N                    rank of the adapter; 0 trains all weights
@@ -623,6 +624,18 @@ def _serve_rewards(reward: list[str], env: str | None, **options: Any) -> None:
     from .serving.server import serve
 
     serve(reward, **options)
+
+
+def _rewards() -> None:
+    """Print the built-in rewards; memory is that of the published weights in their default precision."""
+    from .plan import reward_gb
+
+    print(f"{'name':<24}{'range (larger is better)':<36}{'memory':<9}{'extra':<8}licence of the weights")
+    for name, path in REWARDS.items():
+        module, _, attribute = path.partition(":")
+        reward, size = getattr(importlib.import_module(module), attribute), reward_gb([name])
+        span, memory = reward.range.removesuffix(", larger is better"), f"{size:.1f} GB" if size else ""
+        print(f"{name:<24}{span:<36}{memory:<9}{getattr(reward, 'extra', ''):<8}{reward.weights_licence}")
 
 
 def _env() -> None:

@@ -52,6 +52,19 @@ def local_slice(size: int, rank: int) -> slice:
     return slice(rank * size, (rank + 1) * size)
 
 
+def deal_groups(rows: list[Any], images: Tensor, group_size: int) -> tuple[list[Any], list[int], Tensor]:
+    """Deal out the groups of all ranks whole: the rows that this rank gets, their numbers among all, and their images."""
+    rows, images = gather_list(rows), gather_rows(images)
+    mine = [i for i in range(len(rows)) if i // group_size % num_ranks() == this_rank()]
+    return [rows[i] for i in mine], mine, images[mine]
+
+
+def collect_dealt(numbers: list[int], values: Tensor) -> Tensor:
+    """The values `[B, K]` of all ranks' rows, from those of the rows that [`deal_groups`] dealt to each rank."""
+    found = sorted(gather_list(list(zip(numbers, values.tolist(), strict=True))))
+    return torch.tensor([row for _, row in found])
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """True on every rank if `flag` is true on one."""
     return bool(gather(torch.tensor([flag], device=device)).any())

@@ -17,6 +17,7 @@ from torch import nn
 
 from .diffusion.families import FAMILIES, base
 from .diffusion.families.base import DiffusionPolicy
+from .rewards.registry import parse_spec
 
 # Constants
 
@@ -417,10 +418,11 @@ def reward_gb(rewards: list[str] | tuple[str, ...]) -> float:
     """Gigabytes of the networks of rewards by name, one copy where two share it.
 
     Example:
-        >>> round(reward_gb(["ocr", "pickscore", "aesthetic", "clip_score"]), 2)
+        >>> round(reward_gb(["ocr", 'rank(reward="pickscore")', "aesthetic", "clip_score"]), 2)
         5.66
     """
-    names = [reward.split("(")[0].strip() for reward in rewards]
+    specs = [parse_spec(reward) for reward in rewards]
+    names = [parse_spec(arguments.get("reward", name))[0] for name, arguments in specs]  # of what `rank` ranks
     return sum(dict(REWARD_NETWORKS[name] for name in names if name in REWARD_NETWORKS).values()) / 1e9
 
 

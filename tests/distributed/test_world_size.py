@@ -5,7 +5,9 @@ import pytest
 from compare import assert_same_training, curve, largest_difference
 from engines import environment
 from processes import run
-from training import PROMPTS, train
+from training import PROMPTS, dark, red, train
+
+from trl_apex.rewards import RankReward
 
 FINAL_LATENTS = {"timesteps_per_image": 2, "gradient_accumulation_steps": 1}
 
@@ -58,8 +60,9 @@ def test_the_first_rollout_is_the_same_where_the_forwards_have_the_same_size(tmp
         {"gradient_accumulation_steps": 1, "max_steps": 6},
         {"loss_type": "fpo", "fpo_scale": 0.1, "epsilon": 1.0, **FINAL_LATENTS},
         {"loss_type": "nft", "beta": 0.1, "target_movement": 1.0, **FINAL_LATENTS},
+        {"rewards": (red, RankReward(dark)), "prompt_mix": {"red": 1, "blue": 1}},
     ],
-    ids=["plain", "shared-noise-window", "two-passes-and-kl", "three-updates", "fpo", "nft"],
+    ids=["plain", "shared-noise-window", "two-passes-and-kl", "three-updates", "fpo", "nft", "ranks-of-mixed-prompts"],
 )
 def test_one_two_and_four_processes_agree(tmp_path, options):
     """Four processes hold two images each, so that every group of four is split over ranks."""

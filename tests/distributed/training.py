@@ -73,7 +73,7 @@ def make_trainer(
         pipeline,
         list(rewards),
         APEXConfig(**(values | overrides)),
-        Dataset.from_dict({"prompt": PROMPTS}),
+        Dataset.from_dict({"prompt": PROMPTS, "kind": [prompt.split()[1] for prompt in PROMPTS]}),
         eval_dataset=Dataset.from_dict({"prompt": eval_prompts}) if eval_prompts else None,
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
     )

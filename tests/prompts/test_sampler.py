@@ -86,8 +86,11 @@ def test_kinds_take_turns_so_that_processes_share_them():
         ({"ocr": 1, "plain": 1, "rare": -1, "off": 0}, "not negative"),
         ({"ocr": 0, "plain": 0, "rare": 0, "off": 0}, "one that is positive"),
         ({"ocr": 1, "plain": 1, "rare": float("nan"), "off": 0}, "one that is positive"),
-        ({"ocr": 90, "plain": 5, "rare": 5, "off": 0}, "at least one prompt.*'plain', and a share of 0.4 of 8"),
-        ({"ocr": 1, "plain": 1, "rare": 0, "off": 6}, "as many different ones.*Found 5 prompts of 'off'"),
+        (
+            {"ocr": 90, "plain": 5, "rare": 5, "off": 0},
+            "at least one of the 8.*share of 0.4 for the 100 prompts of 'plain'",
+        ),
+        ({"ocr": 1, "plain": 1, "rare": 0, "off": 6}, "no prompt twice.*share of 6 for the 5 prompts of 'off'"),
     ],
 )
 def test_a_mix_that_does_not_fit_is_refused(mix, message):

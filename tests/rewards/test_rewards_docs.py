@@ -65,6 +65,13 @@ def test_nothing_heavy_at_import():
     assert output_of(code) == "[]"
 
 
+def test_the_table_has_every_reward_of_the_registry(pytestconfig):
+    page = (pytestconfig.rootpath / "docs" / "rewards.md").read_text()
+    for name, path in trl_apex.rewards.REWARDS.items():
+        shown = "its name on the server" if name == "remote" else f"`{name}`"
+        assert f"| `{path.partition(':')[2]}` | {shown} |" in page, name
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -15,6 +15,7 @@ from trl_apex.rewards import (
     DeQAReward,
     JPEGCompressibilityReward,
     PickScoreReward,
+    RankReward,
     RemoteReward,
     RewardLoadError,
     RewardScorer,
@@ -302,3 +303,20 @@ def test_a_token_over_plain_http_is_warned_about_once(monkeypatch):
 def test_options(url, options, message):
     with pytest.raises(ValueError, match=message):
         RemoteReward(url, "ocr", **options)
+
+
+def test_whole_groups_through_the_server(pictures):
+    """Requests are groups, and the server joins none, however it is asked."""
+    ids = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    ranked = RankReward(brightness, name="ranked")
+    expected = ranked(["p"] * 12, pictures, group_ids=ids)
+    with running([ranked], batch_wait=0.05) as url:
+        with pytest.raises(RewardLoadError, match="compares the images of a group.*Pass whole_groups=True"):
+            RemoteReward(url, "ranked").check()
+        remote = RemoteReward(url, "ranked", batch_size=2, whole_groups=True)
+        remote.check()
+        with RewardScorer([remote]) as scorer:
+            batch = {"prompts": ["p"] * 12, "completions": pictures}
+            both = [scorer.submit(**batch, group_ids=ids) for _ in range(2)]
+            for scored in both:
+                assert scored.result(timeout=20).rewards.flatten().tolist() == pytest.approx(expected)

@@ -20,8 +20,8 @@ class GroupSampler(Sampler[int]):
     draws a batch for every micro-batch of the update while the rollout behind it is made only once. Prompts beyond the
     last full iteration of an epoch wait for another epoch's order.
 
-    With a `mix`, every iteration holds prompts of every kind: `groups * share` of each, rounded so that the shares hold
-    over the iterations. An epoch goes once through the kind with the most prompts for its share; the others repeat.
+    With a `mix`, every iteration holds `groups * share` prompts of each kind, up or down to a whole number so that the shares
+    hold over the epoch. It goes once through the kind with the most prompts for its share; the others repeat.
 
     Args:
         num_prompts (`int`): length of the dataset.
@@ -70,44 +70,39 @@ class GroupSampler(Sampler[int]):
             drawn = [kind for kind, share in mix.items() if share]
             self.quotas = [groups * mix[kind] / sum(mix.values()) for kind in drawn]
             self.prompts = [torch.tensor([i for i, kind in enumerate(kinds) if kind == own]) for own in drawn]
-        self.iterations = max(
-            math.floor(len(own) / quota + 1e-9) for own, quota in zip(self.prompts, self.quotas, strict=True)
-        )
+        kinds_and_quotas = zip(self.prompts, self.quotas, strict=True)
+        self.iterations = max(math.floor(len(own) / quota + 1e-9) for own, quota in kinds_and_quotas)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def counts(self) -> list[list[int]]:
-        """Prompts of each kind in each iteration of an epoch; what rounding owes to a kind goes to it later."""
-        whole = [math.floor(quota + 1e-9) for quota in self.quotas]
-        owed, found = [0.0] * len(whole), []
-        for _ in range(self.iterations):
-            owed = [debt + quota - least for debt, quota, least in zip(owed, self.quotas, whole, strict=True)]
-            paid = sorted(range(len(whole)), key=lambda kind: -round(owed[kind], 9))[: self.groups - sum(whole)]
-            owed = [debt - (kind in paid) for kind, debt in enumerate(owed)]
-            found.append([least + (kind in paid) for kind, least in enumerate(whole)])
-        return found
-
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        counts = self.counts()
-        queues = []
-        for own, total in zip(self.prompts, map(sum, zip(*counts, strict=True)), strict=True):
-            rounds = range(-(-total // len(own)))
-            orders = [torch.randperm(len(own), generator=generator) if self.shuffle else slice(None) for _ in rounds]
-            queues.append(iter(torch.cat([own[order] for order in orders]).tolist()))
-        for each in counts:  # the kinds take turns, so that ranks share them
-            turns = sorted(((i + 0.5) / count, kind) for kind, count in enumerate(each) for i in range(count))
+        queues = [self._endless(own, generator) for own in self.prompts]
+        whole = [math.floor(quota + 1e-9) for quota in self.quotas]
+        owed = [0.0] * len(whole)  # what rounding kept from a kind, and will give it later
+        for _ in range(self.iterations):
+            owed = [debt + quota - least for debt, quota, least in zip(owed, self.quotas, whole, strict=True)]
+            paid = sorted(range(len(owed)), key=lambda kind: -round(owed[kind], 9))[: self.groups - sum(whole)]
+            owed = [debt - (kind in paid) for kind, debt in enumerate(owed)]
+            counts = [least + (kind in paid) for kind, least in enumerate(whole)]
+            # The kinds take turns, so that ranks share them.
+            turns = sorted(((i + 0.5) / count, kind) for kind, count in enumerate(counts) for i in range(count))
             iteration = [prompt for _, kind in turns for prompt in [next(queues[kind])] * self.group_size]
             for _ in range(self.repeats):
                 yield from iteration
+
+    def _endless(self, prompts: Tensor, generator: torch.Generator) -> Iterator[int]:
+        while True:
+            order = torch.randperm(len(prompts), generator=generator) if self.shuffle else slice(None)
+            yield from prompts[order].tolist()
 
     def __len__(self) -> int:
         return self.iterations * self.groups * self.group_size * self.repeats
 
 
 def _check_mix(kinds: Sequence[Any], mix: dict[str, float | int], groups: int) -> None:
-    """Raise unless every kind has a share, and every share makes whole prompts of an iteration and has as many."""
+    """Raise unless each kind has a share, of at least one prompt an iteration, and as many prompts."""
     total, there = sum(mix.values()), Counter(kinds)
     if set(there) != set(mix) or min(mix.values()) < 0 or not 0 < total < math.inf:
         raise ValueError(
@@ -118,9 +113,9 @@ def _check_mix(kinds: Sequence[Any], mix: dict[str, float | int], groups: int) -
         quota = groups * share / total
         if share and (quota < 1 - 1e-9 or there[kind] < math.ceil(quota - 1e-9)):
             raise ValueError(
-                "Each kind of `prompt_mix` needs at least one prompt an iteration, and as many different ones as its share is. "
-                f"Found {there[kind]} prompts of {kind!r}, and a share of {quota:.3g} of {groups} prompts an iteration. Change "
-                "the share or `generation_batch_size` / `num_generations`, or add prompts."
+                f"Each kind of `prompt_mix` must have at least one of the {groups} prompts of an iteration, and no prompt "
+                f"twice. Found a share of {quota:.3g} for the {there[kind]} prompts of {kind!r}. Change the share, "
+                "`generation_batch_size` / `num_generations` or the prompts."
             )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trl_apex.rewards.clip import AestheticReward, CLIPScoreReward, HPSv2Reward, PickScoreReward, SourceReward
     from trl_apex.rewards.deqa import DeQAReward, PublishedDeQAReward, VLMYesReward
     from trl_apex.rewards.geneval import GenEvalReward
+    from trl_apex.rewards.groups import PairwiseReward, RankReward
     from trl_apex.rewards.image_reward import ImageReward
     from trl_apex.rewards.jpeg import JPEGCompressibilityReward, JPEGIncompressibilityReward
     from trl_apex.rewards.ocr import OCRReward

@@ -3,6 +3,7 @@
 import re
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -34,7 +35,8 @@ class Reward:
     """Base of this package's rewards: a name, loading at the first call, batches, pickling and unloading.
 
     A subclass implements `_load()`, which returns whatever it must hold in memory, and
-    `_score(loaded, images, prompts, columns)`, which scores one batch. One instance scores one batch at a time.
+    `_score(loaded, images, prompts, columns)`, which scores one batch. One instance scores one batch at a time. With
+    `whole_groups = True` a batch is all images of one prompt's group.
 
     Args:
         name (`str`, *optional*): Name of the objective. Defaults to the class's own.
@@ -47,6 +49,8 @@ class Reward:
     default_name: ClassVar[str] = "reward"
     range: ClassVar[str] = ""
     weights_licence: ClassVar[str] = ""
+    extra: ClassVar[str] = ""  # of this package, that it needs
+    whole_groups: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,20 +81,25 @@ class Reward:
             prompts (`Sequence[str]`): One prompt per image.
             completions (`Sequence[PIL.Image.Image]` or `Tensor` of shape `[B, 3, H, W]` in [0, 1]): The images.
             images (`Tensor` of shape `[B, 3, H, W]` in [0, 1], *optional*): The images, used instead of `completions`.
-            columns: Every other keyword that TRL passes; a list holds one entry per image.
+            columns: Every other keyword that TRL passes; a list holds one entry per image. Where `whole_groups` is set,
+                images of equal `group_ids` in a row are a group, or of equal prompts if there is no such column.
 
         Raises:
             ValueError: If there is not one image per prompt.
         """
         batch = one_per_prompt(self.__name__, prompts, completions, images)
         columns = {key: value for key, value in columns.items() if is_column(value, len(prompts))}
-        rewards: list[float | None] = []
+        parts = [slice(i, i + self.batch_size) for i in range(0, len(prompts), self.batch_size)]
+        if self.whole_groups:
+            parts = group_slices(columns.get("group_ids", prompts))
+        rewards = RewardList([])
         with self._lock, torch.inference_mode():
             loaded = self.load()
-            for start in range(0, len(prompts), self.batch_size):
-                part = slice(start, start + self.batch_size)
+            for part in parts:
                 own = {key: value[part] for key, value in columns.items()}
-                rewards += self._score(loaded, batch[part], list(prompts[part]), own)
+                scored = self._score(loaded, batch[part], list(prompts[part]), own)
+                rewards += scored
+                rewards.errors += getattr(scored, "errors", [None] * len(scored))
         return rewards
 
     def load(self) -> Any:
@@ -235,6 +244,17 @@ def one_per_prompt(name: str, prompts: Sequence[str], completions: Any, images: 
 def is_column(value: Any, size: int) -> bool:
     """Whether a keyword of a reward call holds one entry per sample."""
     return isinstance(value, list | tuple) and len(value) == size
+
+
+def wants_whole_groups(func: Any) -> bool:
+    """Whether a reward function must see all images of a prompt's group in one call, and their `group_ids`."""
+    return getattr(func, "whole_groups", False) is True
+
+
+def group_slices(group_ids: Sequence[Any]) -> list[slice]:
+    """A slice for each run of equal values."""
+    starts = [i for i, group in enumerate(group_ids) if i == 0 or group != group_ids[i - 1]]
+    return [slice(*ends) for ends in pairwise([*starts, len(group_ids)])]
 
 
 def default_device() -> torch.device:

@@ -72,6 +72,7 @@ class OCRReward(Reward):
     default_name = "ocr"
     range = "0 to 1, larger is better"
     weights_licence = "Apache-2.0 (PP-OCR, inside the rapidocr package)"
+    extra = "ocr"
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from trl_apex.redact import redacted
-from trl_apex.rewards.base import RewardList, RewardLoadError, TransientRewardError
+from trl_apex.rewards.base import RewardList, RewardLoadError, TransientRewardError, wants_whole_groups
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ class RewardScorer:
         completions: Any,
         images: Float[Tensor, "B 3 H W"] | None = None,
         columns: dict[str, list] | None = None,
+        group_ids: list[int] | None = None,
         **trl_keywords: Any,
     ) -> "Future[ScoredBatch]":
         """Start scoring a batch and return at once, from any thread and before earlier batches are done.
@@ -141,6 +142,8 @@ class RewardScorer:
         Args:
             prompts, completions, images: As in [`Reward`]; `images` go to the functions that take them.
             columns (`dict[str, list]`, *optional*): Every other column of the dataset, one entry per sample.
+            group_ids (`list[int]`, *optional*): The group of each sample, for rewards that want whole groups. Defaults to
+                a group for each sample.
             trl_keywords: `trainer_state`, `log_extra`, `log_metric` and what else TRL passes.
 
         Returns:
@@ -151,7 +154,8 @@ class RewardScorer:
             raise RuntimeError("The scorer must be open to take a batch. Found it closed. Make a new RewardScorer.")
         keywords = {"completion_ids": None, **(columns or {}), **trl_keywords}
         keywords |= {"prompts": prompts, "completions": completions}
-        return asyncio.run_coroutine_threadsafe(self._score_batch(keywords, images, len(prompts)), self._loop)
+        groups = list(range(len(prompts))) if group_ids is None else group_ids
+        return asyncio.run_coroutine_threadsafe(self._score_batch(keywords, images, groups), self._loop)
 
     def check(self) -> None:
         """Call the `check()` of every reward that has one: weights are loaded, a remote reward asks its server.
@@ -200,8 +204,9 @@ class RewardScorer:
                 self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.close()
 
-    async def _score_batch(self, keywords: dict[str, Any], images: Tensor | None, size: int) -> ScoredBatch:
-        calls = [self._score(caller, keywords, images, size) for caller in self._callers]
+    async def _score_batch(self, keywords: dict[str, Any], images: Tensor | None, groups: list[int]) -> ScoredBatch:
+        size = len(groups)
+        calls = [self._score(caller, keywords, images, groups) for caller in self._callers]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)  # all of them end, whichever raises
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -215,9 +220,12 @@ class RewardScorer:
         )
 
     async def _score(
-        self, caller: "RewardCaller", keywords: dict[str, Any], images: Tensor | None, size: int
+        self, caller: "RewardCaller", keywords: dict[str, Any], images: Tensor | None, groups: list[int]
     ) -> tuple[RewardList, float]:
         """One function's rewards of a batch, and its seconds."""
+        size = len(groups)
+        if wants_whole_groups(caller.func):
+            keywords = keywords | {"group_ids": groups}
         if images is not None and takes_images(caller.func):
             keywords = keywords | {"images": images}
         edits_nothing = type(caller.func).__module__.startswith("trl_apex.")

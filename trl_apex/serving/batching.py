@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trl_apex.rewards.base import Reward, RewardList, to_arrays
+from trl_apex.rewards.base import Reward, RewardList, to_arrays, wants_whole_groups
 from trl_apex.rewards.scoring import RewardCaller, RewardTimeoutError, as_numbers, describe, takes_images
 
 ASYNC_CALLS = 8  # of one async reward at the same time
@@ -53,7 +53,8 @@ class ServedReward:
         self, name: str, func: Callable, requests: int, timeout: float | int, max_batch: int, batch_wait: float | int
     ) -> None:
         self.name, self.func = name, func
-        self.max_batch, self.batch_wait = max_batch, batch_wait
+        # Requests number their groups alike, so those of a reward that compares within groups are not joined.
+        self.max_batch, self.batch_wait = 0 if wants_whole_groups(func) else max_batch, batch_wait
         self.caller = RewardCaller(func, name, timeout)
         self.bodies = asyncio.Semaphore(requests)
         self.counts: Counter[str] = Counter()
@@ -81,6 +82,7 @@ class ServedReward:
         sources = [str(getattr(func, key)) for key in ("model", "clip", "weights") if getattr(func, key, None)]
         model = [getattr(func, "__qualname__", type(func).__name__), *(s for s in sources if s.count("/") <= 1)]
         told = {"name": self.name, "state": self.state, "model": " ".join(model)}
+        told["whole_groups"] = "true" if wants_whole_groups(func) else "false"
         return told | {key: str(getattr(func, key, "")) for key in ("range", "weights_licence")}
 
     async def load(self) -> None:

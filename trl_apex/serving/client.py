@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from trl_apex.redact import secret_from
-from trl_apex.rewards.base import Images, RewardList, RewardLoadError, TransientRewardError, one_per_prompt
+from trl_apex.rewards.base import (
+    Images,
+    RewardList,
+    RewardLoadError,
+    TransientRewardError,
+    group_slices,
+    one_per_prompt,
+)
 from trl_apex.rewards.scoring import describe, retrying
 from trl_apex.serving.local import LocalServer
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, encode_request, json_columns
@@ -48,6 +55,8 @@ class RemoteReward:
             process starts on this machine, such as `"--reward my_rewards:redness"`. It is started again once if it dies.
         python (`str`, *optional*): The Python that runs it, of another virtual environment. Defaults to this one's.
         device (`str`, *optional*): The one accelerator that it sees, `"cuda:1"`, or `"cpu"`. Defaults to this process's.
+        whole_groups (`bool`, *optional*, defaults to `False`): Whether the reward compares the images of a group, such as
+            [`RankReward`]; a request is then one group, whatever `batch_size` is.
 
     Raises:
         ValueError: If there is no `name`, or not one of `url` and `command`.
@@ -56,6 +65,9 @@ class RemoteReward:
         >>> RemoteReward("http://127.0.0.1:8000", "deqa").__name__
         'deqa'
     """
+
+    range = "that of the reward on the server"
+    weights_licence = "those of the reward on the server"
 
     url: str | Sequence[str] = ()
     name: str = ""
@@ -70,6 +82,7 @@ class RemoteReward:
     command: str | Sequence[str] | None = None
     python: str | None = None
     device: str | None = None
+    whole_groups: bool = False
     _warned: bool = field(default=False, init=False)
     _server: LocalServer | None = field(default=None, init=False)
 
@@ -142,7 +155,7 @@ class RemoteReward:
                 return await retrying(lambda: post(client, body, size), self.max_retries, self.backoff)
 
         async with httpx.AsyncClient(timeout=timeout, limits=limits, **self._client_options()) as client:
-            parts = self._parts(batch)
+            parts = group_slices(columns.get("group_ids", prompts)) if self.whole_groups else self._parts(batch)
             answers = await asyncio.gather(*(score(client, part) for part in parts), return_exceptions=True)
         rewards = RewardList([])
         for part, answer in zip(parts, answers, strict=True):
@@ -217,10 +230,13 @@ class RemoteReward:
         try:
             protocol = health.json()["protocol"]
             states = {reward["name"]: reward["state"] for reward in listing.json()}
+            grouped = {reward["name"] for reward in listing.json() if reward.get("whole_groups") == "true"}
         except (ValueError, KeyError, TypeError):
             return f"this is no reward server (it answers {health.status_code}). Check the address"
         if protocol != PROTOCOL:
             return f"the server speaks version {protocol}, this is {PROTOCOL}. Use one release on both"
+        if self.__name__ in grouped and not self.whole_groups:
+            return "it compares the images of a group, and gets single images. Pass whole_groups=True"
         return states.get(self.__name__, f"the server has {', '.join(states)}, not this one. Check the name")
 
     def _parts(self, batch: Images) -> list[slice]:

@@ -31,6 +31,8 @@ from ..diffusion.rollout import (
 )
 from ..diffusion.schedule import Sampler, sde_window
 from ..distributed import (
+    collect_dealt,
+    deal_groups,
     failing_together,
     gather_list,
     gather_rows,
@@ -40,6 +42,7 @@ from ..distributed import (
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
 from ..report.figures import reward_grid
+from ..rewards.base import wants_whole_groups
 from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardFailureRateError, RewardScorer
 from . import evaluation
@@ -292,6 +295,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         first = self.accelerator.process_index * len(inputs)
         prompts = [row["prompt"] for row in inputs]
         rollouts, pending = [], []
+        compared = any(map(wants_whole_groups, self.reward_funcs))  # within groups, so after the rollout
         self._detectors.note_weights()
         with self._rollout_weights(), self._failing_together_unless_sharded():
             self._detectors.probe_velocity()
@@ -300,13 +304,19 @@ class DiffusionGRPOTrainer(RunTrainer):
                 rows = slice(start, start + chunk)
                 own = {name: value[prompt_of[rows]] for name, value in embeddings.items()}
                 rollouts.append(self._rollout(own, first + start))
-                if self.args.reward_overlap:
+                if self.args.reward_overlap and not compared:
                     pending.append(self._submit(self._scorer, inputs[rows], rollouts[-1].images))
         sampled = time.perf_counter()
+        mine, numbers = inputs, list(range(first, first + len(inputs)))
+        images = torch.cat([r.images for r in rollouts])
+        dealt = compared and len(inputs) % self.num_generations > 0  # ranks share a group
+        if dealt:
+            mine, numbers, images = deal_groups(inputs, images, self.num_generations)
         try:
             with failing_together("the rewards"):
-                if not self.args.reward_overlap:
-                    pending = [self._submit(self._scorer, inputs, torch.cat([r.images for r in rollouts]))]
+                if mine and not pending:
+                    groups = [number // self.num_generations for number in numbers]
+                    pending = [self._submit(self._scorer, mine, images, group_ids=groups)]
                 scored = [future.result() for future in pending]
         except Exception:
             save_before_failing(self)
@@ -315,7 +325,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         metrics["time/rewards_wait"].append(time.perf_counter() - sampled)
         self._stop_if_rewards_fail(*log_scoring(scored, self.reward_func_names, metrics, device))
 
-        rewards = gather_rows(torch.cat([s.rewards for s in scored]).to(device)).cpu()
+        own_rewards = torch.cat([torch.empty(0, len(self.reward_funcs)), *(s.rewards for s in scored)])
+        rewards = collect_dealt(numbers, own_rewards) if dealt else gather_rows(own_rewards.to(device)).cpu()
         group_ids = torch.arange(len(rewards)) // self.num_generations
         advantages, normalized = self._compute_advantages(rewards, group_ids)
         self._log_rollout(rewards, advantages, prompts, rollouts)
@@ -377,10 +388,10 @@ class DiffusionGRPOTrainer(RunTrainer):
             scorer.check()
         return scorer
 
-    def _submit(self, scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions: list | None = None):
+    def _submit(self, scorer: Any, rows: list, images: Tensor, completions: list | None = None, **keywords: Any):
         """Have images scored, with what TRL gives to rewards beside; the result is a future of a `ScoredBatch`."""
         return submit(
-            scorer, rows, images, completions,
+            scorer, rows, images, completions, **keywords,
             trainer_state=self.state, log_metric=self._log_metric, log_extra=self._log_completion_extra,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from trl import GRPOConfig
 
 from ..diffusion.families import dtype_argument
 from ..prompts.datasets import check_dataset
-from ..rewards.base import to_pil
+from ..rewards.base import to_pil, wants_whole_groups
 from ..rewards.scoring import numbered_names, reward_name, takes_images
 from .manifest import check_writable
 
@@ -91,6 +91,7 @@ def _check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, wher
                 f"A reward must be a function or an instance. Found the class {func.__name__}. Pass `{func.__name__}(...)`."
             )
         own = keywords | ({"images": None} if takes_images(func) else {})
+        own |= {"group_ids": None} if wants_whole_groups(func) else {}
         try:
             inspect.signature(func).bind(**own)
         except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
