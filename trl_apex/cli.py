@@ -242,9 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     several = f"{HELP['rewards']}; may be repeated"
     option("-r", "--reward", action="append", default=[], metavar="REWARD", help=several)
-    option(
-        "--env", help="serve from a virtual environment, envs/ENV, which is made first: 'deqa', or a requirements file"
-    )
+    option("--env", help="serve from a virtual environment, which is made first: 'deqa', or a requirements file")
     option("--parent", type=int, help=argparse.SUPPRESS)  # the process to end with
     option("--host", default="127.0.0.1", help="other than loopback needs a token")
     option("--port", default=8000)
@@ -611,16 +609,12 @@ def _serve_rewards(reward: list[str], env: str | None, **options: Any) -> None:
 
         if not reward:
             raise ValueError(
-                "`--env` must be given a reward to serve. Found none. Pass `--reward`; for the published DeQA-Score, whose "
-                "authors' code is run then: --reward 'published_deqa(trust_remote_code=True)'."
+                "`--env` must have a `--reward`. Found none. For deqa: 'published_deqa(trust_remote_code=True)'."
             )
         python = str(make_environment(env))
-        program = [python, "-m", "trl_apex", "serve-rewards"]
-        for name in reward:
-            program += ["--reward", name]
-        for name, value in options.items():
-            program += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-        os.execv(python, program)
+        given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+        given += [f"--reward={name}" for name in reward]
+        os.execv(python, [python, "-m", "trl_apex", "serve-rewards", *given])
     from .serving.server import serve
 
     serve(reward, **options)

@@ -15,9 +15,15 @@ from transformers import (
 
 from trl_apex.rewards import GenEvalReward
 from trl_apex.rewards.clip import shared_tower
-from trl_apex.rewards.geneval import CAPTIONS, COLOURS, Instance, colours, relations, requirements_met
+from trl_apex.rewards.geneval import CAPTIONS, COLOURS, colours, relations, requirements_met
 
 LABELS = {0: "cat", 1: "dog", 2: "mouse"}
+
+
+def mask_of(left, top, right, bottom):
+    mask = np.zeros((70, 70), bool)
+    mask[top:bottom, left:right] = True
+    return Image.fromarray(mask)
 
 
 @pytest.mark.parametrize(
@@ -35,11 +41,11 @@ LABELS = {0: "cat", 1: "dog", 2: "mouse"}
     ],
 )
 def test_relations_to_a_box_in_the_middle(a, expected):
-    assert relations(a, (20, 20, 30, 30)) == expected
+    assert relations(mask_of(*a), mask_of(20, 20, 30, 30)) == expected
 
 
 def at(x):
-    return Instance((x, 0, x + 10, 10))
+    return mask_of(x, 0, x + 10, 10)
 
 
 def asked(name, count=1, **more):
@@ -75,7 +81,7 @@ def asked(name, count=1, **more):
     ],
 )
 def test_requirements(objects, row, met):
-    colours_of = lambda found, name: ["red" if item.box[0] < 50 else "blue" for item in found]  # noqa: E731
+    colours_of = lambda found, name: ["red" if item.getbbox()[0] < 50 else "blue" for item in found]  # noqa: E731
     assert requirements_met(objects, row, colours_of) == met
 
 
@@ -94,7 +100,7 @@ def test_colour_of_a_cut_out_on_grey(clip_folder):
         texts = tower.encode_prompts([caption.format(colour=colour, name="square") for caption in CAPTIONS])
         heads.append(texts.mean(0) / texts.mean(0).norm())
     expected = COLOURS[torch.stack([head @ image for head in heads]).argmax()]
-    assert colours(tower, picture, [Instance((2, 4, 18, 20), mask)], "square") == [expected]
+    assert colours(tower, picture, [Image.fromarray(mask)], "square") == [expected]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +149,8 @@ def scores_by_hand(folder, picture):
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_counts_of_a_random_segmenter(folder, clip_folder, pictures, as_json):
-    reward = GenEvalReward(str(folder), str(clip_folder), threshold=0.05, counting_threshold=0.2, device="cpu")
+    reward = GenEvalReward(str(folder), str(clip_folder), device="cpu")
+    reward.threshold, reward.counting_threshold = 0.05, 0.2
     form = json.dumps if as_json else dict
     scores = [scores_by_hand(folder, picture) for picture in pictures]
     met = 0
@@ -159,12 +166,16 @@ def test_counts_of_a_random_segmenter(folder, clip_folder, pictures, as_json):
 
 
 def test_two_prompts_two_rewards(folder, clip_folder, pictures):
-    reward = GenEvalReward(str(folder), str(clip_folder), threshold=0.0, share=True, device="cpu")
+    reward = GenEvalReward(str(folder), str(clip_folder), share=True, device="cpu")
+    reward.threshold = 0.0
     most = {name: len(scores) for name, scores in scores_by_hand(folder, pictures[0]).items()}
     name = max(most, key=most.get)
     row = {"include": [asked(name), asked(name, 99)], "exclude": [asked(name, 99)]}
     assert reward(prompts=["a", "b"], completions=pictures, objects=[row, None]) == [pytest.approx(2 / 3), None]
     assert reward(prompts=["a", "b"], completions=pictures) == [None, None]
+    names = [[name], [name] * 99 + ["cat"]]  # a list of names asks for as many of each
+    assert reward(prompts=["a", "b"], completions=pictures, objects=names)[0] == 1
+    assert reward(prompts=["a", "b"], completions=pictures, objects=names)[1] < 1
 
 
 def test_a_class_that_the_segmenter_does_not_know(folder, clip_folder, pictures):

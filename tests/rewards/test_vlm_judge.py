@@ -46,7 +46,7 @@ def test_parse(answer, score):
     ],
 )
 def test_parse_the_mean_of_several(answer, score):
-    assert parse_score(answer, 1, 5, several="mean") == (score if score is None else pytest.approx(score))
+    assert parse_score(answer, 1, 5, mean=True) == (score if score is None else pytest.approx(score))
 
 
 class Judge(BaseHTTPRequestHandler):
@@ -140,8 +140,6 @@ def test_nobody_there_fails_the_batch():
 def test_options():
     with pytest.raises(ValueError, match="`low` must be below"):
         VLMJudgeReward("http://x", "m", low=5, high=1)
-    with pytest.raises(ValueError, match='"last" or "mean"'):
-        VLMJudgeReward("http://x", "m", several="first")
     for instruction in ('answer {"score": 1 to 5}', "{0}", "a { brace"):
         with pytest.raises(ValueError, match="Double the braces"):
             VLMJudgeReward("http://x", "m", instruction=instruction)

@@ -125,7 +125,7 @@ def test_no_reward_is_lost_when_one_of_two_servers_is_killed_in_mid_batch(folder
         reward = RemoteReward([first.url, second.url], "brightness", batch_size=1, max_concurrency=6)
         (folder / "die").touch()  # whichever scores first
         assert rewards_of(reward) == EXPECTED
-        assert sorted([first.running, second.running]) == [False, True]
+        assert sorted(status_of(server.url) for server in (first, second)) == ["away", "ready"]
         assert rewards_of(reward) == EXPECTED  # and with one of them away from the start
     finally:
         first.stop()
@@ -165,6 +165,7 @@ def test_url_or_command_and_a_name_are_needed(keywords):
 def test_the_server_sees_one_accelerator(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert device_variables("cuda:1") == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert device_variables("cpu") == {"CUDA_VISIBLE_DEVICES": ""}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     assert device_variables("cuda:1") == {"CUDA_VISIBLE_DEVICES": "6"}
 
@@ -192,7 +193,7 @@ def test_two_environments(folder):
 
 def test_an_environment_needs_a_reward(capsys):
     assert main(["serve-rewards", "--env", "deqa"]) == 2
-    assert "must be given a reward" in capsys.readouterr().err
+    assert "must have a `--reward`" in capsys.readouterr().err
 
 
 def test_an_unknown_environment_is_refused():

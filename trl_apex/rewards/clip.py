@@ -1,7 +1,4 @@
-"""Rewards on a CLIP tower: PickScore, CLIPScore, HPSv2, the aesthetic score and the likeness to a source image.
-
-Rewards that use the same weights share them.
-"""
+"""Rewards on a CLIP tower, such as PickScore, HPSv2 and the aesthetic score. Rewards that use the same weights share them."""
 
 import hashlib
 import re
@@ -70,6 +67,29 @@ class CLIPScoreReward(Reward):
 
     def _score(self, loaded: "CLIPTower", images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         return (100 * loaded.cosines(prompts, images)).tolist()
+
+
+class SourceReward(CLIPScoreReward):
+    """How much an edited image keeps of its source: `r = cos(e_image, e_source)` of CLIP's image embeddings, -1 to 1.
+
+    The column `source_image`, or another that `reward.column` names, holds PIL images or paths of files. A sample without a
+    source has no reward. The arguments are those of [`CLIPScoreReward`].
+
+    Reference:
+        CLIP-I of Ruiz et al., DreamBooth, arXiv 2208.12242.
+    """
+
+    default_name = "source"
+    range = "-1 to 1, larger is better"
+    column = "source_image"
+
+    def _score(self, loaded: "CLIPTower", images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        rewards: list[float | None] = []
+        for picture, source in zip(to_pil(images), columns.get(self.column) or [None] * len(prompts), strict=True):
+            source = Image.open(source) if isinstance(source, str | Path) else source
+            pair = [picture, *to_pil([] if source is None else [source])]
+            rewards.append(None if source is None else loaded.encode_images(pair).prod(0).sum().item())
+        return rewards
 
 
 class PickScoreReward(CLIPScoreReward):
@@ -200,65 +220,6 @@ class AestheticReward(Reward):
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         tower, head = loaded
         return head(tower.encode_images(images)).tolist()
-
-
-class SourceReward(Reward):
-    """How much an edited image keeps of its source: the cosine of their embeddings.
-
-    `r = cos(e_image, e_source)`, with the class token of a DINOv2 or another vision transformer, or CLIP's image embedding.
-    A sample without a source has no reward.
-
-    Args:
-        model (`str`, *optional*): Hub id or local folder of a vision transformer or a `CLIPModel`.
-        column (`str`, *optional*, defaults to `"source_image"`): The column of the sources: PIL images or paths of files.
-        name, device, dtype, batch_size: See [`Reward`].
-
-    Reference:
-        DINO and CLIP-I of Ruiz et al., DreamBooth, arXiv 2208.12242.
-    """
-
-    default_name = "source"
-    range = "-1 to 1, larger is better"
-    weights_licence = "Apache-2.0 (DINOv2), MIT (CLIP)"
-
-    def __init__(
-        self,
-        model: str = "facebook/dinov2-base",
-        column: str = "source_image",
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(name, device, dtype, batch_size)
-        self.model, self.column = model, column
-
-    def _load(self) -> Callable[[list[Image.Image]], Float[Tensor, "B D"]]:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModel
-
-        if AutoConfig.from_pretrained(self.model).model_type == "clip":
-            return shared_tower(self.model, None, self.device, self.dtype).encode_images
-        processor = AutoImageProcessor.from_pretrained(self.model, backend="pil")
-        model: Any = (
-            AutoModel.from_pretrained(self.model, dtype=self.dtype).to(self.device).eval().requires_grad_(False)
-        )
-
-        def embed(images: list[Image.Image]) -> Tensor:
-            pixels = processor(images, return_tensors="pt")["pixel_values"].to(self.device, self.dtype)
-            return normalize(model(pixel_values=pixels).last_hidden_state[:, 0].float())
-
-        return embed
-
-    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
-        sources = columns.get(self.column) or [None] * len(prompts)
-        rewards: dict[int, float | None] = dict.fromkeys(range(len(prompts)))
-        rows = [i for i, source in enumerate(sources) if source is not None]
-        if rows:
-            pictures = to_pil(images)
-            opened = [Image.open(sources[i]) if isinstance(sources[i], str | Path) else sources[i] for i in rows]
-            cosines = (loaded([pictures[i] for i in rows]) * loaded(to_pil(opened))).sum(-1)
-            rewards |= dict(zip(rows, cosines.tolist(), strict=True))
-        return list(rewards.values())
 
 
 class CLIPTower:

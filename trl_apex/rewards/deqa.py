@@ -12,6 +12,8 @@ from trl_apex.rewards.base import Images, Reward, RewardLoadError, to_pil
 LEVELS = ("excellent", "good", "fair", "poor", "bad")
 QUESTION = "How would you rate the quality of this image?"
 PLACE = "{prompt}"
+YES_OR_NO = 'Does this image show "{prompt}"? Answer yes or no.'
+PUBLISHED = "zhiyuanyou/DeQA-Score-Mix3"
 ANSWER = "The quality of the image is"
 
 
@@ -97,19 +99,13 @@ class DeQAReward(Reward):
 class VLMYesReward(DeQAReward):
     """How sure a vision-language model is that the image shows what the prompt says.
 
-    `r = log p("Yes" | image, question)`, over all tokens. Where the dataset has a column of questions, `r` is their mean: one
-    question for each thing that the image must have says more than one about the whole prompt.
+    `r = log p("Yes" | image, question)`, over all tokens. Where the column `questions` holds a question or a list of them, `r` is
+    the mean over these: one question for each thing in the prompt says more than one about all of it.
 
     Args:
         model (`str`): Hub id or local folder of a model that `AutoModelForImageTextToText` loads.
         question (`str`, *optional*): The question, with the field `{prompt}`.
-        answer (`str`, *optional*, defaults to `"Yes"`): The answer whose probability counts; it must be one token.
-        column (`str`, *optional*, defaults to `"questions"`): A column with a question, or a list of them, a prompt.
-        template, trust_remote_code, dtype: See [`DeQAReward`].
-        name, device, batch_size: See [`Reward`].
-
-    Raises:
-        RewardLoadError: At the first call, if the answer is not one token.
+        options: `template` and `trust_remote_code` of [`DeQAReward`], and those of [`Reward`].
 
     Reference:
         Lin et al., VQAScore, arXiv 2404.01291, which is `exp(r)`.
@@ -117,23 +113,11 @@ class VLMYesReward(DeQAReward):
 
     default_name = "vlm_yes"
     range = "below 0, larger is better"
+    column = "questions"
 
-    def __init__(
-        self,
-        model: str,
-        question: str = 'Does this image show "{prompt}"? Answer yes or no.',
-        answer: str = "Yes",
-        column: str = "questions",
-        template: str | None = None,
-        trust_remote_code: bool = False,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 8,
-    ) -> None:
-        # The text of all questions, with a place for the question.
-        super().__init__(model, PLACE, "", template, (answer,), trust_remote_code, name, device, dtype, batch_size)
-        self.asked, self.column = question, column
+    def __init__(self, model: str, question: str = YES_OR_NO, **options: Any) -> None:
+        super().__init__(model, PLACE, "", levels=("Yes",), **options)
+        self.asked = question
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         _, _, text, yes = loaded
@@ -149,17 +133,9 @@ class VLMYesReward(DeQAReward):
 class PublishedDeQAReward(Reward):
     """DeQA-Score by its authors' own model and code: the `score` method that comes with the weights, 1 to 5.
 
-    It needs `transformers` 4.36.1, the environment that `trl-apex serve-rewards --env deqa` makes and serves it from.
+    It needs `transformers` 4.36.1, in the environment that `trl-apex serve-rewards --env deqa` makes. In half precision on a GPU.
 
-    Args:
-        model (`str`, *optional*): Hub id or local folder of a model with code of its own.
-        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run that code, which it takes. Read it first.
-        revision (`str`, *optional*): The commit of the hub id, so that the code cannot change.
-        dtype (`torch.dtype`, *optional*): Defaults to float16 on an accelerator, float32 on the CPU.
-        name, device, batch_size: See [`Reward`].
-
-    Reference:
-        You et al., DeQA-Score, arXiv 2501.11561.
+    `trust_remote_code=True` runs that code: read it first, and pin its commit with `revision`. `options` are those of [`Reward`].
     """
 
     default_name = "deqa"
@@ -167,18 +143,9 @@ class PublishedDeQAReward(Reward):
     weights_licence = "Apache-2.0 by their authors' metadata, on a LLaMA-2 base with Meta's community licence"
 
     def __init__(
-        self,
-        model: str = "zhiyuanyou/DeQA-Score-Mix3",
-        trust_remote_code: bool = False,
-        revision: str | None = None,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 8,
+        self, model: str = PUBLISHED, trust_remote_code: bool = False, revision: str = "main", **options: Any
     ) -> None:
-        super().__init__(name, device, dtype, batch_size)
-        if dtype is None and self.device.type != "cpu":
-            self.dtype = torch.float16
+        super().__init__(**options)
         self.model, self.trust_remote_code, self.revision = model, trust_remote_code, revision
 
     def _load(self) -> Any:
@@ -186,10 +153,10 @@ class PublishedDeQAReward(Reward):
 
         model: Any = AutoModelForCausalLM.from_pretrained(
             self.model,
-            revision=self.revision or "main",
+            revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             attn_implementation="eager",
-            torch_dtype=self.dtype,
+            torch_dtype=self.dtype if self.device.type == "cpu" else torch.float16,
         )
         return model.to(self.device).eval()
 

@@ -43,12 +43,12 @@ class VLMJudgeReward:
         max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`]; for each image.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one request.
         max_tokens (`int`, *optional*, defaults to `512`): Length of the answer.
-        several (`str`, *optional*, defaults to `"last"`): Of several scores in an answer, the `"last"` or their `"mean"`, as
-            for the three that UnifiedReward-2.0 states.
+        mean (`bool`, *optional*, defaults to `False`): Take the mean of the scores in an answer, as for the three that
+            UnifiedReward-2.0 states, instead of the last.
         name (`str`, *optional*, defaults to `"vlm_judge"`): Name of the objective.
 
     Raises:
-        ValueError: If `low` is not below `high`, `instruction` has other fields, or `several` is another word.
+        ValueError: If `low` is not below `high`, or `instruction` has other fields.
         RuntimeError: At a call, if no image at all could be judged because the endpoint is away or busy.
 
     Reference:
@@ -71,12 +71,10 @@ class VLMJudgeReward:
     timeout: float | int = 60.0
     max_tokens: int = 512
     name: str | None = None
-    several: str = "last"
+    mean: bool = False
     _kept: dict[tuple, float] = field(default_factory=dict, init=False)  # scores by prompt and image
 
     def __post_init__(self) -> None:
-        if self.several not in ("last", "mean"):
-            raise ValueError(f'`several` must be "last" or "mean". Found {self.several!r}. Pass one of them.')
         if self.low >= self.high:
             raise ValueError(
                 f"`low` must be below `high`. Found {self.low} and {self.high}. Pass the worst and the best score."
@@ -141,24 +139,24 @@ class VLMJudgeReward:
         if response.status_code != 200:
             raise RuntimeError(f"the endpoint answers {response.status_code}: {response.text[:200]}")
         answer = response.json()["choices"][0]["message"]["content"]
-        score = parse_score(answer if isinstance(answer, str) else "", self.low, self.high, self.several)
+        score = parse_score(answer if isinstance(answer, str) else "", self.low, self.high, self.mean)
         if score is None:
             raise RuntimeError(f"the answer states no score from {self.low:g} to {self.high:g}: {answer!r:.200}")
         return score
 
 
-def parse_score(text: str, low: float | int, high: float | int, several: str = "last") -> float | None:
+def parse_score(text: str, low: float | int, high: float | int, mean: bool = False) -> float | None:
     """The last score that a judge's answer states, or the mean of all; None if there is none, or one outside `[low, high]`.
 
     Example:
         >>> parse_score("Alignment Score: 2\\nFinal Score: 3.5", 1, 5), parse_score("The score is 4/5.", 1, 5)
         (3.5, 4.0)
-        >>> parse_score("Alignment Score (1-5): 4\\nStyle Score (1-5): 3", 1, 5, several="mean")
+        >>> parse_score("Alignment Score (1-5): 4\\nStyle Score (1-5): 3", 1, 5, mean=True)
         3.5
         >>> parse_score("A fine image.", 1, 5)
     """
     found = [float(score) for score in SCORE.findall(text)]
-    counted = found if several == "mean" else found[-1:]
+    counted = found if mean else found[-1:]
     return sum(counted) / len(counted) if counted and all(low <= score <= high for score in counted) else None
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from trl_apex.rewards.base import (
     group_slices,
     one_per_prompt,
 )
-from trl_apex.rewards.scoring import describe, retrying
+from trl_apex.rewards.scoring import describe, on_this_device, retrying
 from trl_apex.serving.local import LocalServer
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, encode_request, json_columns
 
@@ -103,8 +104,6 @@ class RemoteReward:
                 f"{self.max_concurrency}. Pass the images per request, and the requests at a time."
             )
         self.__name__, self._urls = self.name, [url.rstrip("/") for url in given]
-        if isinstance(self.url, str):
-            self.url = self.url.rstrip("/")
 
     async def __call__(
         self, prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
@@ -118,7 +117,7 @@ class RemoteReward:
         import httpx
 
         if self.command and self._server is None:
-            await asyncio.to_thread(self.check)
+            await asyncio.to_thread(on_this_device(self.check))
         batch = one_per_prompt(self.__name__, prompts, completions, images)
         sent = json_columns(columns, len(prompts))
         gate = asyncio.Semaphore(self.max_concurrency)
@@ -128,7 +127,7 @@ class RemoteReward:
         away: set[str] = set()
 
         async def post(client: httpx.AsyncClient, body: bytes, size: int) -> RewardList:
-            left, restarted = list(self._urls), False
+            left, again = list(self._urls), self._server is not None
             while True:
                 url = min(left, key=lambda url: (url in away, under_way[url]))
                 under_way[url] += 1
@@ -137,9 +136,10 @@ class RemoteReward:
                 except (TransientRewardError, RuntimeError) as error:
                     if isinstance(error, TransientRewardError):
                         away.add(url)
-                        if self._server is not None and not restarted:
-                            restarted = await asyncio.to_thread(self._restarted, self._server)
-                            if restarted:
+                        if again:
+                            again = False
+                            with suppress(RewardLoadError):
+                                await asyncio.to_thread(self.check)
                                 continue
                     left.remove(url)
                     if not left:
@@ -169,20 +169,21 @@ class RemoteReward:
         return rewards
 
     def check(self) -> None:
-        """Ask the servers whether they have this reward ready, after starting one if need be; waits while they load.
+        """Ask the servers whether they have this reward ready, after starting that of `command`; waits while they load.
 
         Raises:
             RewardLoadError: With what is wrong, in one line.
         """
         with _STARTING:
             if self.command and self._server is None:
-                token = secret_from(self.token_env)
-                variables = {TOKEN_VARIABLE: token} if token else {}
-                self._server = LocalServer(self.command, self.python, self.device, variables)
+                self._server = LocalServer(self.command, self.python, self.device)
                 self._urls = [self._server.url]
         deadline = time.monotonic() + self.startup_timeout
         for url in self._urls:
-            self._wait_until_ready(url, deadline)
+            while (state := self._state(url)) != "ready":
+                if state != "loading" or time.monotonic() > deadline:
+                    raise RewardLoadError(f"The reward `{self.__name__}` at {url} must be ready. Found: {state}.")
+                time.sleep(0.2)
 
     def close(self) -> None:
         """Stop the server that `command` started; the next call starts it again."""
@@ -190,39 +191,17 @@ class RemoteReward:
             self._server.stop()
             self._server = None
 
-    def _wait_until_ready(self, url: str, deadline: float) -> None:
+    def _state(self, url: str) -> str:
+        """The reward's state on the server, or what is wrong and what to do."""
         import httpx
 
-        while True:
-            waits = "loading"
-            try:
-                with httpx.Client(timeout=10, **self._client_options()) as client:
-                    state = self._state(client.get(f"{url}/health"), client.get(f"{url}/v1/rewards"))
-            except httpx.HTTPError as error:
-                state = f"no server answers ({describe(error)}). Start it, or check the address"
-                if self._server and self._server.running:
-                    waits = state
-                elif self._server:
-                    state = "the server that `command` starts has ended. Its own words are in this run's output"
-            if state == "ready":
-                return
-            if state != waits or time.monotonic() > deadline:
-                raise RewardLoadError(f"The reward `{self.__name__}` at {url} must be ready. Found: {state}.")
-            time.sleep(0.2)
-
-    def _restarted(self, server: LocalServer) -> bool:
-        """Whether the server of `command`, which did not answer, is ready now."""
-        while server.restart():
-            try:
-                self._wait_until_ready(server.url, time.monotonic() + self.startup_timeout)
-                return True
-            except RewardLoadError:
-                if server.running:
-                    raise
-        return False
-
-    def _state(self, health: Any, listing: Any) -> str:
-        """The reward's state on the server, or what is wrong and what to do."""
+        try:
+            with httpx.Client(timeout=10, **self._client_options()) as client:
+                health, listing = client.get(f"{url}/health"), client.get(f"{url}/v1/rewards")
+        except httpx.HTTPError as error:
+            if self._server is None:
+                return f"no server answers ({describe(error)}). Start it, or check the address"
+            return "loading" if self._server.restart() else "its server has ended. See what that printed above"
         if listing.status_code == 401:
             return f"the server refuses the token. Set {self.token_env} to the server's"
         if listing.status_code == 403:

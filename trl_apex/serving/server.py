@@ -9,6 +9,7 @@ import hmac
 import json
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -82,9 +83,7 @@ def serve(
     parent: int | None = None,
     **options: Any,
 ) -> None:
-    """Run the server of [`make_server`] until `Ctrl-C` or SIGTERM, or until the process `parent` is no longer this one's.
-
-    Requests under way are finished first.
+    """Run the server of [`make_server`] until `Ctrl-C`, SIGTERM or the end of process `parent`; finishes requests under way.
 
     Raises:
         RuntimeError: If the server cannot listen on the address.
@@ -93,7 +92,7 @@ def serve(
     scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
     print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
     if parent is not None:
-        end_with(parent, lambda: setattr(server, "should_exit", True))
+        threading.Thread(target=end_with, args=(parent, server), daemon=True).start()
     server.run()
     if not server.started:
         raise RuntimeError(
