@@ -58,7 +58,8 @@ def tiny_causal_lm() -> Qwen2ForCausalLM:
 def tiny_vlm():
     """A LLaVA with 8 x 8 images in patches of 4, and its processor."""
     from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from trl_apex.rewards.clip import pillow_image_processor
 
     set_seed(0)
     vision = CLIPVisionConfig(
@@ -73,7 +74,7 @@ def tiny_vlm():
     )
     size = {"height": 8, "width": 8}
     processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
+        image_processor=pillow_image_processor()(size=size, crop_size=size, do_center_crop=False),
         tokenizer=tiny_tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",

@@ -222,15 +222,28 @@ class AestheticReward(Reward):
         return head(tower.encode_images(images)).tolist()
 
 
+def pillow_image_processor() -> Any:
+    """The class of CLIP's image processor that resizes by Pillow, as the published scores do."""
+    import transformers
+
+    # transformers 4 has it under the other name
+    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+
+def pooled(features: Any) -> Tensor:
+    """The projected embedding that `get_image_features` or `get_text_features` returns; transformers 4 gives it bare."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
 class CLIPTower:
     """A `CLIPModel` with its processor; embeddings come out L2-normalized, in float32, on the model's device."""
 
     def __init__(self, model: Any, processor: str) -> None:
-        from transformers import AutoTokenizer, CLIPImageProcessorPil
+        from transformers import AutoTokenizer
 
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(processor)
-        self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor)
+        self.image_processor: Any = pillow_image_processor().from_pretrained(processor)
         self.image_embeddings = EmbeddingCache(1024)
         self.text_embeddings = EmbeddingCache(65536)
         self._lock = threading.RLock()
@@ -253,7 +266,7 @@ class CLIPTower:
             new = [arrays[i] for i in missing]
             inputs = self.image_processor(new, return_tensors="pt", input_data_format="channels_last")
             pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-            return normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float())
+            return normalize(pooled(self.model.get_image_features(pixel_values=pixels)).float())
 
         with self._lock, torch.inference_mode():
             return self.image_embeddings.get(keys, embed)
@@ -270,7 +283,7 @@ class CLIPTower:
                 return_tensors="pt",
             ).to(self.model.device)
             ids, mask = tokens["input_ids"], tokens["attention_mask"]
-            return normalize(self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output.float())
+            return normalize(pooled(self.model.get_text_features(input_ids=ids, attention_mask=mask)).float())
 
         with self._lock, torch.inference_mode():
             return self.text_embeddings.get(prompts, embed)

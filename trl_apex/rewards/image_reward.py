@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from trl_apex.rewards.base import Images, Reward, RewardLoadError, load_strictly, read_weights, renamed, to_pil
-from trl_apex.rewards.clip import AestheticHead
+from trl_apex.rewards.clip import AestheticHead, pillow_image_processor
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 PROMPT_TOKENS = 35
@@ -47,13 +47,13 @@ class ImageReward(Reward):
         self.weights, self.tokenizer = weights, tokenizer
 
     def _load(self) -> tuple["ImageRewardModel", Any, Any]:
-        from transformers import AutoTokenizer, CLIPImageProcessorPil
+        from transformers import AutoTokenizer
 
         model = ImageRewardModel.from_state(from_authors_layout(read_weights(self.weights, "weights")), self.weights)
         model.vision_model.to(self.dtype)
         model.text_encoder.to(self.dtype)
         side = model.vision_model.config.image_size
-        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        processor = pillow_image_processor()(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         return model.to(self.device), processor, AutoTokenizer.from_pretrained(self.tokenizer)
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:

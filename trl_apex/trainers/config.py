@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import reprlib
+import types
 import typing
 import warnings
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ HONOURED_FIELDS = frozenset(
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
     adam_beta1 adam_beta2 adam_epsilon max_grad_norm activation_checkpointing gradient_checkpointing
-    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+    logging_dir logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
     disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
     save_strategy save_steps save_total_limit save_only_model enable_jit_checkpoint ignore_data_skip
@@ -101,8 +102,8 @@ MAY_BE_INFINITE = {"delta", "max_grad_norm", "reward_weights"}
 WHOLE_TOO: dict[Any, Any] = {
     float: float | int,
     float | None: float | int | None,
-    list[float]: list[float | int],
-    list[float] | None: list[float | int] | None,
+    list[float]: list[typing.Union[float, int]],  # noqa: UP007
+    list[float] | None: list[typing.Union[float, int]] | None,  # noqa: UP007
 }
 POSITIVE = (
     "noise_level", "timestep_shift", "advantage_max", "fpo_scale", "nft_beta", "kl_mask_threshold", "target_movement",
@@ -648,12 +649,14 @@ def check_types(config: Any, names: set[str], finite: set[str]) -> None:
     """
     hints = typing.get_type_hints(type(config))
     for name in sorted(names):
-        value, hint = getattr(config, name), hints[name]
+        value, hint = getattr(config, name), WHOLE_TOO.get(hints[name], hints[name])
+        if isinstance(hint, types.UnionType):  # which huggingface_hub below 1.0 does not know
+            hint = typing.Union[hint.__args__]  # noqa: UP007
         try:
-            type_validator(name, list(value) if isinstance(value, tuple) else value, WHOLE_TOO.get(hint, hint))
+            type_validator(name, list(value) if isinstance(value, tuple) else value, hint)
         except TypeError:
             raise ValueError(
-                f"`{name}` must be of type {inspect.formatannotation(hint)}. Found {reprlib.repr(value)} "
+                f"`{name}` must be of type {inspect.formatannotation(hints[name])}. Found {reprlib.repr(value)} "
                 f"({type(value).__name__}). Pass one of that type."
             ) from None
         numbers = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, float)]

@@ -110,7 +110,8 @@ class RunTrainer(GRPOTrainer):
         checkpoint.save_checkpoint(self)
 
     def _load_optimizer_and_scheduler(self, checkpoint_dir) -> None:
-        checkpoint.load(self, checkpoint_dir)
+        if checkpoint_dir is not None:  # transformers 4 calls it at every start
+            checkpoint.load(self, checkpoint_dir)
 
     def _load_rng_state(self, checkpoint_dir) -> None:
         with checkpoint.refusing_pickles(checkpoint_dir):
@@ -182,7 +183,7 @@ class RunTrainer(GRPOTrainer):
             self.model.to(self.accelerator.device, dtypes.get(self.accelerator.mixed_precision))
         else:
             self.accelerator.prepare_model(self.model.to(self.accelerator.device), evaluation_mode=True)
-            del self.model._is_accelerate_prepared  # by this mark, training would not wrap it in DDP
+            self.model.__dict__.pop("_is_accelerate_prepared", None)  # by this mark, training would not wrap it in DDP
 
     def _rollout_weights(self):
         """Whole weights on every rank for the length of a rollout, where an engine shards them and memory allows."""
