@@ -17,9 +17,11 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
+from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.cli import COMMANDS, TRAIN_HELP, all_options, explain, main, train_options
 from trl_apex.rewards.registry import REWARDS as BUILT_IN
 from trl_apex.rewards.registry import load_rewards
+from trl_apex.tiny.prompts import tiny_prompts
 from trl_apex.trainers.logs import recorded_warnings
 
 REWARDS = """
@@ -278,10 +280,12 @@ def test_evaluation_fills_report_and_card_of_a_run(folder: Path, base: Path, cap
     log = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "eval_rewards/red/mean" in entry] == [2], "at the end"
     assert "Not evaluated" in (folder / "out" / "README.md").read_text()
-    flags = ["--model", str(base), "--dataset", "prompts.txt", "--steps", "2", "--guidance_scale", "1"]
-    flags += ["--height=32", "--width=32", "--max_sequence_length", "12", "--monitors", "jpeg_compressibility"]
-    assert main(["evaluate", "out", *flags, "--rewards", "cli_rewards:red", "cli_rewards:dark"]) == 0
+    assert main(["evaluate", "out", "--monitors", "jpeg_compressibility"]) == 0  # all else as the run was trained
     assert "jpeg_compressibility (not trained on)" in capsys.readouterr().out
+    settings = json.loads((folder / "out" / "results.json").read_text())["settings"]
+    assert settings["model"] == str(base) and settings["num_inference_steps"] == 2 and settings["guidance_scale"] == 1
+    assert "Did you mean 'out'?" in failing(capsys, "evaluate", "./ou")
+    assert "`rewards` must be given" in failing(capsys, "evaluate", "me/adapter", "--model=tiny", "--dataset=tiny")
     card, page = ((folder / "out" / name).read_text() for name in ("README.md", "report.html"))
     assert "Not evaluated" not in card and "| red" in card
     assert "Objectives: " in page and "<dt>test prompts</dt><dd>4</dd>" in page and page.count('class="pair"') == 4
@@ -387,3 +391,31 @@ def test_report_and_push_name_what_is_missing(tmp_path: Path, capsys: pytest.Cap
 
 def test_benchmark_says_where_the_scripts_are(capsys: pytest.CaptureFixture) -> None:
     assert "python benchmarks/NAME.py" in failing(capsys, "benchmark")
+
+
+def test_a_script_leaves_what_the_command_leaves(tmp_path: Path, capsys: pytest.CaptureFixture, caplog) -> None:
+    settings = {
+        "output_dir": str(tmp_path), "use_cpu": True, "max_steps": 1, "num_generations": 2, "generation_batch_size": 2,
+        "per_device_train_batch_size": 2, "num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 12,
+        "eval_num_inference_steps": 2, "disable_tqdm": True, "updates_per_iteration": 1,
+    }  # fmt: skip
+
+    def train(**overrides):
+        trainer = APEXTrainer(
+            "tiny", "jpeg_compressibility", APEXConfig(**settings | overrides), "tiny", tiny_prompts("test", 2)
+        )
+        trainer.train()
+        trainer.save_model()
+
+    train()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "environment.json", "trainer_state.json", "report.html", "README.md"} <= names
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert log[-1]["eval_rewards/jpeg_compressibility/mean"] < 0
+    assert main(["evaluate", str(tmp_path)]) == 0
+    assert "2 prompts, 1 image(s) each" in capsys.readouterr().out
+    assert "Not evaluated" not in (tmp_path / "README.md").read_text()
+    assert main(["report", str(tmp_path)]) == 0
+    assert "earlier run" not in caplog.text
+    train(seed=1)
+    assert "holds checkpoints of an earlier run, up to checkpoint-1" in caplog.text

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import importlib
+import json
 import logging
 import os
 import re
@@ -195,24 +196,29 @@ def build_parser() -> argparse.ArgumentParser:
         "--rewards-gb", type=float, help="memory of reward networks on each GPU; by default from the rewards' names"
     )
 
-    option = command("evaluate", _evaluate)
+    option = command(
+        "evaluate",
+        _evaluate,
+        "Compares tuned models with their base on the same prompts and noise. Options that are left out are those of the "
+        "run, from its config.json; a hub id has none, and needs --model, --dataset and --rewards.",
+    )
     option("adapters", nargs="+", metavar="RUN_DIR", help="run directory, or hub id of an adapter")
-    option("--model", required=True)
-    option("--dataset", required=True, dest="prompts")
-    option("--split", default="test")
-    option("--prompt-column", default="prompt")
+    option("--model")
+    option("--dataset", dest="prompts")
+    option("--split", help="part of the dataset, 'test' if the run names none")
+    option("--prompt-column")
     option("--max-prompts", type=int)
-    option("--rewards", nargs="+", required=True, metavar="REWARD")
-    option("--monitors", nargs="+", default=[], metavar="REWARD")
-    option("--steps", default=40, dest="num_inference_steps", help="denoising steps")
-    option("--guidance-scale", default=4.5, help="1 for none")
-    option("--negative-prompt", default="")
-    option("--height", type=int, help=HELP["size"])
-    option("--width", type=int, help=HELP["size"])
-    option("--max-sequence-length", type=int, help="text tokens, as in training; default: 256")
+    option("--rewards", nargs="+", metavar="REWARD")
+    option("--monitors", nargs="+", metavar="REWARD")
+    option("--steps", type=int, dest="num_inference_steps", help="denoising steps; 40 for a hub id")
+    option("--guidance-scale", type=float, help="1 for none; 4.5 for a hub id")
+    option("--negative-prompt")
+    option("--height", type=int, help="pixels")
+    option("--width", type=int, help="pixels")
+    option("--max-sequence-length", type=int, help="text tokens; 256 for a hub id")
     option("--images-per-prompt", default=1)
     option("--batch-size", default=8, help="images sampled at a time")
-    option("--seed", default=0)
+    option("--seed", type=int, help="of the noise")
     option("--ema", action="store_true", help="the averaged weights of a run of version 0.1.0; later ones save them")
     option("--output-dir", help="default: RUN_DIR, or evaluation/ for several")
 
@@ -441,7 +447,7 @@ def _train(rest: list[str]) -> None:
     from .prompts import load_prompts
     from .trainers.apex import APEXTrainer
     from .trainers.callbacks import InterruptCallback
-    from .trainers.logs import record_arguments, recorded_warnings
+    from .trainers.logs import recorded_warnings
 
     column = given.prompt_column
     prompts = load_prompts(
@@ -451,7 +457,7 @@ def _train(rest: list[str]) -> None:
         config.model_init_kwargs = {**(config.model_init_kwargs or {}), "revision": given.revision}
     rewards, monitors, interrupt = load_rewards(given.rewards), load_rewards(given.monitors), InterruptCallback()
     trainer = APEXTrainer(
-        _pipeline(given.model),
+        given.model,
         rewards,
         config,
         prompts,
@@ -464,8 +470,7 @@ def _train(rest: list[str]) -> None:
     interrupt.trainer = trainer
     main_process = trainer.is_world_process_zero()
     output_dir, command = Path(config.output_dir), "trl-apex train " + shlex.join(rest)
-    if main_process:
-        record_arguments(output_dir, [given, trainer.args], command)
+    trainer.sources, trainer.command = given, command
     resume = config.resume_from_checkpoint
     with recorded_warnings(output_dir if main_process else None, trainer), interrupt.listening():
         try:
@@ -477,23 +482,12 @@ def _train(rest: list[str]) -> None:
             raise KeyboardInterrupt(
                 f"; a checkpoint is saved in {output_dir}. To go on: {command} --resume_from_checkpoint true"
             ) from None
-    if given.eval_dataset and config.eval_strategy == "no":
-        trainer.evaluate()
-    trainer.save_state()
     trainer.save_model(_internal_call=True)  # True: the upload comes last, with the report
     if main_process:
-        print(f"Saved in {output_dir}. {_try_report(output_dir)}")
+        report = output_dir / "report.html"
+        print(f"Saved in {output_dir}. Report: {report if report.is_file() else 'none, see above'}")
     if config.push_to_hub:
         trainer.push_to_hub()
-
-
-def _pipeline(model: str | None) -> Any:
-    """The tiny pipeline, or the name as it is."""
-    if model != "tiny":
-        return model
-    from .tiny.world import load_tiny_pipeline
-
-    return load_tiny_pipeline()
 
 
 def _lora_config(given: TrainArguments) -> Any:
@@ -516,17 +510,6 @@ def _lora_config(given: TrainArguments) -> Any:
         use_rslora=given.use_rslora,
         init_lora_weights="gaussian",
     )
-
-
-def _try_report(output_dir: Path) -> str:
-    """Write the report; a report that fails is a warning, since the run is saved by then."""
-    from .report import write_report
-
-    try:
-        return f"Report: {write_report([output_dir])}"
-    except Exception as error:
-        logger.warning("The report of %s could not be written: %s: %s", output_dir, type(error).__name__, error)
-        return f"To write the report: trl-apex report {output_dir}"
 
 
 # The other commands
@@ -559,25 +542,64 @@ def _demo(quick: bool, **options: Any) -> None:
     run_demo(**options | ({"max_steps": 20, "test_prompts": 48} if quick else {}))
 
 
-def _evaluate(
-    adapters: list[str], model: str, rewards: list[str], monitors: list[str], output_dir: str | None, **options: Any
-) -> None:
+def _evaluate(adapters: list[str], output_dir: str | None, **options: Any) -> None:
     """Compare adapters with their base, and write tables, pictures and report."""
     from .evaluation.run import markdown_table, run_evaluation
     from .report import write_report
+    from .trainers.adapters import check_place
     from .trainers.publishing import FACTS_FILE, refresh_model_card
 
+    for adapter in adapters:
+        check_place(adapter)
+    recorded, given = _recorded(Path(adapters[0])), {k: v for k, v in options.items() if v is not None}
+    options = recorded | given
+    if taken := {name: value for name, value in recorded.items() if name not in given}:
+        print(f"From {adapters[0]}/config.json:", ", ".join(f"{name} {value}" for name, value in taken.items()))
+    for name, flag in (("model", "model"), ("prompts", "dataset"), ("rewards", "rewards")):
+        if not options.get(name):
+            raise ValueError(
+                f"`{flag}` must be given. Found none, nor one in {adapters[0]}/config.json. Pass --{flag}."
+            )
+    model, rewards, monitors = (options.pop(name, []) for name in ("model", "rewards", "monitors"))
     alone = len(adapters) == 1
     folder = Path(output_dir or (adapters[0] if alone and Path(adapters[0]).is_dir() else "evaluation"))
-    if options["max_sequence_length"] is None:
-        options["max_sequence_length"] = 12 if model == "tiny" else 256
+    if model == "tiny":
+        options.setdefault("max_sequence_length", 12)
     options |= {"rewards": load_rewards(rewards), "monitors": load_rewards(monitors)}
-    results = run_evaluation(_pipeline(model), adapters, output_dir=folder, **options)
+    results = run_evaluation(model, adapters, output_dir=folder, **options)
     print(f"\n{markdown_table(results)}\nTables and pictures: {folder}")
     if alone:
         if (folder / FACTS_FILE).is_file():  # a training run: its card gets the results
             refresh_model_card(folder)
         print(f"Report: {write_report([folder])}")
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    """What the config.json of a run says of its model, its evaluation prompts, its rewards and its sampler."""
+    from .trainers.logs import EVAL_PROMPTS
+
+    if not (run / "config.json").is_file():
+        return {}
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    same = ("model", "rewards", "monitors", "negative_prompt", "height", "width", "max_sequence_length", "seed")
+    found = {name: config.get(name) for name in same}
+    found["num_inference_steps"] = config.get("eval_num_inference_steps")
+    guidance = config.get("eval_guidance_scale")
+    found["guidance_scale"] = config.get("guidance_scale") if guidance is None else guidance
+    if (run / EVAL_PROMPTS).is_file():
+        found["prompts"] = str(run / EVAL_PROMPTS)
+    else:
+        held_out = config.get("eval_dataset") or (config.get("dataset") == "tiny" and "tiny")
+        found["prompts"] = held_out or config.get("dataset")
+        found["split"] = config.get("eval_split", "test") if held_out else config.get("dataset_split")
+        found["prompt_column"] = config.get("prompt_column")
+        if found["prompts"] and not held_out:
+            logger.warning("The run names no `eval_dataset`: these are its training prompts, %s.", found["prompts"])
+    for kind in ("rewards", "monitors"):
+        if None in (found[kind] or ()):
+            logger.warning("config.json does not name all %s: some were made in the script.", kind)
+            found[kind] = None
+    return {name: value for name, value in found.items() if value not in (None, "", [])}
 
 
 def _report(run_dirs: list[str], output: str | None, figures: bool) -> None:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from .tiny.world import load_tiny_pipeline, tiny_rewards
 from .trainers.apex import APEXTrainer
 from .trainers.callbacks import ProgressCallback
 from .trainers.config import APEXConfig
-from .trainers.logs import record_arguments
+from .trainers.inputs import Sources
 from .trainers.publishing import refresh_model_card
 from .trainers.weights import LORA_FILE
 
@@ -34,14 +33,6 @@ LORA_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
     "ff.net.0.proj", "ff.net.2",
 )  # fmt: skip
-
-
-@dataclass
-class DemoArguments:
-    """What the demo adds to [`APEXConfig`] in the record of its run."""
-
-    model: str = "tiny"
-    dataset: str = "tiny"
 
 
 def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEXConfig:
@@ -129,6 +120,7 @@ def run_demo(
         callbacks=[ProgressCallback(names, console)],
         monitor_funcs=held_out_monitors(),
     )
+    trainer.sources, trainer.command = Sources("tiny", "tiny", "tiny", ["tiny"]), "trl-apex demo"
     trainer.remove_callback(transformers.PrinterCallback)  # the progress lines say it
     console.print(
         f"A tiny Stable Diffusion 3 pipeline, four rewards, {config.max_steps} updates. Evaluating the base ..."
@@ -142,11 +134,11 @@ def run_demo(
 
     timed("evaluate_base", trainer.evaluate)
     base = trainer.eval_records
-    timed("train", trainer.train)
-    timed("evaluate_tuned", trainer.evaluate)
+    timed("train", trainer.train)  # evaluates at the end
     tuned = trainer.eval_records
+    seconds["evaluate_tuned"] = trainer.state.log_history[-1]["eval_runtime"]
+    seconds["train"] -= seconds["evaluate_tuned"]
     trainer.save_model()
-    trainer.state.save_to_json(str(output / "trainer_state.json"))
     check_adapter(trainer, tuned)
     seconds["total"] = time.perf_counter() - started
 
@@ -156,7 +148,6 @@ def run_demo(
     )
     summary = {**compare([*names, *HELD_OUT], before, after, len(names)), "seconds": seconds}
     (output / "summary.json").write_text(json.dumps(summary, indent=1))
-    record_arguments(output, [DemoArguments(), config], "trl-apex demo")
     save_samples(output / "samples", base, tuned, count=24)
     report, figures = write_report([output]), write_figures(output)
     refresh_model_card(output)

@@ -332,7 +332,8 @@ def test_the_default_settings_train_an_iteration_and_evaluate(pipeline, tmp_path
     trainer = APEXTrainer(pipeline, [seen, contrast], args, rows, rows, callbacks=[OneIteration()])
     before = weights(trainer)
     trainer.train()
+    assert shown.pop() == 1, "the evaluation at the end"
     assert sum(shown) == args.generation_batch_size == args.num_generations == 8
     assert trainer.state.global_step == trainer.updates_per_iteration == args.num_inference_steps - 1
     assert any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
-    assert trainer.evaluate()["eval_rewards/seen/mean"] > 0
+    assert trainer.state.log_history[-1]["eval_rewards/seen/mean"] > 0

@@ -30,7 +30,7 @@ from .normalize import (
     pooled_variance,
     share_weights,
 )
-from .options import ApexOptions, checked_batch, checked_options, checked_weights, option_table
+from .options import ApexOptions, checked_batch, checked_options, checked_weights, did_you_mean, option_table
 from .priority import observe_batch, presence, reprioritize, reweighted
 from .rules import GRADIENT_RULES, RULES
 from .state import PriorityState, ReportState, from_plain, to_plain
@@ -70,10 +70,13 @@ class MultiObjectiveRewardAggregator:
         **flat: Any,
     ) -> None:
         if rule not in RULES:
-            raise ValueError(f"`rule` must be one of {', '.join(RULES)}. Found {rule!r}. Pass one of these.")
-        if not objectives or len(set(objectives)) != len(objectives):
             raise ValueError(
-                f"`objectives` must be distinct names, at least one. Found {objectives}. Rename the repeated rewards."
+                f"`rule` must be one of {', '.join(RULES)}. Found {rule!r}. {did_you_mean(rule, RULES)}Pass one of these."
+            )
+        named = isinstance(objectives, list | tuple) and all(isinstance(name, str) for name in objectives)
+        if not named or not objectives or len(set(objectives)) != len(objectives):
+            raise ValueError(
+                f"`objectives` must be a list of distinct names, at least one. Found {objectives!r}. Name each reward once."
             )
         self.objectives = list(objectives)
         self.rule = rule

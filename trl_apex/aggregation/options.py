@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,15 @@ from torch import Tensor
 
 from .rules import GRADIENT_RULES, RULES, SIGNED_RULES
 
-__all__ = ["AGGREGATION_OPTIONS", "GRADIENT_RULES", "RULES", "SIGNED_RULES", "ApexOptions", "option_table"]
+__all__ = [
+    "AGGREGATION_OPTIONS",
+    "GRADIENT_RULES",
+    "RULES",
+    "SIGNED_RULES",
+    "ApexOptions",
+    "did_you_mean",
+    "option_table",
+]
 
 INF = math.inf
 Range = tuple[float, float]
@@ -23,6 +33,7 @@ _SAID = {
     _DECAY: ("be below 1 and not negative, or nothing is ever learned", "Pass e.g. 0.9."),
     _POSITIVE: ("be positive", "To switch a clip off, pass inf."),
 }
+OTHER_NAMES = {"gdpo": "normalize_then_sum", "mixgrpo": "weighted_advantages", "flow_grpo": "sum_then_normalize"}
 _SHARE, _NOT_NEGATIVE, _COUNT = (0.0, 1.0), (0.0, INF), (0, 10**9)
 
 
@@ -140,7 +151,8 @@ class ApexOptions:
         given, known = given or {}, [option.name for option in dataclasses.fields(cls)]
         if unknown := sorted(map(str, given.keys() - known)):
             raise ValueError(
-                f"Options must be fields of ApexOptions. Found {', '.join(unknown)}. Use one of: {', '.join(known)}."
+                f"Options must be fields of ApexOptions. Found {', '.join(unknown)}. {did_you_mean(unknown[0], known)}"
+                f"Use one of: {', '.join(known)}."
             )
         return cls(**given)
 
@@ -149,13 +161,25 @@ class ApexOptions:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
 
 
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A question with the nearest of the `known` names, for the end of an error; empty where none is near.
+
+    Example:
+        >>> did_you_mean("normalise_then_sum", ["apex", "normalize_then_sum"])
+        "Did you mean 'normalize_then_sum'? "
+    """
+    name = str(name).lower()
+    close = difflib.get_close_matches(OTHER_NAMES.get(name, name), known, 1)
+    return f"Did you mean {close[0]!r}? " if close else ""
+
+
 def _what_is_wrong(
     value: Any, default: Any, allowed: Range | None, choices: tuple[str, ...]
 ) -> tuple[str, str] | None:
     """The rule that an option's value breaks, and the remedy."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if choices and value not in choices:
-        return f"be one of {', '.join(map(repr, choices))}", "Pass one of these."
+        return f"be one of {', '.join(map(repr, choices))}", f"{did_you_mean(value, choices)}Pass one of these."
     if isinstance(default, bool) and not isinstance(value, bool):
         return "be True or False", "Pass one of the two."
     if type(default) is int and not isinstance(value, int):
@@ -213,7 +237,14 @@ def checked_weights(objectives: list[str], weights: list[float] | None, rule: st
     if weights is None:
         return torch.ones(len(objectives), dtype=torch.float64)
     name = "`weights` (`reward_weights` of a trainer)"
-    given = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
+    try:
+        if isinstance(weights, dict | str):
+            raise TypeError
+        given = torch.tensor([float(weight) for weight in weights], dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be a list of numbers. Found {weights!r}. Pass them in the order {objectives}."
+        ) from None
     if len(given) != len(objectives):
         raise ValueError(
             f"{name} must have one number per objective ({len(objectives)}). Found {len(given)}. "
@@ -234,6 +265,11 @@ def checked_batch(
 ) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
     """The rewards on the CPU with NaN where missing, and where they are valid."""
     size = len(objectives)
+    for name, value in (("rewards", rewards), ("group_ids", group_ids), ("mask", mask)):
+        if not isinstance(value, Tensor) and (value is not None or name != "mask"):
+            raise ValueError(
+                f"`{name}` must be a torch.Tensor. Found {type(value).__name__}. Pass torch.as_tensor({name})."
+            )
     if rewards.ndim != 2 or rewards.shape[1] != size or not len(rewards):
         raise ValueError(
             f"`rewards` must have shape [B, K] with K = {size} ({', '.join(map(repr, objectives))}). "

@@ -17,7 +17,9 @@ from ..prompts import PromptEmbeddings, load_prompts
 from ..prompts.embeddings import unload_encoders
 from ..report.figures import image_grid, save_samples
 from ..rewards.base import default_device
+from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardScorer, reward_name
+from ..tiny.world import load_tiny_pipeline
 from ..trainers.adapters import adapted, check_adapter
 from ..trainers.evaluation import draw_and_score, reward_means
 from ..trainers.inputs import as_list, submit
@@ -59,7 +61,7 @@ def run_evaluation(
     `evaluate` at the same seed. The prompt is the unit of all statistics: the rewards of its images are averaged first.
 
     Args:
-        model (`str` or `diffusers.DiffusionPipeline`): the base.
+        model (`str` or `diffusers.DiffusionPipeline`): the base; "tiny" for the one of the package.
         adapters (path, list of them or dict of name to path): run directories or hub ids with
             `pytorch_lora_weights.safetensors`, or with a fully trained denoiser in its own folder.
         prompts (`str`, `Path` or `datasets.Dataset`): as in [`load_prompts`], with `split`, `prompt_column` and
@@ -88,7 +90,8 @@ def run_evaluation(
         Writes `results.json`, `results.md`, `grid.png` (a row a prompt, a column a model), `{name}_grid.png` for each model,
         and with one adapter also `summary.json` and `samples/`, which `trl-apex report` reads.
     """
-    rewards, monitors = as_list(rewards), as_list(monitors)
+    rewards, monitors = load_rewards(as_list(rewards)), load_rewards(as_list(monitors))
+    base_name = model if isinstance(model, str) else type(model).__name__
     names = [reward_name(func) for func in [*rewards, *monitors]]
     named = _named(adapters)
     if not rewards:
@@ -105,6 +108,8 @@ def run_evaluation(
     output.mkdir(parents=True, exist_ok=True)
 
     device = torch.device(device or default_device())
+    if model == "tiny":
+        model = load_tiny_pipeline()
     if isinstance(model, str):
         dtype = dtype or (torch.bfloat16 if device.type != "cpu" else torch.float32)
         policy = load_policy(model, **dtype_argument(dtype))
@@ -149,7 +154,7 @@ def run_evaluation(
             records[name] = evaluate(name)
 
     settings = {
-        "model": model if isinstance(model, str) else type(model).__name__,
+        "model": base_name,
         "adapters": {name: str(source) for name, source in named.items()},
         "prompts": len(dataset), "images_per_prompt": images_per_prompt, "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale, "height": height, "width": width, "seed": seed, "ema": ema,

@@ -65,7 +65,7 @@ def load_reward(spec: str) -> Callable:
     name, arguments = parse_spec(spec)
     module, colon, attribute = REWARDS.get(name, name).partition(":")
     if not colon:
-        close = difflib.get_close_matches(name, [*REWARDS, "tiny"], n=1)
+        close = difflib.get_close_matches(name.lower(), [*REWARDS, "tiny"], n=1)
         raise ValueError(
             f'A reward must be one of {", ".join(REWARDS)}, or "module:attribute". Found {name!r}. '
             + (f"Did you mean {close[0]!r}? " if close else "")

@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..aggregation.options import did_you_mean
 from ..diffusion.families import dtype_argument
 from ..diffusion.families.base import DiffusionPolicy
 from .weights import (
@@ -235,6 +236,17 @@ def _check_targets(denoiser: nn.Module, targets: Any) -> None:
 # An adapter or full weights from a folder or the Hub
 
 
+def check_place(source: str | Path) -> None:
+    """Raise ValueError for an adapter that is no folder, and reads like one: a typo need not wait for the Hub."""
+    path = Path(source).expanduser()
+    is_path = str(source).count("/") != 1 or str(source).startswith((".", "/", "~")) or path.parent.is_dir()
+    if is_path and not path.exists():
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise ValueError(
+            f"An adapter must be a run directory or a hub id. Found no folder {source}. {near}Check the path."
+        )
+
+
 def check_adapter(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> None:
     """Raise ValueError where a local `source` cannot be loaded, before anything is computed."""
     if getattr(policy.denoiser, "peft_config", None):
@@ -242,12 +254,8 @@ def check_adapter(policy: DiffusionPolicy, source: str | Path, ema: bool = False
             f"The base must come without adapters. Found some on the pipeline. Merge them ({MERGE}), or unload them."
         )
     path = Path(source).expanduser()
-    if not path.exists():
-        if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-            raise ValueError(
-                f"An adapter must be a run directory or a hub id. Found no folder {source}. Check the path."
-            )
-    elif _full_weights(policy, path) is None and not (path / LORA_FILE).is_file():
+    check_place(source)
+    if path.exists() and _full_weights(policy, path) is None and not (path / LORA_FILE).is_file():
         raise ValueError(
             f"An adapter must hold {LORA_FILE}, or a fully trained model in {policy.denoiser_name}/. Found neither in "
             f"{source}. Pass the `output_dir` of a run that ended with `save_model()`, or one of its checkpoints."

@@ -22,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 from ..distributed import check_equal, failing_together, full_trainable_weights, gather_list, wait_for_all
 from . import manifest
 from .manifest import PARTIAL, SaveError, clear_partial, defects, last_valid, saving
-from .publishing import push_checkpoint
+from .publishing import push_checkpoint, write_run_report
 from .weights import difference, save_denoiser, save_diffusers_lora, stored_shapes
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,8 @@ def save_model(trainer: Any, output_dir: str | None, _internal_call: bool) -> No
     directory = output_dir or str(trainer.args.output_dir)
     save(trainer, directory, for_resume=False)
     if trainer.args.should_save and Path(directory) == Path(trainer.args.output_dir):
+        trainer.state.save_to_json(str(Path(directory, "trainer_state.json")))
+        write_run_report(directory)
         trainer.create_model_card()  # in place of PEFT's
     if trainer.args.push_to_hub and not _internal_call:
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)

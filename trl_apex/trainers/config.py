@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import logging
@@ -14,10 +15,11 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import type_validator
 from trl import GRPOConfig
 
-from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions
+from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions, did_you_mean
 from ..aggregation.rules import GRADIENT_RULES, RULES
 from ..diffusion.losses import GUARDS, TIMESTEP_SAMPLING, WEIGHTINGS
 from ..diffusion.schedule import SOLVERS, TRANSITIONS
@@ -33,7 +35,8 @@ HONOURED_FIELDS = frozenset(
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
     adam_beta1 adam_beta2 adam_epsilon max_grad_norm activation_checkpointing gradient_checkpointing
-    logging_dir logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+    logging_dir logging_strategy logging_steps
+    logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
     disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
     save_strategy save_steps save_total_limit save_only_model enable_jit_checkpoint ignore_data_skip
@@ -137,6 +140,26 @@ def refuse(rows: list[Refusal]) -> None:
             raise ValueError(f"{rule}. Found {found!r}. {remedy}")
 
 
+def naming_the_nearest(config_class: Any) -> Any:
+    """Give a configuration's constructor an error that names the nearest field for one that does not exist."""
+    init = config_class.__init__
+    known = [f.name for f in dataclasses.fields(config_class) if f.init]
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(
+                    f"{config_class.__name__} has no field {name!r}. {did_you_mean(name, known)}"
+                    "`trl-apex train --help-all` lists all."
+                )
+        init(self, *args, **kwargs)
+
+    config_class.__init__ = __init__
+    return config_class
+
+
+@naming_the_nearest
 @dataclass
 class DiffusionGRPOConfig(GRPOConfig):
     """`trl.GRPOConfig` for text-to-image models.
@@ -170,7 +193,9 @@ class DiffusionGRPOConfig(GRPOConfig):
         "Clip range of the importance ratio. None: 1e-4 for 'grpo' (2e-6 with ratio_guard='grpo_guard'), 1 for 'awm', 0.01 "
         "for 'fpo'.",
     )
-    bf16: bool | None = _field(None, "bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set.")
+    bf16: bool | None = _field(
+        None, "bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set or there is no accelerator."
+    )
     gradient_checkpointing: bool | None = _field(
         None, "Recompute activations in the backward pass. None: yes, unless `fsdp_config` says that FSDP does."
     )
@@ -305,7 +330,7 @@ class DiffusionGRPOConfig(GRPOConfig):
              "`updates_per_iteration` needs `generation_batch_size`, and sets `gradient_accumulation_steps` itself",
              "Pass the first and leave out the other."),
         ])  # fmt: skip
-        if self.bf16 is None and self.use_cpu:
+        if self.bf16 is None and (self.use_cpu or not torch.accelerator.is_available()):
             self.bf16 = False
         self._set_checkpointing()
         if self.ratio_guard == "grpo_guard" and self.epsilon is None:
@@ -337,7 +362,8 @@ class DiffusionGRPOConfig(GRPOConfig):
             same = value == default or (default == "no" and value is False)  # YAML reads `no` as false
             there = value is not None
             refuse([
-                (value not in choices, value, f"`{name}` must be one of {', '.join(map(str, choices))}", remedy),
+                (value not in choices, value, f"`{name}` must be one of {', '.join(map(str, choices))}",
+                 did_you_mean(value, [c for c in choices if isinstance(c, str)]) + remedy),
                 (there and name in LEAST and value < least, value, f"`{name}` must be at least {least}", remedy),
                 (there and name in POSITIVE and value <= 0, value, f"`{name}` must be positive", remedy),
                 (there and name in REFUSED_FIELDS and not same, value,
@@ -386,7 +412,10 @@ class DiffusionGRPOConfig(GRPOConfig):
         return [
             (self.multi_objective_aggregation not in rules, self.multi_objective_aggregation,
              f"`multi_objective_aggregation` must be one of {', '.join(rules)} for {type(self).__name__}",
-             "Pick one of these; `APEXConfig` has more."),
+             did_you_mean(self.multi_objective_aggregation, rules)
+             + ("Pick one of these." if rules == RULES else "Pick one of these; `APEXConfig` has more.")),
+            (self.max_steps == 0 or self.max_steps < -1, self.max_steps,
+             "`max_steps` must be positive, or -1 for `num_train_epochs`", "To evaluate only, call `evaluate()`."),
             (flow and self.guidance_scale != 1.0, self.guidance_scale,
              f"`guidance_scale` must be 1 with {loss}: its target is the velocity of the image itself, which a guided "
              "prediction does not predict", "Leave it out; `eval_guidance_scale` is free."),
@@ -547,6 +576,7 @@ class AggregationFields(_OldFields):
         return {name: value for name, value in values.items() if name not in OLD}
 
 
+@naming_the_nearest
 @dataclass
 class APEXConfig(AggregationFields, DiffusionGRPOConfig):
     """[`DiffusionGRPOConfig`] plus the options of the aggregator: eight as fields, all of [`ApexOptions`] in one.
@@ -589,6 +619,7 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
         return RULES
 
 
+@naming_the_nearest
 @dataclass
 class APEXGRPOConfig(AggregationFields, GRPOConfig):
     """`trl.GRPOConfig` plus the options of the aggregator: eight as fields, all of [`ApexOptions`] in one.
@@ -615,7 +646,8 @@ class APEXGRPOConfig(AggregationFields, GRPOConfig):
     def _check_aggregation(self, options: ApexOptions) -> None:
         refuse([
             (self.multi_objective_aggregation not in RULES, self.multi_objective_aggregation,
-             f"`multi_objective_aggregation` must be one of {', '.join(RULES)}", "Pass one of these."),
+             f"`multi_objective_aggregation` must be one of {', '.join(RULES)}",
+             did_you_mean(self.multi_objective_aggregation, RULES) + "Pass one of these."),
             (options.conflict_source != "advantage", options.conflict_source,
              "`conflict_source` must be 'advantage' for APEXGRPOTrainer, which has no gradient probe", "Leave it out."),
         ])  # fmt: skip

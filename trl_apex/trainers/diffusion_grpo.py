@@ -16,7 +16,6 @@ from ..aggregation.normalize import group_rows
 from ..aggregation.options import checked_weights
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
 from ..diffusion import losses
-from ..diffusion.families import load_policy
 from ..diffusion.nouns import Embeddings, Rollout
 from ..diffusion.rollout import (
     INITIAL_NOISE,
@@ -39,6 +38,7 @@ from ..distributed import (
     local_slice,
     whole_models,
 )
+from ..prompts.datasets import load_prompts
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
 from ..report.figures import reward_grid
@@ -51,7 +51,7 @@ from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallbac
 from .checkpoint import save_before_failing
 from .config import DiffusionGRPOConfig
 from .detectors import LearningDetectors
-from .inputs import as_list, check_inputs, check_whole, loading_arguments, prompt_kinds, submit, upgraded
+from .inputs import Sources, as_list, check_inputs, check_whole, load_model, prompt_kinds, submit, upgraded
 from .logs import (
     COLUMNS,
     ROWS,
@@ -82,14 +82,16 @@ class DiffusionGRPOTrainer(RunTrainer):
     distributed training are those of `trl.GRPOTrainer`.
 
     Args:
-        model (`str` or `diffusers.DiffusionPipeline`): hub id, folder or loaded pipeline.
+        model (`str` or `diffusers.DiffusionPipeline`): hub id, folder or loaded pipeline; "tiny" for the small one that
+            ships with the package.
         reward_funcs (callable or `list`): called with keywords `prompts`, `completions` (PIL images), `images` (float
             tensor `[B, 3, H, W]` in [0, 1], where the signature takes it), every dataset column, `trainer_state`,
             `log_metric` and `log_extra`; return one number, or None, per image. May be async. A string names a built-in
             reward, as in `["ocr", "pickscore", my_function]`.
         args ([`DiffusionGRPOConfig`] or `trl.GRPOConfig`, *optional*): a plain GRPOConfig is upgraded field by field.
-        train_dataset (`datasets.Dataset`): with a `prompt` column.
-        eval_dataset (`datasets.Dataset` or dict of them, *optional*): likewise.
+        train_dataset (`datasets.Dataset` or `str`): with a `prompt` column, or a name for [`load_prompts`].
+        eval_dataset (`datasets.Dataset`, dict of them or `str`, *optional*): likewise. Without `eval_strategy`, training
+            evaluates it at the end.
         processing_class, reward_processing_classes: accepted for compatibility; a pipeline brings its own.
         callbacks, optimizers: as in `transformers.Trainer`.
         quantization_config: must be None.
@@ -144,6 +146,11 @@ class DiffusionGRPOTrainer(RunTrainer):
         if args is None:
             args = self.config_class(output_dir=f"{type(self).__name__}-output")
         args, self._hub_token = without_token(upgraded(args, self.config_class))
+        self.sources = Sources.of(model, train_dataset, eval_dataset, reward_funcs, monitor_funcs)
+        if isinstance(train_dataset, str):
+            train_dataset = load_prompts(train_dataset, "train")
+        if isinstance(eval_dataset, str):
+            eval_dataset = load_prompts(eval_dataset, "test")
         reward_funcs, self.monitor_funcs = (load_rewards(as_list(funcs)) for funcs in (reward_funcs, monitor_funcs))
         every_name = check_inputs(
             args, reward_funcs, self.monitor_funcs, train_dataset, eval_dataset, callbacks, quantization_config
@@ -153,7 +160,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
 
         with whole_models():
-            self.policy = load_policy(model, **loading_arguments(model, args))
+            self.policy = load_model(model, args)
         check_whole(self.policy.pipeline)
         self._plan_rollout(args)
         self._plan_updates(args, train_dataset)
@@ -647,10 +654,13 @@ class DiffusionGRPOTrainer(RunTrainer):
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's own, and with `log_completions` a picture of the newest images with their rewards."""
+        """TRL's own, and with `log_completions` a table and a picture of each iteration's images with their rewards."""
         read_updates(self._unread, self._metrics["train"])
         sum_counts(self._metrics["train"])
+        wanted = self.log_completions
+        self.log_completions = wanted and self._unsent_images
         super().log(logs, start_time)
+        self.log_completions = wanted
         if self._unsent_images:
             self._unsent_images = False
             samples = newest_samples(self._logs, self.reward_func_names)

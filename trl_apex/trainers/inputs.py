@@ -1,8 +1,10 @@
 """What a user passes to a trainer, checked before any compute, and what rewards are called with."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,14 +13,54 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 from trl import GRPOConfig
 
-from ..diffusion.families import dtype_argument
+from ..diffusion.families import dtype_argument, load_policy
+from ..diffusion.families.base import DiffusionPolicy
 from ..prompts.datasets import check_dataset
 from ..rewards.base import to_pil, wants_whole_groups
 from ..rewards.scoring import numbered_names, reward_name, takes_images
+from ..tiny.world import load_tiny_pipeline, weights_path
 from .manifest import check_writable
 
 KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 """What every reward call gets, beside dataset columns and, where it takes them, `images`."""
+
+
+@dataclass
+class Sources:
+    """Where a run's model, prompts and rewards come from, for its `config.json`: names, or None for what has none."""
+
+    model: str | None = None
+    dataset: str | None = None
+    eval_dataset: str | None = None
+    rewards: list[str | None] = field(default_factory=list)
+    monitors: list[str | None] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: Any, dataset: Any, eval_dataset: Any, rewards: Any, monitors: Any) -> "Sources":
+        """The names of what a trainer's constructor was given."""
+        name = model if isinstance(model, str) else getattr(model, "name_or_path", None)
+        return cls(
+            "tiny" if name == str(weights_path("pipeline")) else name,
+            dataset if isinstance(dataset, str) else None,
+            eval_dataset if isinstance(eval_dataset, str) else None,
+            [_importable(func) for func in as_list(rewards)],
+            [_importable(func) for func in as_list(monitors)],
+        )
+
+
+def _importable(func: Any) -> str | None:
+    """The name from which `load_reward` makes this reward; None for an object, and for a function of a script."""
+    if isinstance(func, str):
+        return func
+    module, name = getattr(func, "__module__", None), getattr(func, "__qualname__", "")
+    found = getattr(sys.modules.get(module or ""), name, None)
+    return f"{module}:{name}" if found is func and module != "__main__" else None
+
+
+def load_model(model: Any, args: Any) -> DiffusionPolicy:
+    """The policy of a pipeline, or of one that is named: a hub id, a folder, or "tiny"."""
+    keywords = loading_arguments(model, args)
+    return load_policy(load_tiny_pipeline() if model == "tiny" else model, **keywords)
 
 
 def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import shlex
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
@@ -28,6 +31,8 @@ COLUMNS, ROWS = 8, 8
 """Of the pictures that are logged, at most."""
 PICTURES = COLUMNS * ROWS
 """The main process keeps no more than these, all of its own rows: pictures are not gathered."""
+EVAL_PROMPTS = "eval_prompts.jsonl"
+"""The evaluation set of a run that was given a dataset rather than its name."""
 COUNTS = ("reward_failures/", "skipped_updates/dead", "skipped_updates/nonfinite")
 """Metrics that a log line sums, where TRL would average them. A share is logged beside each."""
 PACKAGES = (
@@ -209,6 +214,16 @@ def send_picture(callbacks: Iterable[Any], name: str, picture: Image.Image, step
 
 
 # Files beside the run
+
+
+def record_run(trainer: Any) -> None:
+    """Write what a trainer was given: `config.json`, `environment.json`, and evaluation prompts that have no name."""
+    output_dir, dataset = Path(trainer.args.output_dir), trainer.eval_dataset
+    record_arguments(output_dir, [trainer.sources, trainer.args], trainer.command or shlex.join(sys.argv))
+    if isinstance(dataset, Dataset) and trainer.sources.eval_dataset is None:
+        with suppress(TypeError):  # a column of pictures
+            rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in dataset]
+            (output_dir / EVAL_PROMPTS).write_text("".join(rows), encoding="utf-8")
 
 
 def record_arguments(output_dir: Path, groups: Sequence[Any], command: str) -> None:

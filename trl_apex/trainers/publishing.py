@@ -26,7 +26,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..redact import redacted
-from ..report import write_figures
+from ..report import write_figures, write_report
 from .weights import save_denoiser
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,6 @@ def push_to_hub(
         return None
     kwargs.pop("model_name", None)
     run = trainer.args.output_dir
-    trainer.state.save_to_json(os.path.join(run, "trainer_state.json"))
     try:
         write_figures(run)
     except ImportError as error:
@@ -127,6 +126,14 @@ def create_model_card(
         ema_decay=trainer.args.ema_decay,
     )
     write_model_card(trainer.args.output_dir, facts, getattr(trainer, "hub_model_id", None) or model_name)
+
+
+def write_run_report(run_dir: str | Path) -> None:
+    """Write the report; one that fails is a warning, since the run is saved by then."""
+    try:
+        write_report([run_dir])
+    except Exception as error:
+        logger.warning("The report of %s could not be written: %s: %s", run_dir, type(error).__name__, error)
 
 
 def push_checkpoint(trainer: Any, checkpoint: Path) -> None:

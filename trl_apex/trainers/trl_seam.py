@@ -27,7 +27,8 @@ from ..distributed import (
 )
 from . import checkpoint, publishing
 from .callbacks import is_finished
-from .manifest import last_valid
+from .logs import record_run
+from .manifest import checkpoints, last_valid
 from .weights import frozen_copy
 
 logger = logging.getLogger(__name__)
@@ -43,12 +44,17 @@ class RunTrainer(GRPOTrainer):
     """
 
     resumed_from: str | None = None
+    command: str | None = None
+    """What started the run, for `environment.json`; None for the command of this process."""
     save_and_stop: str | None = None
     """Why the run stops at the end of this iteration; None while it does not."""
     _stop_error: type[RuntimeError] = RuntimeError
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train to the end, from the start or from a valid checkpoint.
+        """Train to the end, from the start or from a valid checkpoint; then evaluate, if no `eval_strategy` has.
+
+        Writes `config.json` and `environment.json` at the start and `trainer_state.json` at the end, for
+        `trl-apex evaluate` and `trl-apex report`.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or True for the run's last valid one.
@@ -59,6 +65,16 @@ class RunTrainer(GRPOTrainer):
             RuntimeError: if the run was stopped by [`request_stop`], with a checkpoint saved.
         """
         self.resumed_from = resume_from_checkpoint = checkpoint.resume_point(self, resume_from_checkpoint)
+        if self.args.should_save:
+            if resume_from_checkpoint is None and (there := checkpoints(self.args.output_dir)):
+                logger.warning(
+                    "%s holds checkpoints of an earlier run, up to %s. This run starts anew and mixes with them: "
+                    "`resume_from_checkpoint=True` takes the one of the highest step. Delete them, or pass another "
+                    "`output_dir`.",
+                    self.args.output_dir,
+                    there[0].name,
+                )
+            record_run(self)
         self._scorer = self._open_scorer(self.reward_funcs, self.reward_func_names)
         self.save_and_stop = None
         try:
@@ -82,6 +98,9 @@ class RunTrainer(GRPOTrainer):
             raise self._stop_error(
                 f"Training was stopped at step {self.state.global_step}, with a checkpoint saved: {self.save_and_stop}"
             )
+        if self.eval_dataset is not None and self.args.eval_strategy == "no":
+            self.evaluate()
+        self.save_state()
         return result
 
     def request_stop(self, cause: str, error: type[RuntimeError] = RuntimeError) -> None:

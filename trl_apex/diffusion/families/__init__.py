@@ -41,7 +41,9 @@ def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
         FileNotFoundError: if `model` looks like a folder and there is none.
     """
     if isinstance(model, str):
-        if (model.startswith((".", "/", "~")) or model.count("/") != 1) and not Path(model).is_dir():
+        path = Path(model)
+        is_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir()
+        if is_path and not path.is_dir():
             raise FileNotFoundError(f"The folder of a model must exist. Found no {model}. Pass a path, or a hub id.")
         model = diffusers.DiffusionPipeline.from_pretrained(model, **from_pretrained_kwargs)
     family = next((FAMILIES[cls.__name__] for cls in type(model).__mro__ if cls.__name__ in FAMILIES), None)
