@@ -581,11 +581,11 @@ def _recorded(run: Path) -> dict[str, Any]:
     if not (run / "config.json").is_file():
         return {}
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    same = ("model", "rewards", "monitors", "negative_prompt", "height", "width", "max_sequence_length", "seed")
+    same = ("model", "rewards", "monitors", "negative_prompt", "max_sequence_length", "seed")
     found = {name: config.get(name) for name in same}
-    found["num_inference_steps"] = config.get("eval_num_inference_steps")
-    guidance = config.get("eval_guidance_scale")
-    found["guidance_scale"] = config.get("guidance_scale") if guidance is None else guidance
+    for name in ("num_inference_steps", "guidance_scale", "height", "width"):
+        own = config.get(f"eval_{name}")
+        found[name] = config.get(name) if own is None else own
     if (run / EVAL_PROMPTS).is_file():
         found["prompts"] = str(run / EVAL_PROMPTS)
     else:
