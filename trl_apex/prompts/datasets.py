@@ -38,13 +38,10 @@ def load_prompts(
         ValueError: if it cannot be read, has no such split or column, or holds no prompt.
 
     Example:
-        ```python
         >>> from datasets import Dataset
         >>> captions = Dataset.from_dict({"caption": ["a cat", "a dog"], "legs": [4, 4]})
         >>> load_prompts(captions, prompt_column="caption").column_names
         ['prompt', 'legs']
-
-        ```
     """
     name = str(source) if isinstance(source, str | Path) else f"the {type(source).__name__} that was passed"
     if source == "tiny":
@@ -253,12 +250,9 @@ def text_prompts(
         ValueError: if a template has no `"{text}"`, or there are not so many different prompts.
 
     Example:
-        ```python
         >>> row = text_prompts(3, seed=1)[0]
         >>> f'"{row["target"]}"' in row["prompt"]
         True
-
-        ```
     """
     from datasets import Dataset
 

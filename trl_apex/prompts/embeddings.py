@@ -109,12 +109,9 @@ class PromptEmbeddings:
         device (`torch.device` or `str`): where embeddings are returned.
 
     Example:
-        ```python
         >>> cache = PromptEmbeddings(lambda prompts: {"x": torch.tensor([[float(len(p))] for p in prompts])})
         >>> cache(["a", "abc", "a"])["x"].flatten().tolist()
         [1.0, 3.0, 1.0]
-
-        ```
     """
 
     def __init__(
@@ -225,15 +222,12 @@ class EmbeddingStore:
         folder (`Path`): of one encoder fingerprint; made if needed.
 
     Example:
-        ```python
         >>> import tempfile, torch
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = EmbeddingStore(Path(folder))
         ...     store.add(["a", "b"], {"x": torch.tensor([[1.0], [2.0]])})
         ...     store.find(["b", "c"]), store.row("b")["x"].tolist()
         (['c'], [2.0])
-
-        ```
     """
 
     def __init__(self, folder: Path):

@@ -25,11 +25,9 @@ class GroupSampler(Sampler[int]):
 
     Args:
         num_prompts (`int`): length of the dataset.
-        groups (`int`): P, prompts an iteration.
-        group_size (`int`): G, images a prompt.
+        groups, group_size (`int`): P, prompts an iteration, and G, images a prompt.
         repeats (`int`): micro-batches an iteration.
-        shuffle (`bool`): draw a new order each epoch.
-        seed (`int`): of the order.
+        shuffle, seed (`bool`, `int`): whether each epoch draws a new order, and the seed of that.
         kinds (`Sequence`, *optional*): the kind of each prompt.
         mix (`dict[str, float]`, *optional*): the share of each kind, divided by their sum; 0 leaves a kind out.
 
@@ -37,13 +35,10 @@ class GroupSampler(Sampler[int]):
         ValueError: if there are fewer prompts than one iteration needs, or the mix does not fit the kinds.
 
     Example:
-        ```python
         >>> list(GroupSampler(5, groups=2, group_size=2, repeats=1, shuffle=False, seed=0))
         [0, 0, 1, 1, 2, 2, 3, 3]
         >>> list(GroupSampler(4, 2, 1, 1, False, 0, kinds=["ocr", "any", "any", "any"], mix={"ocr": 1, "any": 1}))
         [0, 1, 0, 2, 0, 3]
-
-        ```
     """
 
     def __init__(
@@ -70,8 +65,8 @@ class GroupSampler(Sampler[int]):
             drawn = [kind for kind, share in mix.items() if share]
             self.quotas = [groups * mix[kind] / sum(mix.values()) for kind in drawn]
             self.prompts = [torch.tensor([i for i, kind in enumerate(kinds) if kind == own]) for own in drawn]
-        kinds_and_quotas = zip(self.prompts, self.quotas, strict=True)
-        self.iterations = max(math.floor(len(own) / quota + 1e-9) for own, quota in kinds_and_quotas)
+        rounds = [len(own) / quota for own, quota in zip(self.prompts, self.quotas, strict=True)]
+        self.iterations = math.floor(max(rounds) + 1e-9)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -113,9 +108,8 @@ def _check_mix(kinds: Sequence[Any], mix: dict[str, float | int], groups: int) -
         quota = groups * share / total
         if share and (quota < 1 - 1e-9 or there[kind] < math.ceil(quota - 1e-9)):
             raise ValueError(
-                f"Each kind of `prompt_mix` must have at least one of the {groups} prompts of an iteration, and no prompt "
-                f"twice. Found a share of {quota:.3g} for the {there[kind]} prompts of {kind!r}. Change the share, "
-                "`generation_batch_size` / `num_generations` or the prompts."
+                f"Each kind must have at least one of the {groups} prompts of an iteration, and no prompt twice. Found a share of "
+                f"{quota:.3g} for the {there[kind]} prompts of {kind!r}. Change the mix, `generation_batch_size` or the prompts."
             )
 
 
@@ -138,12 +132,9 @@ def update_rows(
         `torch.Tensor` of shape `[U, num_samples * N / U, 2]`: local sample and step of the window.
 
     Example:
-        ```python
         >>> rows = update_rows(num_samples=4, window=3, updates=2, first_sample=0, key=(0,))
         >>> rows.shape, sorted(map(tuple, rows.flatten(0, 1).tolist()))[:4]
         (torch.Size([2, 6, 2]), [(0, 0), (0, 1), (0, 2), (1, 0)])
-
-        ```
     """
     if num_samples * window % updates:
         raise ValueError(f"{num_samples} x {window} rows do not split evenly over {updates} updates")
@@ -167,11 +158,8 @@ def updates_per_pass(
         ValueError: if the rows do not split into whole updates.
 
     Example:
-        ```python
         >>> updates_per_pass(samples=8, window=3, batch_size=4, timestep_batch_size=1, accumulation_steps=2)
         3
-
-        ```
     """
     rows_per_step = batch_size * timestep_batch_size
     rows_per_update = rows_per_step * accumulation_steps

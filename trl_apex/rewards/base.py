@@ -91,7 +91,7 @@ class Reward:
         columns = {key: value for key, value in columns.items() if is_column(value, len(prompts))}
         parts = [slice(i, i + self.batch_size) for i in range(0, len(prompts), self.batch_size)]
         if self.whole_groups:
-            parts = group_slices(columns.get("group_ids", prompts))
+            parts = groups_of(columns.get("group_ids", prompts))
         rewards = RewardList([])
         with self._lock, torch.inference_mode():
             loaded = self.load()
@@ -251,10 +251,10 @@ def wants_whole_groups(func: Any) -> bool:
     return getattr(func, "whole_groups", False) is True
 
 
-def group_slices(group_ids: Sequence[Any]) -> list[slice]:
+def groups_of(ids: Sequence[Any]) -> list[slice]:
     """A slice for each run of equal values."""
-    starts = [i for i, group in enumerate(group_ids) if i == 0 or group != group_ids[i - 1]]
-    return [slice(*ends) for ends in pairwise([*starts, len(group_ids)])]
+    starts = [i for i, group in enumerate(ids) if i == 0 or group != ids[i - 1]]
+    return [slice(*ends) for ends in pairwise([*starts, len(ids)])]
 
 
 def default_device() -> torch.device:

@@ -93,9 +93,6 @@ class PairwiseReward(_Comparison):
             Returns for each pair the probability p that the first image is the better one, or None. A string is read as
             in [`load_reward`].
         name (`str`, *optional*): Name of the objective. Defaults to `wins_by_` and the judge's.
-
-    Raises:
-        ValueError: If the judge returns something else.
     """
 
     def __init__(self, judge: Callable | str, name: str | None = None) -> None:
@@ -111,8 +108,8 @@ class PairwiseReward(_Comparison):
         for i, j, answer in zip(first, second, answers, strict=True):
             if answer < 0 or answer > 1:
                 raise ValueError(
-                    f"A judge must return probabilities. Found {answer:g} from `{reward_name(self.asked)}`. Return 1 if the "
-                    "first image is better, 0 if the second is, or a number between."
+                    f"A judge must return probabilities that the first image is better. Found {answer:g} from "
+                    f"`{reward_name(self.asked)}`. Return numbers from 0 to 1, or None."
                 )
             if not math.isnan(answer):
                 wins[i].append(answer)

@@ -142,8 +142,7 @@ class RewardScorer:
         Args:
             prompts, completions, images: As in [`Reward`]; `images` go to the functions that take them.
             columns (`dict[str, list]`, *optional*): Every other column of the dataset, one entry per sample.
-            group_ids (`list[int]`, *optional*): The group of each sample, for rewards that want whole groups. Defaults to
-                a group for each sample.
+            group_ids (`list[int]`, *optional*): The group of each sample, its own by default; for rewards of whole groups.
             trl_keywords: `trainer_state`, `log_extra`, `log_metric` and what else TRL passes.
 
         Returns:

@@ -82,7 +82,7 @@ class ServedReward:
         sources = [str(getattr(func, key)) for key in ("model", "clip", "weights") if getattr(func, key, None)]
         model = [getattr(func, "__qualname__", type(func).__name__), *(s for s in sources if s.count("/") <= 1)]
         told = {"name": self.name, "state": self.state, "model": " ".join(model)}
-        told["whole_groups"] = "true" if wants_whole_groups(func) else "false"
+        told["whole_groups"] = str(wants_whole_groups(func)).lower()
         return told | {key: str(getattr(func, key, "")) for key in ("range", "weights_licence")}
 
     async def load(self) -> None:

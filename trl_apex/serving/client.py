@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 
 from trl_apex.redact import secret_from
-from trl_apex.rewards.base import (
-    Images,
-    RewardList,
-    RewardLoadError,
-    TransientRewardError,
-    group_slices,
-    one_per_prompt,
-)
+from trl_apex.rewards.base import Images, RewardList, RewardLoadError, TransientRewardError, groups_of, one_per_prompt
 from trl_apex.rewards.scoring import describe, on_this_device, retrying
 from trl_apex.serving.local import LocalServer
 from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, encode_request, json_columns
@@ -56,8 +49,7 @@ class RemoteReward:
             process starts on this machine, such as `"--reward my_rewards:redness"`. It is started again once if it dies.
         python (`str`, *optional*): The Python that runs it, of another virtual environment. Defaults to this one's.
         device (`str`, *optional*): The one accelerator that it sees, `"cuda:1"`, or `"cpu"`. Defaults to this process's.
-        whole_groups (`bool`, *optional*, defaults to `False`): Whether the reward compares the images of a group, such as
-            [`RankReward`]; a request is then one group, whatever `batch_size` is.
+        whole_groups (`bool`, *optional*, defaults to `False`): Whether it compares the images of a group, one to a request.
 
     Raises:
         ValueError: If there is no `name`, or not one of `url` and `command`.
@@ -155,7 +147,7 @@ class RemoteReward:
                 return await retrying(lambda: post(client, body, size), self.max_retries, self.backoff)
 
         async with httpx.AsyncClient(timeout=timeout, limits=limits, **self._client_options()) as client:
-            parts = group_slices(columns.get("group_ids", prompts)) if self.whole_groups else self._parts(batch)
+            parts = groups_of(columns.get("group_ids", prompts)) if self.whole_groups else self._parts(batch)
             answers = await asyncio.gather(*(score(client, part) for part in parts), return_exceptions=True)
         rewards = RewardList([])
         for part, answer in zip(parts, answers, strict=True):

@@ -252,8 +252,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
     prompt_mix: dict[str, float | int] | str | None = _field(
         None,
-        "Share of each kind of prompts in every iteration, such as {'ocr': 0.5, 'plain': 0.5}; on the command line as "
-        "JSON. None: as the dataset has them.",
+        "Share of each kind of prompts in every iteration, e.g. {'ocr': 0.5, 'plain': 0.5}; JSON on the command line.",
     )
     prompt_mix_column: str = _field("kind", "'prompt_mix': column of the dataset with the kind of each prompt.")
     transition: str | None = _field(

@@ -169,10 +169,8 @@ def submit(scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions:
 def prompt_kinds(dataset: Any, column: str) -> list:
     """The kind of each prompt, for `prompt_mix`."""
     if column not in dataset.column_names:
-        raise ValueError(
-            f"`prompt_mix` needs the column {column!r} with the kind of each prompt. Found {dataset.column_names}. Add it, or "
-            "name another column with `prompt_mix_column`."
-        )
+        found = f"Found {dataset.column_names}. Add it, or name another one with `prompt_mix_column`."
+        raise ValueError(f"`prompt_mix` needs the column {column!r} with the kind of each prompt. {found}")
     return dataset[column][:]
 
 

@@ -62,10 +62,7 @@ def log_scoring(
 def log_rewards(
     rewards: Tensor, names: list[str], weights: Tensor, group_size: int, metrics: dict[str, list[float]]
 ) -> None:
-    """Log each objective's mean and spread, and its images and prompts, and the weighted sum's mean and spread.
-
-    `rewards` `[B, K]` are all ranks', NaN where missing.
-    """
+    """Log mean, spread and number of each objective's rewards, and of the weighted sum; `[B, K]` of all ranks, NaN if missing."""
     rewards = rewards.double()
     for name, column in zip(names, rewards.T, strict=True):
         metrics[f"rewards/{name}/mean"].append(column.nanmean().item())
