@@ -221,6 +221,7 @@ class PlanSettings:
                 f"Found {self.trained} rows and {update} an update. Change one of them."
             )
         self.updates = self.trained // update * c.num_iterations  # optimizer steps of one iteration
+        self.anchor_forwards = c.anchored and (self.updates > 1 or c.anchor is not None)
 
     def but(self, **changes: Any) -> "PlanSettings":
         """With other values of these fields, or of the configuration's."""
@@ -374,6 +375,8 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
         add(ALWAYS, "DeepSpeed buckets", buckets, f"2 x min({BUCKET / 1e6:.0f} M, trained) x {own}")
     if c.ema_decay is not None:
         add(ALWAYS, "moving average", trained * own / shards, f"{n} x {own}")
+    if c.anchor is not None and not c.offload_reference:
+        add(ALWAYS, "slow copy (anchor)", trained * own / shards, f"{n} x {own}")
     if s.own_reference:
         where, name = (ROLLOUT, "reference, once an iteration") if c.offload_reference else (ALWAYS, "reference")
         add(where, name, shapes.parameters * half / shards, model)
@@ -385,7 +388,7 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
             add(phase, "text encoders", sum(shapes.encoders.values()) * half, f"({encoders}) M x {half}")
     height, width = s.size(policy)
     latent, pixels = 4 * torch.Size(policy.latent_shape(height, width)).numel(), height * width
-    old = c.ratio_guard is not None or (c.loss_type == "nft" and s.updates > 1)
+    old = c.ratio_guard is not None or s.anchor_forwards
     before = s.own_reference + old  # predictions kept from before the updates
     kept = latent * (1 + c.rows_per_image * (1 + before)) + 12 * pixels
     add(ALWAYS, "trajectories and images", s.images * kept, f"{s.images} images x {kept / 1e6:.1f} MB")
@@ -403,6 +406,10 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
         add(ROLLOUT, "gathered weights", size, f"{(trained + frozen) / 1e6:,.1f} M x {half}")
 
     rows = s.rows * branches
+    if c.loss_type == "nft" and getattr(
+        c, "gradient_probe", False
+    ):  # the two branches of the loss as rows of their own
+        rows *= 2
     add(UPDATE, "embeddings", rows * row.embedding, f"{rows} rows x {row.embedding / 1e6:.1f} MB")
     activations = {"activations": row.saved}
     if c.activation_checkpointing:
@@ -530,8 +537,10 @@ def count_passes(settings: PlanSettings, batched_guidance: bool) -> dict[str, tu
         steps += steps - 1 - (0 if c.flow_matching else c.rows_per_image)
     passes = {"rollout forwards": (chunks * steps, s.images * steps * branches)}
     before = (rows // s.rows, rows * branches)
-    if c.flow_matching and s.updates > 1:
+    if c.loss_type in ("awm", "fpo") and s.updates > 1:
         passes["old policy forwards"] = before
+    if s.anchor_forwards:
+        passes["slow copy forwards"] = before
     passes["update forwards"] = update = (rows * c.num_iterations // s.rows, rows * c.num_iterations * branches)
     if c.beta > 0:
         passes["reference forwards (KL)"] = before if s.own_reference else update

@@ -51,7 +51,8 @@ def test_a_toy_reward_rises(engine, tmp_path):
         {"gradient_checkpointing": True},
         {"beta": 0.01, "num_iterations": 2},
         {"guidance_scale": 3.0, "gradient_accumulation_steps": 1, "max_steps": 3},
-        *({"loss_type": loss, **FINAL_LATENTS} for loss in ("awm", "nft", "fpo")),
+        *({"loss_type": loss, "anchor_decay": [0, 0.2, 0.9], **FINAL_LATENTS} for loss in ("awm", "nft")),
+        {"loss_type": "fpo", **FINAL_LATENTS},
     ],
     ids=["checkpointing", "kl", "guidance-three-updates", "awm", "nft", "fpo"],
 )
@@ -73,11 +74,24 @@ def test_kl_to_a_frozen_copy_of_all_weights(engine, reference, tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lora": False},
+        {
+            "loss_type": "nft",
+            "timesteps_per_image": 2,
+            "gradient_accumulation_steps": 2,
+            "anchor_decay": [0, 0.3, 0.9],
+        },
+    ],
+    ids=["lora", "full", "nft"],
+)
 @pytest.mark.parametrize("engine", OTHERS)
-def test_the_gradient_probe_sees_the_same_conflict(engine, lora, reference, tmp_path):
+def test_the_gradient_probe_sees_the_same_conflict(engine, changes, reference, tmp_path):
     options = {"gradient_probe": True, "probe_every": 1, "aggregation_options": {"conflict_source": "gradient"}}
-    options |= {"max_steps": 3, "lora": lora, "probe_layers": [r"attn\.to_[qk]"]}
+    options |= {"max_steps": 3, "probe_layers": [r"attn\.to_[qk]"], **changes}
     result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
     for ddp in (reference(**options)[0], reference(world=1, **options)[0]):
         assert_same_training(result, ddp, tolerance=2e-5)

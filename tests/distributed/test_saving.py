@@ -57,18 +57,19 @@ def test_fsdp_with_a_sharded_state_dict_saves_whole_weights_too(tmp_path):
 
 
 @pytest.mark.parametrize("engine", OTHERS)
-def test_the_moving_average_is_saved_whole_and_resumed(engine, reference, tmp_path):
+def test_the_moving_average_and_the_slow_copy_are_saved_whole_and_resumed(engine, reference, tmp_path):
     options = {"ema_decay": 0.5, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    options |= {"loss_type": "nft", "timesteps_per_image": 3, "anchor_decay": [0, 0.3, 0.9]}
 
-    def averages(run_folder):
-        return load_file(f"{run_folder}/checkpoint-3/ema.safetensors")
+    def averages(run_folder, name="ema"):
+        return load_file(f"{run_folder}/checkpoint-3/{name}.safetensors")
 
     def plain(weights):
         return {name.replace(".default", "").rpartition("transformer_blocks")[2]: w for name, w in weights.items()}
 
     folder, saved = str(tmp_path), str(tmp_path / "saved")
     whole = run(train, 2, environment(engine), output_dir=folder, save=saved, **options)[0]
-    first, ddp = averages(folder), reference(**options)[0]
+    first, anchor, ddp = averages(folder), averages(folder, "anchor"), reference(**options)[0]
     for place in (saved, f"{folder}/checkpoint-3"):  # what diffusers loads is the average
         adapter = load_file(f"{place}/pytorch_lora_weights.safetensors")
         average = {name: value for name, value in first.items() if name != "optimization_step"}
@@ -76,10 +77,12 @@ def test_the_moving_average_is_saved_whole_and_resumed(engine, reference, tmp_pa
     assert movement(plain(load_file(f"{folder}/checkpoint-3/adapter_model.safetensors")), plain(adapter)) > 1e-4
     assert_same_training(whole, ddp, tolerance=2e-5)
     assert largest_difference(first, averages(ddp["output_dir"])) < 2e-5
+    assert largest_difference(anchor, averages(ddp["output_dir"], "anchor")) < 2e-5
     run(train, 2, environment(engine), output_dir=folder, resume=f"{folder}/checkpoint-1", **options)
-    assert largest_difference(averages(folder), first) < 1e-7
-    del first["optimization_step"]
-    assert movement(first, whole["weights"]) > 1e-4  # an average, not the weights
+    for copy, name in ((first, "ema"), (anchor, "anchor")):
+        assert largest_difference(averages(folder, name), copy) < 1e-7
+        del copy["optimization_step"]
+        assert movement(copy, whole["weights"]) > 1e-4  # not the weights
 
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine.startswith("zero")])

@@ -59,10 +59,20 @@ def test_the_first_rollout_is_the_same_where_the_forwards_have_the_same_size(tmp
         {"num_iterations": 2, "beta": 0.01, "epsilon": 1e-3},  # no ratio near the clip, where rounding would decide
         {"gradient_accumulation_steps": 1, "max_steps": 6},
         {"loss_type": "fpo", "fpo_scale": 0.1, "epsilon": 1.0, **FINAL_LATENTS},
-        {"loss_type": "nft", "beta": 0.1, "target_movement": 1.0, **FINAL_LATENTS},
+        {"loss_type": "nft", "beta": 0.1, "target_movement": 1.0, "anchor_decay": [0, 0.2, 0.9], **FINAL_LATENTS},
+        {"loss_type": "awm", "anchor_decay": [0, 0.2, 0.9], **FINAL_LATENTS},
         {"rewards": (red, RankReward(dark)), "prompt_mix": {"red": 1, "blue": 1}},
     ],
-    ids=["plain", "shared-noise-window", "two-passes-and-kl", "three-updates", "fpo", "nft", "ranks-of-mixed-prompts"],
+    ids=[
+        "plain",
+        "shared-noise-window",
+        "two-passes-and-kl",
+        "three-updates",
+        "fpo",
+        "nft",
+        "awm",
+        "ranks-of-mixed-prompts",
+    ],
 )
 def test_one_two_and_four_processes_agree(tmp_path, options):
     """Four processes hold two images each, so that every group of four is split over ranks."""

@@ -212,6 +212,7 @@ PLAIN = {"num_inference_steps": 4, "guidance_scale": 1.0}
             {**PLAIN, "timestep_batch_size": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
         ),
         ("sd3", {**PLAIN, "loss_type": "nft", "updates_per_iteration": 2, "beta": 0.1, "lora": 0}),
+        ("sd3", {**PLAIN, "loss_type": "awm", "timesteps_per_image": 2, "num_iterations": 2}),
         ("flux", {**PLAIN, "loss_type": "fpo", "num_iterations": 2, "beta": 0.1}),
         ("flux", {**PLAIN, "guidance_scale": 3.0}),
         ("sd1.5", {**PLAIN, "guidance_scale": 3.0}),
@@ -236,7 +237,7 @@ def test_passes_equal_those_of_a_training_iteration(name, overrides, tmp_path):
     without = [rows for rows in without if rows > 1]  # the detectors look at one image beside
     assert (len(with_gradient), sum(with_gradient)) == expected["update forwards"]
     assert (len(counted.backwards), sum(counted.backwards)) == expected["backwards"]
-    names = ("rollout forwards", "old policy forwards", "reference forwards (KL)")
+    names = ("rollout forwards", "old policy forwards", "slow copy forwards", "reference forwards (KL)")
     apart = [expected.get(name, (0, 0)) for name in names]
     assert (len(without), sum(without)) == tuple(map(sum, zip(*apart, strict=True)))
     assert trainer.state.global_step * config.gradient_accumulation_steps == expected["backwards"][0]
@@ -281,6 +282,10 @@ def test_parts_of_a_plan(estimate):
     assert gathered == pytest.approx(2.2432 * 2 * 7 / 8, abs=0.01)
     assert plain.always["DeepSpeed buckets"] == pytest.approx(2 * 0.5 * 2)
     assert estimate(base.but(ema_decay=0.9)).always["moving average"] == pytest.approx(2.2432 * 2, abs=0.01)
+    nft = settings(lora_r=0, gpus=8, zero_stage=2, loss_type="nft", guidance_scale=1.0, timesteps_per_image=9)
+    assert estimate(nft).always["slow copy (anchor)"] == pytest.approx(2.2432 * 2, abs=0.01)
+    for without in (nft.but(offload_reference=True), nft.but(anchor_decay=[0, 0, 0]), base):
+        assert "slow copy (anchor)" not in estimate(without).always
     kept = estimate(base.but(unload_text_encoders=False)).always["text encoders"]
     assert kept == pytest.approx(2 * (4.7623 + 0.6947 + 0.1237), abs=0.01)
     assert plain.phases[ENCODING]["text encoders"] == kept

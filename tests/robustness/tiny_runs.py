@@ -118,7 +118,7 @@ def fingerprints(trainer: Any) -> dict[str, str]:
         "optimizer": {"state": optimizer["state"], "groups": optimizer["param_groups"]},
         "schedule": trainer.lr_scheduler.state_dict(),
         "aggregator": trainer.aggregator.state_dict(),
-        "average": trainer._ema._ema.shadow_params if trainer.args.ema_decay else [],
+        "average": trainer._ema.copy or [],
         "random": [random.getstate(), np.random.get_state()[1]],
         "torch_random": torch.random.get_rng_state(),
         "logged": logged,

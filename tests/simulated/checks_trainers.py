@@ -69,7 +69,7 @@ def test_losses_on_final_latents_give_the_numbers_of_the_cpu(make_trainer, loss_
     """Two updates on one rollout, with a penalty."""
     options = {"loss_type": loss_type, "guidance_scale": None, "timesteps_per_image": 1, "num_iterations": 2}
     if weights == "full":
-        options |= {"lora": None, "learning_rate": 1e-4}
+        options |= {"lora": None, "learning_rate": 1e-4, "offload_reference": True}
     train_as_on_the_cpu(make_trainer, cls, beta=0.1, num_inference_steps=2, rel=1e-5, **options)
 
 
@@ -110,10 +110,11 @@ PROBE = {"gradient_probe": True, "probe_every": 1}
         {"beta": 0.1, "num_iterations": 2},
         {**PROBE, "aggregation_options": {"conflict_source": "gradient"}},
         {**PROBE, "aggregation_options": {"conflict_source": "population"}, "beta": 0.1},
+        {**PROBE, "loss_type": "nft", "guidance_scale": None, "timesteps_per_image": 1},
         {"gradient_checkpointing": True, "reward_overlap": False, "rollout_batch_size": 3},
         {"transition": "cps", "sde_window_size": 1, "sde_window_range": (1, 2), "share_initial_noise": True},
     ],
-    ids=["kl-of-an-adapter", "probe", "population", "checkpointing", "window"],
+    ids=["kl-of-an-adapter", "probe", "population", "probe-nft", "checkpointing", "window"],
 )
 def test_options_of_training(make_trainer, options):
     train(make_trainer(**options))

@@ -92,6 +92,15 @@ def test_settings_that_do_not_fit_the_model_or_the_rewards(pipeline, dataset, lo
         ({"ratio_guard": "kl_mask", "delta": 2.0}, "`delta` has no effect"),
         ({"timestep_shift": -1.0}, "`timestep_shift` must be positive"),
         ({"nft_beta": 0}, "`nft_beta` must be positive"),
+        (
+            {"loss_type": "fpo", "guidance_scale": None, "anchor_decay": [0, 0.1, 0.5]},
+            "`anchor_decay` needs loss_type 'nft'",
+        ),
+        (
+            {"loss_type": "nft", "guidance_scale": None, "anchor_decay": [0, 0.1, 1.0]},
+            "the last below 1.*Found .0, 0.1, 1.0",
+        ),
+        ({"awm_trust_region": -1.0}, "`awm_trust_region` must be at least 0"),
         ({"num_generations_eval": 2}, "one image per prompt"),
         ({"ds3_gather_for_generation": False}, "Use `gather_for_rollout`"),
         ({"accelerator_config": {"dispatch_batches": True}}, "`dispatch_batches` off"),

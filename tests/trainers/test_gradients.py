@@ -20,7 +20,7 @@ class Gradients(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def trained(pipeline, dataset, args, peft_config, **kwargs):
+def trained(pipeline, dataset, args, peft_config, callbacks=(), **kwargs):
     """One run from equal weights: the gradients of its updates, the rows of each forward, and the trainer."""
     gradients, forwards = Gradients(), []
     pipeline = copy.deepcopy(pipeline)
@@ -28,8 +28,9 @@ def trained(pipeline, dataset, args, peft_config, **kwargs):
         lambda module, inputs, output: forwards.append((len(output[0]), torch.is_grad_enabled()))
     )
     trainer = DiffusionGRPOTrainer(
-        pipeline, [redness, contrast], args, dataset, peft_config=peft_config, callbacks=[gradients], **kwargs
-    )
+        pipeline, [redness, contrast], args, dataset, peft_config=peft_config, callbacks=[gradients, *callbacks],
+        **kwargs,
+    )  # fmt: skip
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:  # zero at the start, and with it every gradient of A
@@ -163,9 +164,12 @@ class Weights(TrainerCallback):
 
 def test_the_logged_size_of_gradients_is_theirs(pipeline, dataset, lora, make_args):
     args = make_args(DiffusionGRPOConfig, max_grad_norm=0.0, max_steps=2, ema_decay=0.9, gradient_accumulation_steps=2)
-    steps, _, trainer = trained(pipeline, dataset, args, lora)
+    seen = []
+    steps, _, trainer = trained(pipeline, dataset, args, lora, callbacks=[Weights(seen)])
     for entry, gradients in zip([e for e in trainer.state.log_history if "loss" in e], steps, strict=True):
         every = torch.cat([g.flatten() for g in gradients.values()])
         assert entry["grad_rms"] == pytest.approx(every.square().mean().sqrt().item(), rel=1e-5)
-    assert trainer._ema._ema.optimization_step == 2  # one a step of the optimizer, whatever the accumulation
+    average = torch.cat([copy.flatten() for copy in trainer._ema.copy])
+    first, last = seen  # the average moves once a step of the optimizer, whatever the accumulation
+    torch.testing.assert_close(average, 0.9 * first + 0.1 * last, atol=1e-7, rtol=0)
     assert trainer.optimizer.optimizer.defaults["fused"] is True

@@ -32,14 +32,16 @@ class Gradients(TrainerCallback):
         self.steps.append(torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None]))
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_two_updates_equal_a_straight_line_computation(pipeline, lora, make_args, loss_type):
+@pytest.mark.parametrize("loss_type, passes", [("awm", 2), ("nft", 2), ("fpo", 2), ("awm", 1), ("nft", 1)])
+def test_two_updates_equal_a_straight_line_computation(pipeline, lora, make_args, loss_type, passes):
+    """Two passes over one rollout, or two iterations, between which the slow copy follows."""
     base, solver = copy.deepcopy(pipeline.transformer), "heun" if loss_type == "awm" else "euler"
     args = make_args(
         DiffusionGRPOConfig, loss_type=loss_type, guidance_scale=None, num_inference_steps=4, timesteps_per_image=2,
-        per_device_train_batch_size=8, gradient_accumulation_steps=2, num_iterations=2, max_steps=2, optim="sgd",
+        per_device_train_batch_size=8, gradient_accumulation_steps=2, num_iterations=passes, max_steps=2, optim="sgd",
         learning_rate=0.5, max_grad_norm=0.0, weight_decay=0.0, shuffle_dataset=False, beta=0.3, nft_beta=0.7,
-        activation_checkpointing=False, rollout_solver=solver,
+        activation_checkpointing=False, rollout_solver=solver, awm_trust_region=0.6,
+        anchor_decay=None if loss_type == "fpo" else [0, 0.4, 0.9],
     )  # fmt: skip
     seen = Gradients()
     trainer = DiffusionGRPOTrainer(
@@ -50,9 +52,10 @@ def test_two_updates_equal_a_straight_line_computation(pipeline, lora, make_args
         peft_config=lora,
         callbacks=[seen],
     )
-    model, run = copy.deepcopy(trainer.model), {}
+    model, runs = copy.deepcopy(trainer.model), []
+    slow = copy.deepcopy(model)
     original = trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda inputs: run.update(original(inputs)) or run
+    trainer._generate_and_score_completions = lambda inputs: runs.append(original(inputs)) or runs[-1]
     trainer.train()
 
     prompts = [p for p in PROMPTS[:2] for _ in range(4)]
@@ -67,35 +70,37 @@ def test_two_updates_equal_a_straight_line_computation(pipeline, lora, make_args
 
     # A rollout of four steps, then two noise levels an image with fresh noise
     grid = trainer.sampler.schedule.sigmas
-    x0 = keyed_noise([(args.seed, INITIAL_NOISE, 0, i) for i in range(8)], (16, 8, 8))
-    with torch.no_grad():
-        for now, after in zip(grid[:-1], grid[1:], strict=True):
-            v = velocity(model, x0, now.expand(8))
-            if solver == "heun" and after > 0:
-                v = (v + velocity(model, x0 + (after - now) * v, after.expand(8))) / 2
-            x0 = x0 + (after - now) * v
-    torch.testing.assert_close(run["clean"], x0, atol=1e-5, rtol=1e-4)
-    t = torch.cat(
-        [training_sigmas("grid", grid, (1, 2), keyed_generator(args.seed, ROW_LEVEL, 0, i)) for i in range(8)]
-    )
-    noise = keyed_noise([(args.seed, ROW_NOISE, 0, i) for i in range(8)], (2, 16, 8, 8))
-    x0, advantage = run["clean"], run["advantages"]
-    assert advantage.abs().max() > 0.5
 
-    def rows(network, old):
+    def rollout(iteration):
+        x0 = keyed_noise([(args.seed, INITIAL_NOISE, iteration, i) for i in range(8)], (16, 8, 8))
+        network = slow if loss_type == "nft" else model
+        with torch.no_grad():
+            for now, after in zip(grid[:-1], grid[1:], strict=True):
+                v = velocity(network, x0, now.expand(8))
+                if solver == "heun" and after > 0:
+                    v = (v + velocity(network, x0 + (after - now) * v, after.expand(8))) / 2
+                x0 = x0 + (after - now) * v
+        torch.testing.assert_close(runs[iteration]["clean"], x0, atol=1e-5, rtol=1e-4)
+        keys = [keyed_generator(args.seed, ROW_LEVEL, iteration, i) for i in range(8)]
+        t = torch.cat([training_sigmas("grid", grid, (1, 2), key) for key in keys])
+        noise = keyed_noise([(args.seed, ROW_NOISE, iteration, i) for i in range(8)], (2, 16, 8, 8))
+        return runs[iteration]["clean"], runs[iteration]["advantages"], t, noise
+
+    def rows(network, old, x0, advantage, t, noise):
         losses, before = [], []
         for level in range(2):
             s = t[:, level].view(-1, 1, 1, 1)
             x, u = (1 - s) * x0 + s * noise[:, level], noise[:, level] - x0
             v = velocity(network, x, t[:, level])
             error = (v - u).square().mean((1, 2, 3))
+            with torch.no_grad():
+                anchor, wanted = velocity(slow, x, t[:, level]), velocity(base, x, t[:, level])
             if loss_type == "nft":
-                mine, his, beta = v, v.detach() if old is None else old[level], 0.7
+                mine, his, beta = v, anchor, 0.7
                 r = advantage.clamp(-5, 5) / 10 + 0.5
                 ends = [x - s * w - x0 for w in (beta * mine + (1 - beta) * his, (1 + beta) * his - beta * mine)]
                 plus, minus = ((e**2).mean((1, 2, 3)) / e.detach().abs().mean((1, 2, 3)).clamp(min=1e-5) for e in ends)
                 own = 5 * (r * plus + (1 - r) * minus) / beta
-                before.append(v.detach())
             else:
                 if loss_type == "awm":
                     likelihood = -4 * t[:, level] * ((error + 1e-10) ** 0.25 - 1e-10**0.25)
@@ -105,22 +110,31 @@ def test_two_updates_equal_a_straight_line_computation(pipeline, lora, make_args
                 ratio = (likelihood - (likelihood.detach() if old is None else old[level])).exp()
                 own = -torch.minimum(ratio * a, ratio.clamp(low, high) * a)
                 before.append(likelihood.detach())
-            with torch.no_grad():
-                wanted = velocity(base, x, t[:, level])
+            if loss_type == "awm":
+                own = own + 0.6 * (v - anchor).square().mean((1, 2, 3))
             losses.append(own + 0.3 * (v - wanted).square().mean((1, 2, 3)))
         return torch.stack(losses).mean(), before
 
-    parameters, old = [p for p in model.parameters() if p.requires_grad], None
+    parameters, copied = ([p for p in network.parameters() if p.requires_grad] for network in (model, slow))
     for update in range(2):
-        loss, before = rows(model, old)
+        if update % passes == 0:
+            run, old = rollout(update // passes), None
+            assert run[1].abs().max() > 0.5
+        loss, before = rows(model, old, *run)
         old = before if old is None else old
         gradient = torch.autograd.grad(loss, parameters)
         flat = torch.cat([g.flatten() for g in gradient])
         assert logged(trainer, "loss")[update] == pytest.approx(loss.item(), abs=2e-5)
         assert (seen.steps[update] - flat).norm() < 1e-4 * flat.norm() and flat.norm() > 1e-4
         with torch.no_grad():
-            for p, g in zip(parameters, gradient, strict=True):
+            for p, g, s in zip(parameters, gradient, copied, strict=True):
                 p -= 0.5 * g
+                if (update + 1) % passes == 0:
+                    d = min(0.4 * (update + 1), 0.9)
+                    s.copy_(d * s + (1 - d) * p)
+    if loss_type != "fpo":
+        for s, found in zip(copied, trainer._anchor.copy, strict=True):
+            torch.testing.assert_close(found, s, atol=1e-5, rtol=1e-4)
     assert logged(trainer, "kl")[1] > 0
 
 
@@ -135,6 +149,7 @@ def test_the_trained_rewards_policy_moves_and_a_resume_goes_on_exactly(
             loss_type=loss_type, guidance_scale=None, timesteps_per_image=2, gradient_accumulation_steps=1, max_steps=steps,
             save_strategy="steps", save_steps=2, output_dir=str(tmp_path / name), beta=0.1, ema_decay=0.5,
             activation_checkpointing=False, learning_rate=1e-3,
+            anchor_decay=None if loss_type == "fpo" else [0, 0.1, 0.5], offload_reference=loss_type == "awm",
         )  # fmt: skip
         return APEXTrainer(pipe, [contrast, redness], args, dataset, peft_config=lora if adapter else None)
 
@@ -145,7 +160,11 @@ def test_the_trained_rewards_policy_moves_and_a_resume_goes_on_exactly(
     trainer(2, "parts").train()
     resumed = trainer(4, "parts")
     resumed.train(resume_from_checkpoint=True)
-    assert all(torch.equal(a, b) for a, b in zip(weights(through), weights(resumed), strict=True))
+    pairs = [(weights(through), weights(resumed))]
+    if loss_type != "fpo":
+        pairs += [(through._anchor.copy, resumed._anchor.copy)]
+        assert not all(torch.equal(a, b) for a, b in zip(weights(through), through._anchor.copy, strict=True))
+    assert all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
 
 
 @pytest.mark.parametrize("loss_type", ["awm", "fpo"])
@@ -163,7 +182,7 @@ def test_accumulation_and_checkpointing_change_nothing(pipeline, dataset, lora, 
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("loss_type", ["awm", "fpo"])
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_the_probe_measures_the_objectives_gradients(pipeline, dataset, lora, make_args, loss_type):
     args = make_args(
         loss_type=loss_type, guidance_scale=None, timesteps_per_image=2, timestep_batch_size=2, gradient_probe=True,
@@ -206,8 +225,6 @@ def test_guidance_and_models_that_predict_noise_are_refused(dataset, make_args):
         make_args(loss_type="fpo", sde_window_size=2)
     with pytest.raises(ValueError, match="`share_initial_noise` needs loss_type='grpo'"):
         make_args(loss_type="nft", share_initial_noise=True)
-    with pytest.raises(ValueError, match="linear in the advantage"):
-        make_args(loss_type="nft", gradient_probe=True)
     with pytest.raises(ValueError, match="predicts noise"):
         args = make_args(loss_type="fpo", guidance_scale=None, max_sequence_length=77)
         APEXTrainer(FAMILIES["sd1.5"](), [redness], args, dataset)

@@ -21,6 +21,8 @@ WEIGHTINGS = ("ghuber", "huber", "uniform", "t", "t2")
 TIMESTEP_SAMPLING = ("grid", "stratified", "uniform", "logit_normal")
 """Where the noise levels of the rows come from."""
 TINY = 1e-10
+NFT_CLIP = 5.0
+"""Where DiffusionNFT clips advantages."""
 
 
 class Surrogate(NamedTuple):
@@ -175,6 +177,11 @@ def fpo_log_likelihood(velocity: Latents, target: Latents, scale: float = 10.0) 
     return -scale * squared_error(velocity, target)
 
 
+def nft_share(advantage: Tensor, clip: float = NFT_CLIP) -> Tensor:
+    """DiffusionNFT's share r of the good branch, in [0, 1]: `clip(A, +-c) / (2 c) + 1/2`, with c = `clip`."""
+    return advantage.float().clamp(-clip, clip) / (2 * clip) + 0.5
+
+
 def nft_loss(
     velocity: Latents,
     old_velocity: Latents,
@@ -183,7 +190,7 @@ def nft_loss(
     sigmas: PerRow,
     advantage: PerRow,
     beta: float = 1.0,
-    advantage_clip: float = 5.0,
+    advantage_clip: float = NFT_CLIP,
 ) -> PerRow:
     """DiffusionNFT: pull a good image's velocity towards the model, push a bad one's away, around the old policy.
 
@@ -192,16 +199,17 @@ def nft_loss(
         l± = mean (x±  - x0)^2 / max(mean |x± - x0|, 1e-5)                x± = x_t - t v±, the divisor without gradient
         loss = c (r l+ + (1 - r) l-) / beta
 
-    Where v = v_old the value does not depend on the advantage; the gradient does, with the factor `2 r - 1`.
+    Where v = v_old the value does not depend on the advantage; the gradient does, with the factor `2 r - 1`. Everywhere the
+    loss is affine in r.
 
     Args:
-        old_velocity: of the policy that sampled.
+        old_velocity: of the policy that sampled: in the paper a copy of the weights that follows slowly.
         noisy, clean, sigmas: x_t, x0 and t.
         beta: how far the two branches lie from the old policy; the paper's 1, and .1 for text and for several rewards.
 
     Source: DiffusionNFT, arXiv 2509.16117.
     """
-    share = advantage.float().clamp(-advantage_clip, advantage_clip) / (2 * advantage_clip) + 0.5
+    share = nft_share(advantage, advantage_clip)
     new, old, start = velocity.float(), old_velocity.float(), clean.float()
     t = sigmas.float().view(-1, 1, 1, 1)
 

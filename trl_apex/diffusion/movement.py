@@ -10,7 +10,7 @@ from .nouns import Latents
 
 
 def movement(velocity: Latents, old_velocity: Latents) -> Float[Tensor, ""]:
-    """Mean squared change of the velocity against the policy that sampled: `mean (v - v_old)^2` over rows and elements."""
+    """Mean squared change of the velocity against an earlier policy: `mean (v - v_old)^2` over rows and elements."""
     return squared_error(velocity, old_velocity).mean()
 
 

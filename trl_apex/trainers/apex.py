@@ -3,10 +3,13 @@
 from functools import wraps
 from typing import Any
 
+import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..aggregation.conflict import PopulationConflict
+from ..diffusion.losses import NFT_CLIP, Surrogate, nft_share
 from ..distributed import all_reduce_sum
 from .config import APEXConfig
 from .diffusion_grpo import DiffusionGRPOTrainer
@@ -72,14 +75,22 @@ class APEXTrainer(DiffusionGRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.probe is not None and self.probe.due(self.state.global_step):
             halves = inputs["samples"] // self.num_generations % 2
-            self.probe.rows(inputs["advantages"], inputs["normalized"], halves)
+            if self.args.loss_type == "nft":
+                inputs, halves = both_branches(inputs), halves.repeat(2)
+            self.probe.rows(inputs.get("share", inputs["advantages"]), inputs["normalized"], halves)
         return super()._compute_loss(model, inputs)
 
-    def _distance(self, model: nn.Module, prediction: Tensor, rows: dict[str, Any]) -> Tensor:
-        if self.probe is None or not self.probe.due(self.state.global_step):
-            return super()._distance(model, prediction, rows)
+    def _surrogate(self, prediction: Tensor, rows: dict[str, Any]) -> Surrogate:
+        found = super()._surrogate(prediction, rows)
+        return found._replace(loss=2 * rows["share"] * found.loss) if "share" in rows else found
+
+    def _distances(self, model: nn.Module, prediction: Tensor, rows: dict[str, Any]) -> dict[str, Tensor]:
+        penalized = self.beta > 0 or (self.args.loss_type == "awm" and "anchor" in rows)
+        if not penalized or self.probe is None or not self.probe.due(self.state.global_step):
+            return super()._distances(model, prediction, rows)
+        rows = rows.get("once", rows)
         with self.probe.paused():  # a graph of its own, so that the probed one holds the advantages' gradient alone
-            return super()._distance(model, self._predict(model, rows), rows)
+            return super()._distances(model, self._predict(model, rows), rows)
 
     def _read_probe(self, probe: GradientProbe) -> None:
         result = probe.result(reduce=all_reduce_sum)
@@ -91,7 +102,24 @@ class APEXTrainer(DiffusionGRPOTrainer):
             cosine, error = self.population.estimate()
             self.aggregator.observe_conflict(cosine, standard_error=error)
         else:
-            self.aggregator.observe_conflict(result.gramian, samples=result.rows)
+            branches = 2 if self.args.loss_type == "nft" else 1
+            self.aggregator.observe_conflict(result.gramian, samples=result.rows // branches)
 
     def _stateful(self) -> dict[str, Any]:
         return {**super()._stateful(), "aggregator": self.aggregator, "population": self.population}
+
+
+def both_branches(rows: dict[str, Any]) -> dict[str, Any]:
+    """The rows twice, for a probed step of 'nft': with its good branch alone (r = 1), then with its bad one (r = 0).
+
+    The loss is `r l(r = 1) + (1 - r) l(r = 0)`. As rows of their own, weighted by their `share` r or 1 - r, the two have
+    gradients of their own, from which those of each objective follow. They add up to the gradient of the plain loss.
+    """
+    count = len(rows["advantages"])
+    good, scores = nft_share(rows["advantages"]), nft_share(rows["normalized"])
+    return recursively_apply(lambda tensor: torch.cat([tensor, tensor]), rows) | {
+        "advantages": torch.tensor([NFT_CLIP, -NFT_CLIP], device=good.device).repeat_interleave(count),
+        "share": torch.cat([good, 1 - good]),
+        "normalized": torch.cat([scores, 1 - scores]),
+        "once": rows,
+    }

@@ -1,8 +1,8 @@
 """A run's state: saved to a checkpoint, checked, and loaded again.
 
 A checkpoint `checkpoint-N` holds Trainer's files (weights, optimizer, schedule, random state, `trainer_state.json`),
-`apex_state.json` with the state of this package's objects, `ema.safetensors` with `ema_decay`, what a diffusers pipeline
-loads, and a manifest with the hash of each file.
+`apex_state.json` with the state of this package's objects, `ema.safetensors` with `ema_decay`, `anchor.safetensors` with
+`anchor_decay`, what a diffusers pipeline loads, and a manifest with the hash of each file.
 """
 
 import json
@@ -47,6 +47,8 @@ def save(trainer: Any, directory: str | Path, *, for_resume: bool) -> None:
     """
     directory = str(directory)
     averaged = trainer._ema.save(directory)
+    if for_resume:
+        trainer._anchor.save(directory)
     weights = _gathered_weights(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     states = {name: owner.state_dict() for name, owner in trainer._stateful().items()}
@@ -79,7 +81,8 @@ def load(trainer: Any, checkpoint: str) -> None:
     with refusing_pickles(checkpoint):
         Trainer._load_optimizer_and_scheduler(trainer, checkpoint)
     restore(trainer._stateful(), checkpoint)
-    trainer._ema.load(checkpoint)
+    for copy in trainer._copies:
+        copy.load(checkpoint)
 
 
 def _gathered_weights(trainer: Any) -> dict[str, Tensor] | None:
@@ -215,7 +218,8 @@ def load_best_model(trainer: Any) -> None:
                 f"weights are those of the last step; {last_valid(trainer.args.output_dir)} holds them too."
             )
     Trainer._load_best_model(trainer)
-    trainer._ema.load(best)
+    for copy in trainer._copies:
+        copy.load(best)
 
 
 # Whether this run can resume from a checkpoint
@@ -237,7 +241,8 @@ def resume_point(trainer: Any, wanted: str | bool | None) -> str | None:
             check_state(trainer._stateful(), found)
             if trainer._engine == "ddp":
                 check_weights_match(found, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
-            trainer._ema.check(found)
+            for copy in trainer._copies:
+                copy.check(found)
             clear_partial(trainer.args.output_dir)
     return gather_list([found])[0]
 

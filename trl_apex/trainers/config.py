@@ -22,6 +22,7 @@ from trl import GRPOConfig
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions, did_you_mean
 from ..aggregation.rules import GRADIENT_RULES, RULES
 from ..diffusion.losses import GUARDS, TIMESTEP_SAMPLING, WEIGHTINGS
+from ..diffusion.movement import AWM_DECAY, NFT_DECAY, Decay
 from ..diffusion.schedule import SOLVERS, TRANSITIONS
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ REASONS = {
 # What None means for each loss. The flow-matching losses are published without guidance.
 LOSS_DEFAULTS: dict[str, dict[str, Any]] = {
     "grpo": {"guidance_scale": 4.5, "epsilon": 1e-4},
-    "awm": {"guidance_scale": 1.0, "epsilon": 1.0, "timesteps_per_image": 6},
-    "nft": {"guidance_scale": 1.0, "epsilon": 1e-4, "timesteps_per_image": 4},
+    "awm": {"guidance_scale": 1.0, "epsilon": 1.0, "timesteps_per_image": 6, "anchor_decay": list(AWM_DECAY)},
+    "nft": {"guidance_scale": 1.0, "epsilon": 1e-4, "timesteps_per_image": 4, "anchor_decay": list(NFT_DECAY)},
     "fpo": {"guidance_scale": 1.0, "epsilon": 0.01, "timesteps_per_image": 4},
 }
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -121,6 +122,7 @@ LEAST = {
     ), 1),
     **dict.fromkeys((
         "learning_rate", "weight_decay", "adam_epsilon", "epsilon", "beta", "guidance_scale", "eval_guidance_scale",
+        "awm_trust_region",
     ), 0),
 }  # fmt: skip
 
@@ -239,6 +241,15 @@ class DiffusionGRPOConfig(GRPOConfig):
     advantage_max: float = _field(1.0, "'awm': advantages, clipped to +-5, are scaled to at most this.")
     fpo_scale: float = _field(10.0, "'fpo': how much a change of the loss changes the ratio.")
     nft_beta: float = _field(1.0, "'nft': how far its two branches lie from the policy that sampled.")
+    anchor_decay: list[float] | None = _field(
+        None,
+        "'nft', 'awm': decay of the slow copy of the weights that 'nft' samples with and 'awm' stays close to: 0 for so many "
+        "updates, then this much more each update, up to this. None: 0, 0.001, 0.5 for 'nft' and 0, 0.001, 0.3 for 'awm'. "
+        "0 0 0: no slow copy, but the weights at the start of the iteration.",
+    )
+    awm_trust_region: float = _field(
+        1.0, "'awm': weight of the mean squared difference of velocities to the slow copy; 0 for none."
+    )
     negative_prompt: str = _field("", "Prompt of the unconditional branch.")
     max_sequence_length: int = _field(256, "Tokens of the longest text encoder.")
     prompt_cache_dir: str | None = _field(
@@ -291,7 +302,9 @@ class DiffusionGRPOConfig(GRPOConfig):
         8, "Images sampled at a time on a device; None for the whole generation batch."
     )
     offload_reference: bool = _field(
-        False, "Full fine-tuning with `beta` > 0: keep the frozen reference on the CPU between its forwards."
+        False,
+        "Full fine-tuning with `beta` > 0: keep the frozen reference on the CPU between its forwards. With 'nft' and 'awm' the "
+        "slow copy too.",
     )
     gather_for_rollout: bool = _field(
         True, "Under ZeRO-3 and FSDP2, gather all weights once a rollout; False gathers each layer in each forward."
@@ -385,6 +398,17 @@ class DiffusionGRPOConfig(GRPOConfig):
         return self.loss_type != "grpo"
 
     @property
+    def anchored(self) -> bool:
+        """Whether the loss compares with a slow copy of the weights, or those at the start of the iteration."""
+        return self.loss_type == "nft" or (self.loss_type == "awm" and self.awm_trust_region > 0)
+
+    @property
+    def anchor(self) -> Decay | None:
+        """How the slow copy follows the weights; None where there is none."""
+        flat, rise, most = self.anchor_decay or (0, 0, 0)
+        return Decay(int(flat), rise, most) if self.anchored and rise * most > 0 else None
+
+    @property
     def rows_per_image(self) -> int:
         """Rows that one image contributes to a pass: trained denoising steps, or noise levels."""
         return self.timesteps_per_image or self.sde_window_size or self.num_inference_steps - 1
@@ -408,6 +432,7 @@ class DiffusionGRPOConfig(GRPOConfig):
         """Values that do not fit together; `super().__post_init__()` has filled in what was left out."""
         rules, flow, range_ = self.allowed_rules(), self.flow_matching, self.timestep_range
         loss, accelerator = f"loss_type={self.loss_type!r}", typing.cast(Any, self.accelerator_config)
+        anchor = self.anchor_decay or [0.0, 0.0, 0.0]
         return [
             (self.multi_objective_aggregation not in rules, self.multi_objective_aggregation,
              f"`multi_objective_aggregation` must be one of {', '.join(rules)} for {type(self).__name__}",
@@ -435,6 +460,11 @@ class DiffusionGRPOConfig(GRPOConfig):
              "Leave these out."),
             (not flow and self.timesteps_per_image is not None, self.timesteps_per_image,
              "`timesteps_per_image` needs loss_type 'awm', 'nft' or 'fpo'", "Use sde_window_size with 'grpo'."),
+            (not (flow and self.loss_type != "fpo") and self.anchor_decay is not None, self.anchor_decay,
+             "`anchor_decay` needs loss_type 'nft' or 'awm', which have a slow copy of the weights", "Leave it out."),
+            (len(anchor) != 3 or min(anchor) < 0 or anchor[-1] >= 1, anchor,
+             "`anchor_decay` must be three numbers from 0, the last below 1: updates at 0, rise of each update, most",
+             "Use e.g. [0, 0.001, 0.5]."),
             (len(range_) != 2 or not 0 <= range_[0] < range_[1] <= 1, range_,
              "`timestep_range` must be two rising numbers in [0, 1]", "Use e.g. [0.1, 1.0]."),
             (self.ema_decay is not None and not 0 < self.ema_decay < 1, self.ema_decay,
@@ -606,9 +636,6 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
             (needed and not probe, {"conflict_source": source, "multi_objective_aggregation": rule},
              "`gradient_probe` must not be False where gradients are asked for", "Leave it out."),
             (self.probe_every < 1, self.probe_every, "`probe_every` must be at least 1", "Use e.g. 10."),
-            (probe and self.loss_type == "nft", "loss_type='nft'",
-             "The gradient probe needs a loss that is linear in the advantage",
-             "Use 'awm' or 'fpo', or turn off the probe and what needs it."),
             (probe and self.compile_denoiser, "compile_denoiser",
              "The gradient probe listens to layers that compiled code does not call", "Turn off one of the two."),
         ])  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..aggregation.normalize import group_rows
 from ..aggregation.options import checked_weights
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
 from ..diffusion import losses
+from ..diffusion.movement import Decay
 from ..diffusion.nouns import Embeddings, Rollout
 from ..diffusion.rollout import (
     INITIAL_NOISE,
@@ -69,7 +71,7 @@ from .logs import (
 from .publishing import without_token
 from .step_size import StepSizeControl
 from .trl_seam import RunTrainer
-from .weights import ADAPTER_RATE, FULL_RATE, EMACallback
+from .weights import ADAPTER_RATE, ANCHOR_FILE, FULL_RATE, CopiesCallback, WeightCopy
 
 logger = logging.getLogger(__name__)
 
@@ -258,8 +260,13 @@ class DiffusionGRPOTrainer(RunTrainer):
             self.add_callback(ProgressCallback(names))
         self._watch = RewardHackingWatch(len(names))
         self._detectors, self._guard = LearningDetectors(self), GradientGuardCallback(self)
-        self._ema = EMACallback(self, args.ema_decay, args.ema_update_steps)
-        for callback in (IterationCallback(self), self._detectors, self._guard, self._ema):
+        average = None  # of the weights after the first steps; their start does not count
+        if args.ema_decay is not None:
+            average = Decay(args.ema_update_steps, 1.0, args.ema_decay)
+        self._ema = WeightCopy(self, average, args.ema_update_steps)
+        self._anchor = WeightCopy(self, args.anchor, self.updates_per_iteration, ANCHOR_FILE, args.offload_reference)
+        self._copies = [self._ema, self._anchor]
+        for callback in (IterationCallback(self), self._detectors, self._guard, CopiesCallback(self, self._copies)):
             self.add_callback(callback)
         self._step_size = StepSizeControl(self, args.target_movement) if args.target_movement else None
         if self._step_size is not None:
@@ -304,7 +311,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         rollouts, pending = [], []
         compared = any(map(wants_whole_groups, self.reward_funcs))  # within groups, so after the rollout
         self._detectors.note_weights()
-        with self._rollout_weights(), self._failing_together_unless_sharded():
+        policy = self._anchor.applied() if self.args.loss_type == "nft" else nullcontext()
+        with policy, self._rollout_weights(), self._failing_together_unless_sharded():
             self._detectors.probe_velocity()
             embeddings, prompt_of = self._conditions.distinct(prompts)
             for start in range(0, len(inputs), chunk):
@@ -484,16 +492,16 @@ class DiffusionGRPOTrainer(RunTrainer):
                 "next_latents": rollout["latents"][sample, place + 1],
             }
             rows["timesteps"] = self.sampler.timesteps(steps).to(place.device)
-        return rows | {
-            name: rollout[name][sample, place] for name in ("old", "old_mean", "reference") if name in rollout
-        }
+        known = ("old", "old_mean", "anchor", "reference")
+        return rows | {name: rollout[name][sample, place] for name in known if name in rollout}
 
     @torch.no_grad()
     def _predictions_before_updates(self, rollout: dict[str, Any]) -> dict[str, Tensor]:
-        """What the policy that sampled, and the frozen copy, say of every row before the first update.
+        """What the policy that sampled, the slow copy and the frozen copy say of every row before the first update.
 
-        `old` of 'awm' and 'fpo' is the likelihood of each row `[B, N]`, of 'nft' its velocity `[B, N, C, H, W]`; one update
-        an iteration needs none. `reference` `[B, N, C, H, W]` is the prediction of the frozen copy.
+        `old` `[B, N]` is the likelihood of each row under the policy that sampled, for 'awm' and 'fpo'. `anchor`
+        `[B, N, C, H, W]` is the velocity that the slow copy predicts, for 'nft' and 'awm'. Neither is needed where it is
+        what the first and only update predicts. `reference` `[B, N, C, H, W]` is the prediction of the frozen copy.
         """
         args, found = self.args, {}
         pairs = torch.cartesian_prod(torch.arange(len(rollout["prompts"])), torch.arange(args.rows_per_image))
@@ -508,9 +516,13 @@ class DiffusionGRPOTrainer(RunTrainer):
             model.train(was_training)
             return torch.cat(kept).unflatten(0, (-1, args.rows_per_image))
 
-        if args.flow_matching and self.updates_per_iteration > 1:
+        several = self.updates_per_iteration > 1
+        if args.loss_type in ("awm", "fpo") and several:
             with self._rollout_weights():
-                found["old"] = every_row(self._rollout_model(), None if args.loss_type == "nft" else self._log_prob)
+                found["old"] = every_row(self._rollout_model(), self._log_prob)
+        if args.anchored and (several or args.anchor is not None):
+            with self._anchor.applied(), self._rollout_weights():
+                found["anchor"] = every_row(self._rollout_model())
         if self._reference is not None:
             with self._reference_on_device() as reference:
                 found["reference"] = every_row(reference)
@@ -556,17 +568,16 @@ class DiffusionGRPOTrainer(RunTrainer):
         return torch.zeros((), device=self.accelerator.device)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The surrogate loss of one micro-batch, plus `beta` times the distance to the reference."""
+        """The surrogate loss of one micro-batch, plus the weighted distances to the reference and the slow copy."""
         prediction = self._predict(model, inputs)
         surrogate = self._surrogate(prediction, inputs)
-        loss, distance = surrogate.loss.mean(), None
-        if self.beta > 0:
-            distance = self._distance(model, prediction, inputs)
-            loss = loss + self.beta * distance
+        distances = self._distances(model, prediction, inputs)
+        weights = {"kl": self.beta, "trust_region": self.args.awm_trust_region}
+        loss = surrogate.loss.mean() + sum(weights[name] * distance for name, distance in distances.items())
         self._guard.update_is_dead &= inputs["dead"]
         if inputs["first_update"]:
             self._detectors.watch_ratio(surrogate.ratio)
-        self._unread.append(update_metrics(surrogate, distance))
+        self._unread.append(update_metrics(surrogate, distances))
         self._guard.remember(surrogate.ratio, inputs)
         return loss / self.current_gradient_accumulation_steps
 
@@ -582,7 +593,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         """What `loss_type` minimizes, row by row."""
         args, advantages = self.args, rows["advantages"]
         if args.loss_type == "nft":
-            old = rows.get("old", prediction.detach())
+            old = rows.get("anchor", prediction.detach())
             loss = losses.nft_loss(
                 prediction, old, rows["latents"], rows["clean"], rows["sigmas"], advantages, args.nft_beta
             )
@@ -613,6 +624,15 @@ class DiffusionGRPOTrainer(RunTrainer):
             return losses.fpo_log_likelihood(prediction, rows["target"], args.fpo_scale)
         transition = self.sampler.stochastic(rows["latents"], prediction, rows["steps"])
         return self.sampler.log_prob(rows["next_latents"], transition)
+
+    def _distances(self, model: nn.Module, prediction: Tensor, rows: dict[str, Any]) -> dict[str, Tensor]:
+        """Mean distances that the loss holds small: `kl` to the reference, and of 'awm' `trust_region` to its slow copy."""
+        found = {}
+        if self.beta > 0:
+            found["kl"] = self._distance(model, prediction, rows)
+        if self.args.loss_type == "awm" and "anchor" in rows:
+            found["trust_region"] = losses.squared_error(prediction, rows["anchor"]).mean()
+        return found
 
     def _distance(self, model: nn.Module, prediction: Tensor, rows: dict[str, Any]) -> Tensor:
         """Mean distance to the model without its adapter, or to the frozen start: KL divergence, or squared velocity."""

@@ -84,7 +84,7 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[
         return trainer._sample(trainer._conditions(prompts), initial, sampler, guidance).images
 
     scorer = trainer._open_scorer(funcs, names)
-    with trainer._ema.averaged(), closing(scorer):
+    with trainer._ema.applied(), closing(scorer):
         own = draw_and_score(
             dataset, mine, draw, partial(trainer._submit, scorer), names,
             seed=args.seed, shape=trainer.eval_latent_shape, batch_size=args.per_device_eval_batch_size,

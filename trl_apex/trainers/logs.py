@@ -118,7 +118,7 @@ def log_from_rewards(
 # Metrics of updates
 
 
-def update_metrics(surrogate: Surrogate, distance: Tensor | None) -> dict[str, Tensor]:
+def update_metrics(surrogate: Surrogate, distances: dict[str, Tensor]) -> dict[str, Tensor]:
     """Metrics of one micro-batch, on the device: reading them at once would wait for the whole queue."""
     values = {
         "clip_ratio/low_mean": surrogate.low.float().mean(),
@@ -126,9 +126,8 @@ def update_metrics(surrogate: Surrogate, distance: Tensor | None) -> dict[str, T
         "clip_ratio/region_mean": (surrogate.low | surrogate.high).float().mean(),
         "ratio/mean": surrogate.ratio.mean(),
         "ratio/max_deviation": (surrogate.ratio - 1).abs().max(),
+        **distances,
     }
-    if distance is not None:
-        values["kl"] = distance
     return {name: value.detach() for name, value in values.items()}
 
 

@@ -157,7 +157,7 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
         shutil.copytree(checkpoint, staged / folder, copy_function=_link)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if not isinstance(model, PeftModel) and trainer._engine == "ddp":
-        with trainer._ema.averaged():
+        with trainer._ema.applied():
             save_denoiser(model, staged / trainer.policy.denoiser_name)
     api, repo_id = HfApi(token=trainer._hub_token), trainer.hub_model_id
     options: Any = {"commit_message": f"Training in progress, {checkpoint.name}", "revision": args.hub_revision}

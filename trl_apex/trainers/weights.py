@@ -1,4 +1,4 @@
-"""The trained weights: the denoiser, the files they are saved in, and their moving average."""
+"""The trained weights: the denoiser, the files they are saved in, and copies that follow them."""
 
 import copy
 import json
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.training_utils import EMAModel
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..diffusion.families.base import DiffusionPolicy
+from ..diffusion.movement import Decay
 from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
 
-LORA_FILE, EMA_FILE = "pytorch_lora_weights.safetensors", "ema.safetensors"
+LORA_FILE, EMA_FILE, ANCHOR_FILE = "pytorch_lora_weights.safetensors", "ema.safetensors", "anchor.safetensors"
 ADAPTER_RATE, FULL_RATE = 3e-4, 1e-5  # default learning rates
 MANY_WEIGHTS = 10**9
 RECOMPILE_LIMIT = 32
@@ -179,82 +179,105 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-# Copies of the trained weights, saved and loaded beside them: the moving average
+# Copies of the trained weights, saved and loaded beside them: the moving average, and the anchor of 'nft' and 'awm'
 
 
-class EMACallback(TrainerCallback):
-    """Averages the trainable parameters each `every` optimizer steps; a `decay` of 0.9 keeps nine tenths, None averages nothing."""
+class WeightCopy:
+    """A copy of the trained weights that follows them: `copy <- d copy + (1 - d) weights` every few optimizer steps.
 
-    def __init__(self, trainer, decay: float | None, every: int):
-        self.trainer, self.decay, self.every = trainer, decay, every
-        self._ema: EMAModel | None = None  # from the beginning of training
+    Args:
+        decay: d by the number of the step; None for no copy.
+        every: steps between two updates of the copy.
+        file: what it is saved in.
+        offload: keep it on the CPU.
+    """
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer.resumed_from is None:
-            self._start()
+    def __init__(self, trainer, decay: Decay | None, every: int, file: str = EMA_FILE, offload: bool = False):
+        self.trainer, self.decay, self.every, self.file, self.offload = trainer, decay, every, file, offload
+        self.copy: list[Tensor] | None = None  # of what this rank holds, from the beginning of training
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self._ema is not None and state.global_step % self.every == 0:
-            self._ema.step(self._parameters())
+    def start(self) -> None:
+        """Make the copy equal to the weights."""
+        if self.decay is not None:
+            self.copy = [weight.to("cpu" if self.offload else weight.device, copy=True) for weight in self._weights()]
+
+    def follow(self, step: int) -> None:
+        """Move the copy after the optimizer step of this number, if it is one at which it moves."""
+        if self.decay is None or self.copy is None or step % self.every:
+            return
+        decay = self.decay.at(step)
+        for own, weight in zip(self.copy, self._weights(), strict=True):
+            own.lerp_(weight.to(own.device), 1 - decay)
 
     @contextmanager
-    def averaged(self):
-        """Put the averaged weights into the model for a while."""
-        if self._ema is None:
-            yield
-            return
-        self._ema.store(self._parameters())
-        self._ema.copy_to(self._parameters())
+    def applied(self):
+        """The model with the copy's weights for a while; nothing else of it is touched."""
+        self._swap()
         try:
             yield
         finally:
-            self._ema.restore(self._parameters())
+            self._swap()
 
     def save(self, directory: str) -> dict[str, Tensor] | None:
-        """Write the full average and return it by name; every rank must call it, the main process writes and has it.
+        """Write the full copy and return it by name; every rank must call it, the main process writes and has it.
 
-        None where there is no average, or none yet.
+        None where there is no copy, or none yet.
         """
-        if self._ema is None:
+        if self.copy is None:
             return None
-        with self.averaged():
+        with self.applied():
             tensors = full_trainable_weights(self.trainer.model, main_only=True)
         if self.trainer.args.should_save:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            step = torch.tensor(self._ema.optimization_step)
-            save_file({**tensors, "optimization_step": step}, Path(directory) / EMA_FILE)
+            updates = torch.tensor(self.trainer.state.global_step // self.every)
+            save_file({**tensors, "optimization_step": updates}, Path(directory) / self.file)
         return tensors
 
     def load(self, checkpoint: str | Path) -> None:
-        """Take the average that a checkpoint holds, or start one from the weights; every rank must call it."""
-        self._start()
-        file = Path(checkpoint, EMA_FILE)
-        if self._ema is None or not file.is_file():
+        """Take the copy that a checkpoint holds, or start one from the weights; every rank must call it."""
+        self.start()
+        file = Path(checkpoint, self.file)
+        if self.copy is None or not file.is_file():
             return
-        stored = load_file(file)
-        self._ema.optimization_step = int(stored.pop("optimization_step"))
-        self._ema.store(self._parameters())
-        set_trainable_weights(self.trainer.model, stored)
-        self._ema.shadow_params = [p.detach().clone() for p in self._parameters()]
-        self._ema.restore(self._parameters())
+        with self.applied():
+            set_trainable_weights(self.trainer.model, load_file(file))
 
     def check(self, checkpoint: str | Path) -> None:
-        """Raise ValueError if the average in a checkpoint, where there is one, is not of these weights."""
-        file = Path(checkpoint, EMA_FILE)
+        """Raise ValueError if the copy in a checkpoint, where there is one, is not of these weights."""
+        file = Path(checkpoint, self.file)
         if self.decay is None or not file.is_file():
             return
         expected = {n.removeprefix("module.") for n, p in self.trainer.model.named_parameters() if p.requires_grad}
         names = sorted((expected | {"optimization_step"}) ^ stored_shapes(file).keys())
         if names:
             raise ValueError(
-                f"{file} must hold the average of each trained weight, and its step. Found {len(names)} names in one of the "
+                f"{file} must hold a copy of each trained weight, and its step. Found {len(names)} names in one of the "
                 f"file and the model alone, e.g. {names[0]}. Take another checkpoint."
             )
 
-    def _parameters(self) -> list[nn.Parameter]:
-        """What this rank holds of the trainable parameters: views, so that an average written there is used."""
-        return [nn.Parameter(local_shard(p)) for p in self.trainer.model.parameters() if p.requires_grad]
+    def _weights(self) -> list[Tensor]:
+        """What this rank holds of the trained weights: views, so that what is written there is used."""
+        return [local_shard(p) for p in self.trainer.model.parameters() if p.requires_grad]
 
-    def _start(self) -> None:
-        if self.decay is not None:
-            self._ema = EMAModel(self._parameters(), decay=self.decay, min_decay=self.decay)
+    def _swap(self) -> None:
+        """Exchange copy and weights, one after the other, so that no second model is needed for it."""
+        for own, weight in zip(self.copy or [], self._weights() if self.copy else [], strict=True):
+            held = weight.clone()
+            weight.copy_(own)
+            own.copy_(held)
+
+
+class CopiesCallback(TrainerCallback):
+    """Starts the copies of the trained weights with a run, and lets them follow."""
+
+    def __init__(self, trainer, copies: list[WeightCopy]):
+        self.trainer, self.copies = trainer, copies
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.resumed_from is None:
+            for each in self.copies:
+                each.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        for each in self.copies:
+            each.follow(state.global_step)
