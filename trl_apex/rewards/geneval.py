@@ -38,7 +38,8 @@ class GenEvalReward(Reward):
 
     default_name = "geneval"
     range = "0 or 1, with `share` 0 to 1, larger is better"
-    weights_licence = "MIT (Mask2Former's code and weights, CLIP)"
+    extra = "geneval"
+    weights_licence = "MIT (Mask2Former's code, CLIP); see the segmenter's own card"
 
     column = "objects"
     threshold, counting_threshold = 0.3, 0.9  # the least score of an instance; the second where `tag` is "counting"
