@@ -44,7 +44,7 @@ def load(name: str, count: int, side: int) -> dict[str, float | int | str]:
     images = torch.zeros(count, 3, side, side)
     values = torch.arange(count, dtype=torch.float32) % 256
     images[:, 0, 0, 0] = values / 255
-    scorers = [RewardScorer([RemoteReward(url, name)]) for _ in range(CLIENTS)]
+    scorers = [RewardScorer([RemoteReward(url, name, as_uint8=True)]) for _ in range(CLIENTS)]
     started = time.perf_counter()
     futures = [s.submit(prompts=["a cat"] * count, completions=[None] * count, images=images) for s in scorers]
     while not all(future.done() for future in futures):

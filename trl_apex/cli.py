@@ -19,6 +19,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import Any, NoReturn
 
+from .redact import redacted
 from .rewards.registry import REWARDS, load_rewards
 
 COMMANDS = {
@@ -115,7 +116,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def _fail(program: str, message: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0" or code == FAILURE:
-        print(f"{program}: {'' if code == INTERRUPTED else 'error: '}{message}", file=sys.stderr)
+        print(f"{program}: {'' if code == INTERRUPTED else 'error: '}{redacted(message)}", file=sys.stderr)
     return code
 
 

@@ -3,19 +3,22 @@
 import os
 import re
 from typing import Any
+from urllib.parse import quote
 
 HIDDEN = "(hidden)"
-_SECRET_KEY = re.compile(
-    r"(^|_)(tokens?|secret|password|passwd|api_?key|access_key|private_key|credentials?|authorization)$", re.I
-)
+_NAMES = r"(?:token|secret|password|passwd|passphrase|api[_-]?key|(?:access|private|secret)[_-]?key|credentials?|authorization)"
+_SECRET_KEY = re.compile(rf"(^|[_-])(tokens|{_NAMES})$", re.I)
 _IN_TEXT = {  # pattern -> what is shown in its place
     re.compile(r"(\bBearer\s+)[^\s'\"]+", re.I): rf"\1{HIDDEN}",
     re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,})\b"): HIDDEN,
+    re.compile(rf"(--[\w-]*{_NAMES}[= ])('[^']*'|\"[^\"]*\"|\S+)", re.I): rf"\1{HIDDEN}",
+    re.compile(rf"(\b(?:\w*[_-])?{_NAMES}['\"]?\s*[:=]\s*b?)(['\"])(?!\2).*?\2", re.I): rf"\1\2{HIDDEN}\2",
     re.compile(
-        r"(--[\w-]*(?:token|secret|password|passwd|api[_-]?key|access[_-]key|private[_-]key|credentials?)[= ])('[^']*'|\S+)",
-        re.I,
+        rf"(\b(?:[\w-]*[_-]{_NAMES}|api[_-]key|authorization):\s*)(?:Basic\s+)?(?!Bearer)[^\s'\"]+", re.I
     ): rf"\1{HIDDEN}",
-    re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@"): rf"\1{HIDDEN}@",
+    re.compile(rf"([?&;](?:[\w.-]*[_.-])?(?:{_NAMES}|key|sig|signature|auth)=)[^&;#\s'\"]+", re.I): rf"\1{HIDDEN}",
+    re.compile(rf"(\b(?:\w*_)?{_NAMES}=)[^&;#\s'\",)]+", re.I): rf"\1{HIDDEN}",
+    re.compile(r"(\w+://)[^/\s]+@"): rf"\1{HIDDEN}@",
 }
 _IN_USE: set[str] = set()
 
@@ -59,16 +62,36 @@ def redacted(value: Any) -> Any:
         >>> redacted("Illegal header value b'Bearer abc'")
         "Illegal header value b'Bearer (hidden)'"
     """
+    return _hidden(value, known_secrets())
+
+
+def known_secrets() -> list[str]:
+    """The secrets in use and those in environment variables that are named like one, as they are and as URLs have them."""
+    named = {value.strip() for name, value in os.environ.items() if _SECRET_KEY.search(name)}
+    found = _IN_USE | {secret for secret in named if len(secret) >= 8 and not os.path.exists(secret)}
+    return sorted(found | {quote(secret, safe="") for secret in found}, key=len, reverse=True)
+
+
+def _hidden(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, dict):
         return {
-            key: HIDDEN if item and isinstance(item, str) and _SECRET_KEY.search(str(key)) else redacted(item)
+            key: HIDDEN if item and isinstance(item, str) and _SECRET_KEY.search(str(key)) else _hidden(item, secrets)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
+        return [_hidden(item, secrets) for item in value]
     if isinstance(value, str):
-        for secret in _IN_USE:
+        for secret in secrets:
             value = value.replace(secret, HIDDEN)
         for pattern, shown in _IN_TEXT.items():
             value = pattern.sub(shown, value)
     return value
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, without secrets: `KeyError: 'target'`."""
+    try:
+        text = redacted(" ".join(str(error).split()))
+    except Exception:  # a `__str__` that fails itself
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,8 +1,10 @@
 """Each family's policy draws the image that diffusers' own pipeline draws."""
 
 import inspect
+from functools import partial
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -169,6 +171,61 @@ def test_noise_predicting_models_refuse_flow_schedulers():
             load_policy(pipeline)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(build("sdxl").scheduler.config)  # as SDXL is published
     load_policy(pipeline)
+
+
+SCHEDULERS = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd1.5"])
+def test_every_scheduler_of_diffusers_is_sampled_with_or_refused_by_name(family):
+    pipeline, taken = build(family), []
+    config = pipeline.scheduler.config
+    for name in SCHEDULERS:
+        for make in (getattr(diffusers, name), partial(getattr(diffusers, name).from_config, config)):
+            try:
+                pipeline.scheduler = make()
+            except Exception:  # needs another package, or has no such form
+                continue
+            try:
+                policy = load_policy(pipeline)
+            except ValueError as error:
+                assert name in str(error)
+                continue
+            sigmas = policy.schedule(3, SIZE, SIZE).sigmas
+            assert sigmas.isfinite().all() and len(sigmas.unique()) == 4, name
+            taken.append(name)
+    assert ("FlowMatchEulerDiscreteScheduler" in taken) == (family == "sd3")
+    assert ("DDIMScheduler" in taken) == (family == "sd1.5") and (len(set(taken)) > 9) == (family == "sd1.5")
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [
+        *(("sd1.5", option) for option in (
+            {"clip_sample": True}, {"thresholding": True}, {"timestep_spacing": "linspace"}, {"timestep_spacing": "trailing"},
+            {"steps_offset": 1}, {"set_alpha_to_one": False}, {"beta_schedule": "squaredcos_cap_v2"}, {"num_train_timesteps": 500},
+        )),
+        *(("sd3", option) for option in (
+            {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}, {"shift_terminal": 0.1},
+            {"use_dynamic_shifting": True}, {"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"shift": 1.0},
+            {"invert_sigmas": True}, {"stochastic_sampling": True},
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_option_of_a_scheduler_draws_the_pipelines_image_or_is_refused(family, option):
+    pipeline = build(family)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **option)
+    try:
+        policy = load_policy(pipeline)
+    except ValueError as error:
+        assert next(iter(option)) in str(error)
+        return
+    noise = keyed_noise([(0,), (1,)], policy.latent_shape(SIZE, SIZE))
+    expected = pipeline(PROMPTS, num_inference_steps=3, **plain_call(pipeline, noise, 1.0)).images
+    sampler = Sampler(policy.schedule(3, SIZE, SIZE), policy.transitions[0], 0.7)
+    found = sample(policy, policy.denoiser, sampler, policy.encode(PROMPTS, 12), None, 1.0, noise).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_v_prediction_from_pure_noise_draws_the_pipelines_image_and_trains():

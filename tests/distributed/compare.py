@@ -29,3 +29,21 @@ def assert_same_training(run: dict, reference: dict, tolerance: float) -> None:
     np.testing.assert_allclose(curve(run, "loss"), curve(reference, "loss"), atol=tolerance)
     np.testing.assert_allclose(curve(run, "grad_norm"), curve(reference, "grad_norm"), rtol=1e-3)
     assert largest_difference(run["weights"], reference["weights"]) < tolerance
+
+
+def assert_same_state(state, reference, place: str = "aggregator") -> None:
+    """Every number of two aggregators' states: priorities to 1e-6, the others to 1e-4; everything else is equal."""
+    assert type(state) is type(reference), place
+    if isinstance(state, dict):
+        assert list(state) == list(reference), place
+        for key in state:
+            assert_same_state(state[key], reference[key], f"{place}.{key}")
+    elif isinstance(state, list):
+        assert len(state) == len(reference), place
+        for i, pair in enumerate(zip(state, reference, strict=True)):
+            assert_same_state(*pair, f"{place}.{i}")
+    elif isinstance(state, float):
+        tolerance = 1e-6 if "priorit" in place else 1e-4
+        np.testing.assert_allclose(state, reference, rtol=tolerance, atol=tolerance, err_msg=place)
+    else:
+        assert state == reference, place

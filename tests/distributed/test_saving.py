@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from compare import assert_same_training, largest_difference, movement
+from compare import assert_same_state, assert_same_training, largest_difference, movement
 from diffusers import SD3Transformer2DModel
 from engines import ENGINES, OTHERS, STAGE, environment
 from processes import RankFailed, attempt, run
@@ -31,6 +31,7 @@ def test_saving_and_resuming(engine, lora, reference, tmp_path):
     for mine, theirs in zip(resumed["iterations"], whole["iterations"][2:], strict=True):
         np.testing.assert_allclose(mine["rewards"], theirs["rewards"], atol=1e-6)
         assert mine["priorities"] == pytest.approx(theirs["priorities"], abs=1e-6)
+    assert_same_state(resumed["aggregator"], whole["aggregator"])
 
 
 def _assert_a_plain_pipeline_loads(folder, weights, lora):

@@ -41,8 +41,12 @@ def test_the_first_rollout_is_the_same_where_the_forwards_have_the_same_size(tmp
     """What differs between numbers of processes is the order of float additions in kernels, nothing else."""
     options = {"max_steps": 1, "rollout_batch_size": 2, "output_dir": str(tmp_path)}
     first, *others = (run(train, world, environment("ddp", world), **options)[0] for world in (1, 2, 4))
+    theirs = first["iterations"][0]
     for other in others:
-        np.testing.assert_allclose(other["iterations"][0]["rewards"], first["iterations"][0]["rewards"], rtol=1e-6)
+        mine = other["iterations"][0]
+        np.testing.assert_allclose(mine["rewards"], theirs["rewards"], rtol=1e-6)
+        np.testing.assert_allclose(mine["advantages"], theirs["advantages"], atol=1e-4)
+        assert mine["priorities"] == pytest.approx(theirs["priorities"], abs=1e-4)
 
 
 @pytest.mark.distributed

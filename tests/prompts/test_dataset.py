@@ -31,6 +31,15 @@ def test_every_format_keeps_prompts_and_columns(tmp_path, suffix):
     assert found["level"][:] == [3, 4] and found["target"][0] == "ÖL"
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_dates_in_json_stay_the_texts_that_they_are(tmp_path, suffix):
+    rows = [{"prompt": "2024-05-01", "target": "2024-05-01"}, {"prompt": "2024-05-02 10:00:00"}]
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text(json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows)))
+    found = load_prompts(path)
+    assert found["prompt"][:] == [row["prompt"] for row in rows] and found["target"][:] == ["2024-05-01", None]
+
+
 def test_a_text_file_holds_a_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffein Öltank\r\n\n  a cat \n".encode())

@@ -35,6 +35,14 @@ from trl_apex.rewards.ocr import levenshtein, quoted_targets, text_similarity
         ("你妤", "你好", 1 / 2),
         ("ПРИВЕТ", "привет", 1),
         ("STRASSE", "straße", 1 - 2 / 6),  # no folding of letters, only lower case
+        ("café", "CAFE\u0301", 1),  # combining characters
+        ("２０２４：ＡＢ", "2024: ab", 1),  # full-width
+        ("ﬁne", "fine", 1),
+        ("Don't", "Don\u2019t", 1),
+        ("9-17", "9\u201317", 1),
+        ("ab", "a\u200b\u00adb\u200f", 1),  # invisible characters
+        ("\u2764", "\u2764\ufe0f", 1),
+        ("\u0645\u0631\u062d\u0628\u0627", "\u200f\u0645\u0631\u062d\u0628\u0627", 1),
     ],
 )
 def test_rule(recognized, target, reward):
@@ -56,6 +64,10 @@ def test_rule(recognized, target, reward):
         ('ein Schild „Geöffnet“, „Mo-Fr", „do 9-17”', ["Geöffnet", "Mo-Fr", "do 9-17"]),
         ("une enseigne « Café » et «Bar», »Kino« ‹Ja›", ["Café", "Bar", "Kino", "Ja"]),
         ("看板「営業中」『本日』", ["営業中", "本日"]),
+        ("看板〝営業中〟 ＂本日＂", ["営業中", "本日"]),
+        ("en skylt ”Öppet”, ein Schild ‚Auf‘ ›Zu‹ »Mo»", ["Öppet", "Auf", "Zu", "Mo"]),
+        ("\u05e9\u05dc\u05d8 \u201c\u05e9\u05dc\u05d5\u05dd\u201d", ["\u05e9\u05dc\u05d5\u05dd"]),
+        ('a sign "\u200b"', []),
         ("a sign 'OPEN' and ‘It’s late’", ["OPEN", "It’s late"]),
         ("the dog's bowl says 'Don't touch'.", ["Don't touch"]),
         ("""a 'vintage' sign, "SALE\"""", ["SALE"]),  # single quotes count if there are no others

@@ -4,6 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -38,6 +39,23 @@ def test_batches_loading_and_unloading():
     reward.unload()
     reward(prompts=["a"], completions=[Image.new("RGB", (2, 2))])
     assert reward.loads == 2
+
+
+def test_one_samples_trouble_stays_its_own():
+    class Delicate(Recording):
+        def _score(self, loaded, images, prompts, columns):
+            to_pil(images)
+            return [
+                float(len(prompt)) + len(target) for prompt, target in zip(prompts, columns["target"], strict=True)
+            ]
+
+    good, odd = Image.new("RGB", (2, 2)), Image.new("F", (2, 2))
+    reward, keywords = Delicate(device="cpu", batch_size=3), {"prompts": ["a", "", "ccc", "d"]}
+    found = reward(**keywords, completions=[good, odd, good, good], target=["x", "x", None, "x"])
+    assert found == [2.0, None, None, 2.0] and found.failures == 2
+    assert "mode 'F'" in found.errors[1] and "TypeError" in found.errors[2]
+    with pytest.raises(TypeError):  # nothing can be scored
+        reward(**keywords, completions=[good] * 4, target=[None] * 4)
 
 
 def test_one_batch_at_a_time():

@@ -24,6 +24,7 @@ from trl_apex.rewards.vlm_judge import parse_score
         ("The score is 4/5.", 4),
         ("Alignment Score: 2\nCoherence Score: 3\nFinal Score: 5", 5),
         ("Score: `1.25`", 1.25),
+        ("最终 Score：４．５", 4.5),
         ("Final Score: 7", None),
         ("Final Score: -1", None),
         ("I give it a 4.", None),

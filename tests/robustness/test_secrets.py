@@ -1,13 +1,17 @@
 """A run with three secrets, and a search for them in everything that it leaves, logs, prints and uploads."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from loopback import running
 from loopback_hub import WRITER, running_hub
-from tiny_runs import redness
+from peft import LoraConfig
+from tiny_runs import redness, tiny_args, tiny_pipeline
 
+from trl_apex import APEXTrainer
 from trl_apex.cli import main
 from trl_apex.redact import redacted
 
@@ -74,8 +78,30 @@ def test_the_search_finds_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["--hub_token plain1", "--hub_token=plain1", "--api-key 'plain1'", "--password plain1"]
-)
-def test_a_token_on_a_command_line_is_hidden_whatever_its_form(text):
-    assert "plain1" not in redacted(f"trl-apex train {text} --max_steps 3")
-    assert "--max_steps 3" in redacted(f"trl-apex train {text} --max_steps 3")
+    "text",
+    [
+        "--hub_token plain1", "--hub_token=plain1", "--api-key 'plain1'", "--password plain1", '--hub_token "plain1 x"',
+        "--model_init_kwargs '{\"token\": \"plain1\"}'", "hub_token: plain1", "password=plain1",
+        "{'api_key': 'plain1'}", "x-api-key: plain1", "Authorization: Basic plain1", "b'Bearer plain1'",
+        "https://me:plain1@host/x", "https://plain1@host/x", "https://me:pl@plain1@host/x", "https://h/x?a=1&api_key=plain1",
+        "https://h/x?X-Amz-Signature=plain1&a=1", "the key in_the/environment", "the key in_the%2Fenvironment",
+    ],
+)  # fmt: skip
+def test_a_secret_is_hidden_in_whatever_text(text, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "in_the/environment")
+    shown = redacted(f"trl-apex train {text} --max_steps 3 --max_tokens 512 a token 'x' prompt")
+    assert not {"plain1", "in_the/environment", "in_the%2Fenvironment"} & set(re.split(r"[^\w/%]+", shown)), shown
+    assert "--max_steps 3 --max_tokens 512 a token 'x' prompt" in shown
+
+
+def test_a_token_for_loading_the_pipeline_is_not_kept(tmp_path):
+    args = tiny_args(
+        tmp_path, model_init_kwargs={"token": "of-the-hub"}, max_steps=1, save_strategy="steps", save_steps=1
+    )
+    folder = tmp_path / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    data = Dataset.from_dict({"prompt": ["a", "b"]})
+    trainer = APEXTrainer(str(folder), redness, args, data, peft_config=LoraConfig(r=2))
+    trainer.train()
+    assert args.model_init_kwargs == {"token": "of-the-hub"}
+    assert leaks(tmp_path, {"token": "of-the-hub"}) == []

@@ -1,12 +1,15 @@
 """The same reward, here and behind the server: the same numbers, and failures that say what is wrong."""
 
 import asyncio
+import datetime
+import io
 import pickle
 import threading
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from loopback import TOKEN, running
 from PIL import Image
 from rewards_tiny_models import save_clip, save_llava
@@ -22,6 +25,9 @@ from trl_apex.rewards import (
     TransientRewardError,
 )
 from trl_apex.rewards.base import to_uint8
+from trl_apex.serving.server import make_server
+from trl_apex.serving.wire import check_column
+from trl_apex.trainers.inputs import _check_calls
 
 PROMPTS = ["a red circle", "a blue square", "green", "with"] * 3
 
@@ -72,6 +78,13 @@ def tensor():
     return torch.rand(12, 3, 24, 20, generator=torch.Generator().manual_seed(0))
 
 
+def broken_picture():
+    """A PNG file that was cut."""
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, format="PNG")
+    return Image.open(io.BytesIO(buffer.getvalue()[:1000]))
+
+
 def call(reward, **keywords):
     returned = reward(**keywords)
     if asyncio.iscoroutine(returned):
@@ -81,17 +94,17 @@ def call(reward, **keywords):
 
 @pytest.mark.parametrize("name", ["pickscore", "deqa", "jpeg_compressibility", "brightness", "asynchronous"])
 def test_same_numbers_for_pictures_and_tensors(url, local, name, pictures, tensor):
-    rounding, exact = (RemoteReward(url, name, as_uint8=as_uint8, batch_size=12) for as_uint8 in (True, False))
+    rounding, exact, plain = (RemoteReward(url, name, as_uint8=given, batch_size=12) for given in (True, False, None))
     keywords = {"prompts": PROMPTS, "completions": pictures}
     assert call(rounding, **keywords) == call(local[name], **keywords)
     keywords = {"prompts": PROMPTS, "completions": [], "images": tensor}
-    assert call(exact, **keywords) == call(local[name], **keywords)
+    assert call(exact, **keywords) == call(plain, **keywords) == call(local[name], **keywords)
     if name != "brightness":  # which reads more than 8 bits
         assert call(rounding, **keywords) == call(local[name], **keywords)
 
 
 def test_a_reward_that_takes_floats_gets_them(url, local, tensor):
-    rounded = call(RemoteReward(url, "brightness"), prompts=PROMPTS, images=tensor)
+    rounded = call(RemoteReward(url, "brightness", as_uint8=True), prompts=PROMPTS, images=tensor)
     expected = call(local["brightness"], prompts=PROMPTS, completions=[], images=to_uint8(tensor).float() / 255)
     assert rounded == expected
 
@@ -121,17 +134,66 @@ def test_large_images_are_sent_in_smaller_parts():
     assert len(exact(torch.empty(4, 3, 2048, 2048).expand(4, 3, 2048, 2048))) == 4
 
 
-def test_a_refused_part_costs_its_own_images(url, pictures):
-    prompts = ["x"] * 3 + ["y" * 10_001] + ["x"] * 2
-    rewards = asyncio.run(RemoteReward(url, "asynchronous", batch_size=2)(prompts=prompts, completions=pictures[:6]))
-    assert rewards == [1.0, 1.0, None, None, 1.0, 1.0]
-    assert "a prompt must have at most 10000 characters" in rewards.errors[2] and rewards.errors[0] is None
+def test_a_prompt_or_picture_that_is_refused_costs_its_own_image(url, pictures):
+    prompts, images = ["x"] * 3 + ["y" * 10_001] + ["x"] * 2, [*pictures[:4], broken_picture(), pictures[5]]
+    rewards = asyncio.run(RemoteReward(url, "asynchronous", batch_size=3)(prompts=prompts, completions=images))
+    assert rewards == [1.0, 1.0, 1.0, None, None, 1.0]
+    assert "a prompt must have at most 10000 characters" in rewards.errors[3] and "truncated" in rewards.errors[4]
 
 
 def test_columns_travel(url, pictures):
     keywords = {"target": ["cat", None, "", "tent"], "photo": [object()] * 4, "log_metric": print}
-    rewards = call(RemoteReward(url, "by_column"), prompts=PROMPTS[:4], completions=pictures[:4], **keywords)
-    assert rewards == [3.0, None, None, 4.0]
+    keywords |= {"prompts": PROMPTS[:4], "completions": pictures[:4]}
+    assert call(RemoteReward(url, "by_column", columns=["target"]), **keywords) == [3.0, None, None, 4.0]
+    with pytest.raises(ValueError, match="column `photo` must hold JSON values.*object.*in row 0.*`columns`"):
+        call(RemoteReward(url, "by_column"), **keywords)
+
+
+def test_a_reward_gets_the_values_and_types_that_it_gets_in_the_trainer(pictures):
+    text = "NFD e\u0301, \u05e9\u05dc\u05d5\u05dd, \U0001f600\u200d\U0001f525, ２０２４, \x00\n\u2028"
+    values = [text, "", None, True, 0, -0.0, 1.0, 2**60, 0.1, 1e-300, [], ["a", None, [1]], {"1": {"b": [2.5]}}]
+    seen = []
+
+    def look(prompts, row, completions, **kwargs):
+        seen.append((prompts, row, kwargs))
+        return [0.0] * len(row)
+
+    keywords = {"prompts": list(map(str, values)), "completions": pictures[:1] * len(values), "completion_ids": None}
+    with running([look]) as url:
+        for reward in (look, RemoteReward(url, "look", batch_size=64)):
+            call(reward, **keywords, row=values)
+    assert repr(seen[0]) == repr(seen[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), (1, 2), {1: 2}, b"x", datetime.date(2024, 5, 1), pytest], ids=repr)
+def test_a_column_that_cannot_travel_is_refused_before_training(value):
+    with pytest.raises(ValueError, match="The column `row` must hold JSON values.*in row 1"):
+        check_column("row", [1, value])
+
+
+def test_the_trainer_names_a_column_that_a_remote_reward_cannot_get():
+    data = Dataset.from_dict({"prompt": ["a"], "day": [datetime.date(2024, 5, 1)], "self": ["x"]})
+    with pytest.raises(ValueError, match="The column `day` must hold JSON values"):
+        _check_calls([RemoteReward("http://127.0.0.1:1", "x")], ["x"], data, "train_dataset")
+    with pytest.warns(UserWarning, match="Found self in `train_dataset`"):
+        _check_calls([RemoteReward("http://127.0.0.1:1", "x", columns=[])], ["x"], data, "train_dataset")
+
+
+def test_a_reward_may_have_any_name(pictures):
+    names = ["schön", "a/b", "50%", "what?", "#1", "a b", "\U0001f600", "\u05e9\u05dc\u05d5\u05dd", "e\u0301", "２"]
+    with running(dict.fromkeys(names, asynchronous)) as url:
+        for name in names:
+            reward = RemoteReward(url, name)
+            reward.check()
+            assert call(reward, prompts=["abc"], completions=pictures[:1]) == [3.0]
+    with pytest.raises(ValueError, match="must not need what only a trainer has. Found log_metric in `needy`"):
+        make_server([needy])
+    with pytest.raises(ValueError, match="`url` must be the server's address alone"):
+        RemoteReward("http://127.0.0.1:1/?token=abc", "x")
+
+
+def needy(prompts, log_metric, **kwargs):
+    log_metric("seen", 1.0)
 
 
 def test_in_the_scorer_beside_local_ones(url, local, tensor):

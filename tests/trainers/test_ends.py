@@ -62,6 +62,34 @@ def test_a_finished_run_returns_at_once_when_it_is_resumed(build):
     assert longer.state.global_step == 6
 
 
+TWO_LEVELS = {"timesteps_per_image": 2, "num_iterations": 2}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"num_iterations": 2}, marks=pytest.mark.slow),
+        pytest.param({"loss_type": "awm", "ema_decay": 0.5, **TWO_LEVELS}, marks=pytest.mark.slow),
+        {"loss_type": "nft", **TWO_LEVELS},
+        pytest.param({"loss_type": "fpo", "target_movement": 1e-3, **TWO_LEVELS}, marks=pytest.mark.slow),
+    ],
+    ids=["two-passes", "awm", "nft", "fpo"],
+)
+def test_runs_of_every_loss_end_and_go_on(build, options):
+    first = build("resumed", max_steps=1, **options)
+    updates = first.updates_per_iteration
+    build("resumed", max_steps=updates, save_steps=1, **options).train()
+    whole, resumed, again = (build(f, max_steps=2 * updates, **options) for f in ("whole", "resumed", "whole"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint=True)
+    assert equal(whole, resumed) and equal(whole, again) and again.state.global_step == 2 * updates
+    assert resumed.aggregator.state_dict() == whole.aggregator.state_dict()
+    odd = build("whole", max_steps=2 * updates + 1, save_total_limit=1, **options)
+    odd.train(resume_from_checkpoint=True)
+    assert odd.state.global_step == 2 * updates + 1 and folders(odd) == [f"checkpoint-{2 * updates + 1}"]
+
+
 def test_a_run_that_ended_inside_an_iteration_goes_on_with_a_fresh_rollout(build, caplog):
     run = build(max_steps=3)
     run.train()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from adapter_trainers import PROMPTS, build, distance, plain_call
 from diffusers import AutoModel
-from peft import LoraConfig
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 from safetensors.torch import load_file
 
 from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
@@ -121,6 +121,14 @@ def test_an_option_of_lora_config_is_delivered_or_refused(option, tmp_path):
     assert distance(images, start) > 1e-4
     trainer.save_model()
     assert distance(plain(tmp_path, trainer, name), images) < 1e-5
+
+
+@pytest.mark.parametrize("kind", sorted(PEFT_TYPE_TO_CONFIG_MAPPING.keys() - {"LORA"}))
+def test_every_other_kind_of_adapter_is_refused_by_name(kind):
+    config = object.__new__(PEFT_TYPE_TO_CONFIG_MAPPING[kind])
+    config.peft_type = kind
+    with pytest.raises(ValueError, match=f"must be a `peft.LoraConfig`.*Found {type(config).__name__}"):
+        adapters._check_options(config)
 
 
 @pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "lora_ga", "mica"])

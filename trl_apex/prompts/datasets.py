@@ -1,5 +1,6 @@
 """Datasets of prompts: from files, from text, from a prompt function."""
 
+import json
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -152,12 +153,28 @@ def _read_file(path: Path, prompt_column: str) -> Any:
             return Dataset.from_pandas(frame, preserve_index=False)
         if suffix == ".parquet":
             return Dataset.from_parquet(str(path), keep_in_memory=True)
-        return Dataset.from_json(str(path), keep_in_memory=True)
+        dataset = Dataset.from_json(str(path), keep_in_memory=True)
+        dates = [name for name, kind in dataset.features.items() if "timestamp" in str(kind)]
+        if dates:  # made of texts such as "2024-05-01", which stay texts
+            rows = _json_rows(path.read_text(encoding="utf-8-sig"))
+            for name in dates:
+                texts = [row.get(name) for row in rows]
+                dataset = dataset.rename_column(name, "_").add_column(name, texts).remove_columns("_")
+        return dataset
     except Exception as error:  # datasets raises its own classes around those of pandas and arrow
         cause = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"A file of prompts must be well-formed {suffix[1:]}, in UTF-8. Found {path}: {cause}. Correct the file."
         ) from error
+
+
+def _json_rows(text: str) -> list[dict[str, Any]]:
+    """The objects of a list, or of lines."""
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return rows if isinstance(rows, list) else [rows]
 
 
 def _read_folder(path: Path, split: str) -> Any:

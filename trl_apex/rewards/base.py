@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -13,8 +13,13 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from trl_apex.redact import describe
+
 Images = Sequence[Image.Image] | Tensor
 METADATA_COLUMN = "prompt_metadata"
+OF_TRAINING = ("trainer_state", "log_metric", "log_extra")
+KEYWORDS = ("prompts", "completions", "completion_ids", *OF_TRAINING)
+"""What every reward call of a trainer gets, beside dataset columns and, where it takes them, `images`."""
 
 # Loading sets PyTorch's default dtype for a moment, for the whole process: one network at a time.
 _LOADING = threading.RLock()
@@ -85,21 +90,33 @@ class Reward:
                 images of equal `group_ids` in a row are a group, or of equal prompts if there is no such column.
 
         Raises:
-            ValueError: If there is not one image per prompt.
+            ValueError: If there is not one image per prompt. What a network raises for every image is raised too.
         """
         batch = one_per_prompt(self.__name__, prompts, completions, images)
         columns = {key: value for key, value in columns.items() if is_column(value, len(prompts))}
         parts = [slice(i, i + self.batch_size) for i in range(0, len(prompts), self.batch_size)]
         if self.whole_groups:
             parts = groups_of(columns.get("group_ids", prompts))
-        rewards = RewardList([])
+        rewards, broken = RewardList([]), None
         with self._lock, torch.inference_mode():
             loaded = self.load()
-            for part in parts:
+            while parts:
+                part = parts.pop(0)
                 own = {key: value[part] for key, value in columns.items()}
-                scored = self._score(loaded, batch[part], list(prompts[part]), own)
+                texts = list(prompts[part])
+                try:
+                    scored = self._score(loaded, batch[part], texts, own)
+                except (RewardLoadError, ImportError):
+                    raise
+                except Exception as error:
+                    if len(texts) > 1 and not self.whole_groups:  # one by one: a broken image costs no other's reward
+                        parts = [slice(i, i + 1) for i in range(part.start, part.start + len(texts))] + parts
+                        continue
+                    scored, broken = RewardList([None] * len(texts), [describe(error)] * len(texts)), error
                 rewards += scored
                 rewards.errors += getattr(scored, "errors", [None] * len(scored))
+        if broken is not None and rewards.failures == len(rewards):
+            raise broken
         return rewards
 
     def load(self) -> Any:
@@ -239,6 +256,11 @@ def one_per_prompt(name: str, prompts: Sequence[str], completions: Any, images: 
             "Pass `completions` or `images` of the same length as `prompts`."
         )
     return batch
+
+
+def reward_columns(columns: Iterable[str]) -> list[str]:
+    """The dataset columns that reward functions get as keywords; those named like other keywords they cannot get."""
+    return [name for name in columns if name not in (*KEYWORDS, "images", "prompt", "completion", "self")]
 
 
 def is_column(value: Any, size: int) -> bool:

@@ -2,8 +2,10 @@
 
 import re
 import threading
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import date
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -17,8 +19,11 @@ from trl_apex.rewards.base import Images, Reward, RewardLoadError, to_arrays
 QUOTES = (
     r'(?<!\d)"([^"]*)"',  # a quote behind a digit is an inch mark
     "\u201c([^\u201d]*)\u201d",  # English
+    "\u201d([^\u201c\u201d]*)\u201d",  # Swedish, Finnish
     '\u201e([^\u201e\u201c\u201d"]*)[\u201c\u201d"]',  # German, Polish
-    r"\u00ab\s*([^\u00bb]*?)\s*\u00bb|\u00bb([^\u00ab]*)\u00ab|\u2039([^\u203a]*)\u203a",  # angles
+    "\u201a([^\u201a\u2018]*)\u2018",
+    r"\u00ab\s*([^\u00bb]*?)\s*\u00bb|\u00bb([^\u00ab\u00bb]*)[\u00ab\u00bb]",  # angles
+    "\u2039([^\u203a]*)\u203a|\u203a([^\u2039]*)\u2039",
     "\u300c([^\u300d]*)\u300d|\u300e([^\u300f]*)\u300f",  # Chinese, Japanese, Korean
 )
 QUOTED = re.compile("|".join(QUOTES))
@@ -26,6 +31,12 @@ QUOTED = re.compile("|".join(QUOTES))
 SINGLE = re.compile(
     r"(?<!\w)['\u2018](?!\d\ds\b|n['\u2019])((?:[^'\u2018\u2019]|(?<=\w)['\u2019](?=\w))+)['\u2019](?!\w)"
 )
+# Full-width and East Asian forms of quotes, as the ones above; and typographic signs that a reader takes for plain ones.
+PLAIN_QUOTES = str.maketrans("\uff02\uff07\u201f\u301d\u301e\u301f", "\"'\u201c\u201c\u201d\u201d")
+PLAIN_SIGNS = str.maketrans(
+    "\u2018\u2019\u201c\u201d\u2010\u2011\u2012\u2013\u2014\u2212", "''\"\"------", "\ufe0e\ufe0f"
+)
+INVISIBLE = ("Cf", "Cc", "Cs")  # Unicode's categories: joiners, marks of direction, controls
 
 # RapidOCR on one CPU thread, with the detector at the image's own size.
 ENGINE = {
@@ -145,23 +156,28 @@ def quoted_targets(prompt: str) -> list[str]:
         >>> quoted_targets("the baker's sign 'Don't wait', 90s style")
         ["Don't wait"]
     """
+    prompt = prompt.translate(PLAIN_QUOTES)
     found = ["".join(groups) for groups in QUOTED.findall(prompt)]
     return [text for text in found or SINGLE.findall(prompt) if normalize_text(text)]
 
 
 def column_targets(value: Any) -> list[str]:
-    """The texts in one row of a dataset's column: a string, a number, or a list of them; none for None and NaN.
+    """The texts in one row of a dataset's column: a string, number, date or list of them; none for None and NaN.
 
     Example:
         >>> column_targets("Open"), column_targets(2024.0), column_targets(["24 h"]), column_targets(None)
         (['Open'], ['2024'], ['24 h'], [])
     """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return [text for item in value for text in column_targets(item)]
     if isinstance(value, float) and value.is_integer():  # a column of whole numbers with gaps is read as floats
         value = int(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
         value = str(value)
+    if isinstance(value, date):  # a file reader may have made it of a text
+        value = str(value).removesuffix(" 00:00:00")
     return [value] if isinstance(value, str) and normalize_text(value) else []
 
 
@@ -169,7 +185,8 @@ def text_similarity(recognized: str, target: str) -> float:
     """How well a recognized text matches the target, which must not be empty.
 
     `r = 1` if the target is contained, else `1 - min(d, n) / n`, after lower-casing and removing spaces;
-    `d = levenshtein(recognized, target)`, `n = len(target)`.
+    `d = levenshtein(recognized, target)`, `n = len(target)`. Forms of one character that Unicode tells apart
+    (composed, full-width, typographic) are the same, and invisible characters do not count.
 
     Example:
         >>> text_similarity("the C A T sat", "cat"), text_similarity("cut", "cat"), text_similarity("", "cat")
@@ -184,8 +201,9 @@ def text_similarity(recognized: str, target: str) -> float:
 
 
 def normalize_text(text: str) -> str:
-    """Lower-case a text and remove its white space."""
-    return "".join(text.lower().split())
+    """A text in lower case and in Unicode's plain form (NFKC), without white space and invisible characters."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower()).translate(PLAIN_SIGNS)
+    return "".join(c for c in folded if not c.isspace() and unicodedata.category(c) not in INVISIBLE)
 
 
 def levenshtein(first: str, second: str) -> int:

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from trl_apex.redact import redacted
+from trl_apex.redact import describe
 from trl_apex.rewards.base import RewardList, RewardLoadError, TransientRewardError, wants_whole_groups
 
 logger = logging.getLogger(__name__)
@@ -456,15 +456,6 @@ def _as_number(value: Any, name: str) -> float:
         f"The reward `{name}` must return numbers or None. Found {value!r} of type {type(value).__name__}. "
         "Convert it, or return None for a sample without a reward."
     )
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line, without secrets: `KeyError: 'target'`."""
-    try:
-        text = redacted(" ".join(str(error).split()))
-    except Exception:  # a `__str__` that fails itself
-        text = ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def numbered_names(names: list[str], warn: bool = False) -> list[str]:

@@ -5,15 +5,16 @@ import base64
 import hashlib
 import io
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
-from trl_apex.redact import secret_from
+from trl_apex.redact import describe, secret_from
 from trl_apex.rewards.base import Images, RewardList, TransientRewardError, one_per_prompt, to_pil
-from trl_apex.rewards.scoring import describe, retrying
+from trl_apex.rewards.scoring import retrying
 
 INSTRUCTION = """Rate how well this generated image matches its caption and how good it looks.
 Think briefly about each point of the caption, then end with one line of the form
@@ -94,7 +95,8 @@ class VLMJudgeReward:
         """Judge a batch; the arguments are those of [`Reward`], and each image that could not be judged has a cause."""
         import httpx
 
-        pictures = to_pil(one_per_prompt(self.__name__, prompts, completions, images))
+        batch = one_per_prompt(self.__name__, prompts, completions, images)
+        pictures = [batch[i : i + 1] for i in range(len(batch))]
         gate = asyncio.Semaphore(self.max_concurrency)
         key = secret_from(self.api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -102,7 +104,8 @@ class VLMJudgeReward:
         verify = self.url.startswith("https://")
         async with httpx.AsyncClient(timeout=self.timeout, headers=headers, verify=verify) as client:
 
-            async def judge(prompt: str, picture: Image.Image) -> float:
+            async def judge(prompt: str, images: Images) -> float:
+                (picture,) = to_pil(images)  # here, so that a broken one is no other's trouble
                 key = (prompt, picture.size, hashlib.blake2b(picture.tobytes(), digest_size=16).digest())
                 async with gate:
                     if key not in self._kept:
@@ -155,6 +158,7 @@ def parse_score(text: str, low: float | int, high: float | int, mean: bool = Fal
         3.5
         >>> parse_score("A fine image.", 1, 5)
     """
+    text = unicodedata.normalize("NFKC", text)  # full-width colons and digits too
     found = [float(score) for score in SCORE.findall(text)]
     counted = found if mean else found[-1:]
     return sum(counted) / len(counted) if counted and all(low <= score <= high for score in counted) else None

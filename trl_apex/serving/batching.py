@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from trl_apex.redact import describe
 from trl_apex.rewards.base import Reward, RewardList, to_arrays, wants_whole_groups
-from trl_apex.rewards.scoring import RewardCaller, RewardTimeoutError, as_numbers, describe, takes_images
+from trl_apex.rewards.scoring import RewardCaller, RewardTimeoutError, as_numbers, takes_images
 
 ASYNC_CALLS = 8  # of one async reward at the same time
 
@@ -83,7 +84,13 @@ class ServedReward:
         model = [getattr(func, "__qualname__", type(func).__name__), *(s for s in sources if s.count("/") <= 1)]
         told = {"name": self.name, "state": self.state, "model": " ".join(model)}
         told["whole_groups"] = str(wants_whole_groups(func)).lower()
+        told |= {"exact": "true"} if self.exact else {}
         return told | {key: str(getattr(func, key, "")) for key in ("range", "weights_licence")}
+
+    @property
+    def exact(self) -> bool:
+        """Whether the reward may read more than the bytes of an image."""
+        return takes_images(self.func) and not isinstance(self.func, Reward)
 
     async def load(self) -> None:
         """Load the weights in the reward's own thread."""
@@ -154,7 +161,7 @@ class ServedReward:
         keywords: dict[str, Any] = {key: [x for job in jobs for x in job.columns[key]] for key in jobs[0].columns}
         keywords |= {"prompts": [prompt for job in jobs for prompt in job.prompts], "completion_ids": None}
         rounded = arrays[0].dtype == np.uint8
-        if jobs[0].floats and takes_images(self.func) and not (rounded and isinstance(self.func, Reward)):
+        if jobs[0].floats and (self.exact or (takes_images(self.func) and not rounded)):
             images = np.empty((len(arrays), 3, *arrays[0].shape[:2]), np.float32)
             for image, array in zip(images, arrays, strict=True):
                 np.divide(array.transpose(2, 0, 1), 255 if rounded else 1, out=image, casting="unsafe")

@@ -4,20 +4,28 @@ import asyncio
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import torch
 from torch import Tensor
 
-from trl_apex.redact import secret_from
-from trl_apex.rewards.base import Images, RewardList, RewardLoadError, TransientRewardError, groups_of, one_per_prompt
-from trl_apex.rewards.scoring import describe, on_this_device, retrying
+from trl_apex.redact import describe, redacted, secret_from
+from trl_apex.rewards.base import (
+    Images,
+    RewardList,
+    RewardLoadError,
+    TransientRewardError,
+    groups_of,
+    one_per_prompt,
+    reward_columns,
+)
+from trl_apex.rewards.scoring import on_this_device, retrying
 from trl_apex.serving.local import LocalServer
-from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, encode_request, json_columns
+from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, check_column, encode_request, json_columns
 
 TOKEN_VARIABLE = "TRL_APEX_REWARD_TOKEN"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -40,8 +48,9 @@ class RemoteReward:
         timeout (`float`, *optional*, defaults to `300`): Seconds for one request, waiting for a busy server included.
         startup_timeout (`float`, *optional*, defaults to `120`): Seconds that `check` waits for a loading server.
         batch_size (`int`, *optional*, defaults to `8`): Images per request. The server joins requests again.
-        as_uint8 (`bool`, *optional*, defaults to `True`): Round float images to bytes, as the rewards of this package do.
-            False sends float32, four times the size, for a reward that reads more than 8 bits.
+        as_uint8 (`bool`, *optional*): True rounds float images to bytes, as the rewards of this package do; False sends
+            float32, four times the size. Defaults to what gives the numbers of a local call: bytes for the rewards of
+            this package and those that take no `images`, as the server says.
         max_retries, backoff (`int`, `float`, *optional*, default to `0`, `0.5`): See [`retrying`]; for each request. The
             scorer has retries of its own.
         max_concurrency (`int`, *optional*, defaults to `8`): Requests of a call under way at the same time.
@@ -50,6 +59,7 @@ class RemoteReward:
         python (`str`, *optional*): The Python that runs it, of another virtual environment. Defaults to this one's.
         device (`str`, *optional*): The one accelerator that it sees, `"cuda:1"`, or `"cpu"`. Defaults to this process's.
         whole_groups (`bool`, *optional*, defaults to `False`): Whether it compares the images of a group, one to a request.
+        columns (`Sequence[str]`, *optional*): Dataset columns that are sent. Defaults to all, which must hold JSON values.
 
     Raises:
         ValueError: If there is no `name`, or not one of `url` and `command`.
@@ -68,7 +78,7 @@ class RemoteReward:
     timeout: float | int = 300.0
     startup_timeout: float | int = 120.0
     batch_size: int = 8
-    as_uint8: bool = True
+    as_uint8: bool | None = None
     max_retries: int = 0
     backoff: float | int = 0.5
     max_concurrency: int = 8
@@ -76,7 +86,9 @@ class RemoteReward:
     python: str | None = None
     device: str | None = None
     whole_groups: bool = False
+    columns: Sequence[str] | None = None
     _warned: bool = field(default=False, init=False)
+    _rounds: bool | None = field(default=None, init=False)  # `as_uint8`, once known
     _server: LocalServer | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -95,14 +107,21 @@ class RemoteReward:
                 f"`batch_size` and `max_concurrency` must be at least 1. Found {self.batch_size} and "
                 f"{self.max_concurrency}. Pass the images per request, and the requests at a time."
             )
+        if any("?" in url or "#" in url for url in given):
+            raise ValueError(
+                f"`url` must be the server's address alone. Found more in {redacted(given)}. Put a token into "
+                f"{self.token_env}."
+            )
+        self._rounds = self.as_uint8
         self.__name__, self._urls = self.name, [url.rstrip("/") for url in given]
 
     async def __call__(
         self, prompts: Sequence[str], completions: Images | None = None, images: Tensor | None = None, **columns: Any
     ) -> RewardList:
-        """Have a batch scored; the arguments are those of [`Reward`], and the columns of JSON values are sent.
+        """Have a batch scored; the arguments are those of [`Reward`], and the columns are sent.
 
         Raises:
+            ValueError: For a column whose values JSON does not carry.
             TransientRewardError: If the server is away.
             RuntimeError: If it refuses the whole batch, or does not answer in time.
         """
@@ -111,7 +130,7 @@ class RemoteReward:
         if self.command and self._server is None:
             await asyncio.to_thread(on_this_device(self.check))
         batch = one_per_prompt(self.__name__, prompts, completions, images)
-        sent = json_columns(columns, len(prompts))
+        sent = json_columns({key: columns[key] for key in self._sent(columns)}, len(prompts))
         gate = asyncio.Semaphore(self.max_concurrency)
         limits = httpx.Limits(keepalive_expiry=2)  # less than the server's 5 s
         timeout = httpx.Timeout(None, connect=10 if len(self._urls) > 1 else None)  # `_post` has the others
@@ -142,15 +161,28 @@ class RemoteReward:
         async def score(client: httpx.AsyncClient, part: slice) -> RewardList:
             own = {key: value[part] for key, value in sent.items()}
             async with gate:
-                body = await asyncio.to_thread(encode_request, prompts[part], batch[part], own, self.as_uint8)
+                try:
+                    body = await asyncio.to_thread(encode_request, prompts[part], batch[part], own, bool(self._rounds))
+                except Exception as error:  # a picture that cannot be read
+                    raise RefusedError(describe(error)) from error
                 size = len(prompts[part])
                 return await retrying(lambda: post(client, body, size), self.max_retries, self.backoff)
 
-        async with httpx.AsyncClient(timeout=timeout, limits=limits, **self._client_options()) as client:
-            parts = groups_of(columns.get("group_ids", prompts)) if self.whole_groups else self._parts(batch)
+        async def score_each(client: httpx.AsyncClient, parts: list[slice]) -> list[tuple[slice, Any]]:
             answers = await asyncio.gather(*(score(client, part) for part in parts), return_exceptions=True)
-        rewards = RewardList([])
-        for part, answer in zip(parts, answers, strict=True):
+            return list(zip(parts, answers, strict=True))
+
+        async with httpx.AsyncClient(timeout=timeout, limits=limits, **self._client_options()) as client:
+            if self._rounds is None and isinstance(batch, Tensor):
+                await asyncio.to_thread(self._state, self._urls[0])
+            parts = groups_of(columns.get("group_ids", prompts)) if self.whole_groups else self._parts(batch)
+            answered = []
+            for part, answer in await score_each(client, parts):
+                alone = [slice(i, i + 1) for i in range(len(prompts))[part]]
+                refused = isinstance(answer, RefusedError) and len(alone) > 1 and not self.whole_groups
+                answered += await score_each(client, alone) if refused else [(part, answer)]
+        rewards, answers = RewardList([]), [answer for _, answer in answered]
+        for part, answer in answered:
             if isinstance(answer, BaseException):
                 if not isinstance(answer, RuntimeError) or all(isinstance(a, RuntimeError) for a in answers):
                     raise answer
@@ -174,7 +206,9 @@ class RemoteReward:
         for url in self._urls:
             while (state := self._state(url)) != "ready":
                 if state != "loading" or time.monotonic() > deadline:
-                    raise RewardLoadError(f"The reward `{self.__name__}` at {url} must be ready. Found: {state}.")
+                    raise RewardLoadError(
+                        f"The reward `{self.__name__}` at {redacted(url)} must be ready. Found: {state}."
+                    )
                 time.sleep(0.2)
 
     def close(self) -> None:
@@ -200,20 +234,31 @@ class RemoteReward:
             return "the server has no token and answers programs on its own machine alone. Give it a token"
         try:
             protocol = health.json()["protocol"]
-            states = {reward["name"]: reward["state"] for reward in listing.json()}
-            grouped = {reward["name"] for reward in listing.json() if reward.get("whole_groups") == "true"}
+            told = {reward["name"]: reward for reward in listing.json()}
+            states = {name: reward["state"] for name, reward in told.items()}
         except (ValueError, KeyError, TypeError):
             return f"this is no reward server (it answers {health.status_code}). Check the address"
         if protocol != PROTOCOL:
             return f"the server speaks version {protocol}, this is {PROTOCOL}. Use one release on both"
-        if self.__name__ in grouped and not self.whole_groups:
+        own = told.get(self.__name__, {})
+        if self.as_uint8 is None:
+            self._rounds = own.get("exact") != "true"
+        if own.get("whole_groups") == "true" and not self.whole_groups:
             return "it compares the images of a group, and gets single images. Pass whole_groups=True"
         return states.get(self.__name__, f"the server has {', '.join(states)}, not this one. Check the name")
+
+    def check_dataset(self, dataset: Any) -> None:
+        """Raise ValueError where a column of a trainer's dataset cannot be sent."""
+        for name in self._sent(reward_columns(dataset.column_names)):
+            check_column(name, dataset[name])
+
+    def _sent(self, columns: Iterable[str]) -> list[str]:
+        return [name for name in columns if self.columns is None or name in (*self.columns, "group_ids")]
 
     def _parts(self, batch: Images) -> list[slice]:
         """The batch in requests of `batch_size` images, fewer where they are very large."""
         if isinstance(batch, Tensor):
-            largest = batch[:1].numel() * (1 if self.as_uint8 or batch.dtype == torch.uint8 else 4)
+            largest = batch[:1].numel() * (1 if self._rounds or batch.dtype == torch.uint8 else 4)
         else:
             largest = max((3 * image.width * image.height for image in batch), default=1)
         size = max(1, min(self.batch_size, REQUEST_BYTES // max(1, largest)))
@@ -222,7 +267,7 @@ class RemoteReward:
     async def _post(self, client: Any, url: str, body: bytes, size: int) -> RewardList:
         import httpx
 
-        address, headers = f"{url}/v1/rewards/{self.__name__}", {"Content-Type": MEDIA_TYPE}
+        address, headers = f"{url}/v1/rewards/{quote(self.__name__, safe='')}", {"Content-Type": MEDIA_TYPE}
         said = ""
         try:
             async with asyncio.timeout(self.timeout):
@@ -243,6 +288,8 @@ class RemoteReward:
             raise TransientRewardError(f"{url} does not answer ({describe(error)})") from error
         if response.status_code in (408, 429, 502, 504):
             raise TransientRewardError(f"{url} answers {response.status_code}: {detail(response)}")
+        if response.status_code in (400, 413, 422):
+            raise RefusedError(f"{url} answers {response.status_code}: {detail(response)}")
         if response.status_code != 200:
             raise RuntimeError(f"{url} answers {response.status_code}: {detail(response)}")
         answer = response.json()
@@ -275,8 +322,12 @@ class RemoteReward:
         return self.__dict__ | {"_server": None}
 
     def __repr__(self) -> str:
-        where = f"command={self.command!r}" if self.command else f"url={self.url!r}"
+        where = f"command={self.command!r}" if self.command else f"url={redacted(self.url)!r}"
         return f"RemoteReward({where}, name={self.__name__!r})"
+
+
+class RefusedError(RuntimeError):
+    """The server does not take these images or prompts."""
 
 
 def detail(response: Any) -> str:

@@ -6,6 +6,7 @@ and is answered with one number or one cause per image.
 
 import asyncio
 import hmac
+import inspect
 import json
 import math
 import os
@@ -31,6 +32,7 @@ except ImportError as error:
 
 from trl_apex import __version__
 from trl_apex.redact import checked_secret, secret_from
+from trl_apex.rewards.base import KEYWORDS, OF_TRAINING
 from trl_apex.rewards.registry import load_rewards
 from trl_apex.rewards.scoring import reward_name
 from trl_apex.serving.batching import Job, ServedReward
@@ -40,7 +42,7 @@ from trl_apex.serving.wire import MEDIA_TYPE, PROTOCOL, decode_images
 
 SHORTEST_TOKEN = 16
 MEBI = 2**20
-RESERVED = {"prompts", "completions", "images", "completion_ids", "trainer_state", "log_extra", "log_metric", "self"}
+RESERVED = {*KEYWORDS, "images", "self"}
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,7 @@ def build_app(
         """The rewards that this server has."""
         return [reward.describe(True) for reward in served.values()]
 
-    @app.post("/v1/rewards/{name}", responses=refusals(*REFUSALS), openapi_extra={"requestBody": BODY})
+    @app.post("/v1/rewards/{name:path}", responses=refusals(*REFUSALS), openapi_extra={"requestBody": BODY})
     async def score(name: str, request: Request) -> RewardAnswer:
         """Score images against their prompts."""
         if name not in served:
@@ -419,4 +421,17 @@ def named_rewards(rewards: Mapping[str, Callable] | Sequence[Callable | str]) ->
         rewards = dict(zip(names, functions, strict=True))
     if not rewards:
         raise ValueError("A reward server must have a reward. Found none. Pass `--reward ocr`, for example.")
+    for name, func in rewards.items():
+        try:
+            parameters = inspect.signature(func).parameters
+        except (TypeError, ValueError):  # a builtin
+            continue
+        needed = [
+            key for key in OF_TRAINING if key in parameters and parameters[key].default is inspect.Parameter.empty
+        ]
+        if needed:
+            raise ValueError(
+                f"A reward on a server must not need what only a trainer has. Found {', '.join(needed)} in `{name}`. Give "
+                "them a default, or run this reward in the trainer."
+            )
     return dict(rewards)

@@ -13,7 +13,8 @@ that the client had a float tensor, so that the server gives `images` to a rewar
 
 import json
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,18 +74,31 @@ def decode_images(pixels: memoryview, dtype: str, sizes: Sequence[Sequence[int]]
 
 
 def json_columns(columns: dict[str, Any], size: int) -> dict[str, list]:
-    """Those keywords of a reward call for `size` images that can travel: lists with one JSON value per image.
+    """The columns among the keywords of a reward call for `size` images: lists with one JSON value per image.
+
+    Raises:
+        ValueError: For a value that would not arrive as it is.
 
     Example:
-        >>> json_columns({"target": ["cat"], "log_metric": print, "photo": [object()], "seed": 3}, size=1)
+        >>> json_columns({"target": ["cat"], "log_metric": print, "seed": 3}, size=1)
         {'target': ['cat']}
     """
-    return {key: list(value) for key, value in columns.items() if is_column(value, size) and _is_json(value)}
+    found = {key: list(value) for key, value in columns.items() if is_column(value, size)}
+    for key, values in found.items():
+        check_column(key, values)
+    return found
 
 
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
+def check_column(name: str, values: Iterable[Any]) -> None:
+    """Raise ValueError for a value that JSON does not carry as it is, such as a picture, a date or NaN."""
+    for row, value in enumerate(values):
+        try:
+            same = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError, RecursionError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"The column `{name}` must hold JSON values to reach a reward server. Found {reprlib.repr(value)} "
+                f"({type(value).__name__}) in row {row}. Convert it, or name in `columns` of RemoteReward the columns "
+                "that this reward needs."
+            )

@@ -43,6 +43,7 @@ from ..distributed import (
 from ..prompts.datasets import load_prompts
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
+from ..redact import redacted
 from ..report.figures import reward_grid
 from ..rewards.base import wants_whole_groups
 from ..rewards.registry import load_rewards
@@ -163,6 +164,9 @@ class DiffusionGRPOTrainer(RunTrainer):
 
         with whole_models():
             self.policy = load_model(model, args)
+        if args.model_init_kwargs:  # may hold a token, and every checkpoint holds the arguments
+            args = copy.copy(args)
+            args.model_init_kwargs = redacted(args.model_init_kwargs)
         check_whole(self.policy.pipeline)
         self._plan_rollout(args)
         self._plan_updates(args, train_dataset)

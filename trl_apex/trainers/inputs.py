@@ -3,7 +3,7 @@
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,10 @@ from trl import GRPOConfig
 from ..diffusion.families import dtype_argument, load_policy
 from ..diffusion.families.base import DiffusionPolicy
 from ..prompts.datasets import check_dataset
-from ..rewards.base import to_pil, wants_whole_groups
+from ..rewards.base import KEYWORDS, reward_columns, to_pil, wants_whole_groups
 from ..rewards.scoring import numbered_names, reward_name, takes_images
 from ..tiny.world import load_tiny_pipeline, weights_path
 from .manifest import check_writable
-
-KEYWORDS = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
-"""What every reward call gets, beside dataset columns and, where it takes them, `images`."""
 
 
 @dataclass
@@ -132,6 +129,8 @@ def _check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, wher
             raise ValueError(
                 f"A reward must be a function or an instance. Found the class {func.__name__}. Pass `{func.__name__}(...)`."
             )
+        if check := getattr(func, "check_dataset", None):
+            check(dataset)
         own = keywords | ({"images": None} if takes_images(func) else {})
         own |= {"group_ids": None} if wants_whole_groups(func) else {}
         try:
@@ -148,11 +147,6 @@ def _check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, wher
             f"`{where}`, which no reward will see. Rename them.",
             stacklevel=4,
         )
-
-
-def reward_columns(columns: Iterable[str]) -> list[str]:
-    """The dataset columns that reward functions get as keywords; the trainer's own keywords go first."""
-    return [name for name in columns if name not in (*KEYWORDS, "images", "prompt", "completion")]
 
 
 def submit(scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions: list | None = None, **keywords: Any):

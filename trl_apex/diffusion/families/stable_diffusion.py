@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x, 2.x and XL, sampled with DDIM: the setting of DDPO."""
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -28,13 +29,25 @@ class StableDiffusionPolicy(DiffusionPolicy):
 
     def check_scheduler(self, scheduler: Any) -> None:
         """Any scheduler with the betas of a noise or v prediction: steps are DDIM's on its betas."""
+        from diffusers import DDIMScheduler
+
         config = getattr(scheduler, "config", {})
         kind = config.get("prediction_type")
-        if "beta_start" not in config or kind not in ("epsilon", "v_prediction") or config.get("use_flow_sigmas"):
+        betas = "beta_start" in inspect.signature(type(scheduler)).parameters  # a config may hold another class's
+        if not betas or kind not in ("epsilon", "v_prediction") or config.get("use_flow_sigmas"):
             raise ValueError(
                 f"The scheduler of a {type(self.pipeline).__name__} must have betas and the `prediction_type` 'epsilon' or "
                 f"'v_prediction', without flow sigmas. Found {type(scheduler).__name__} with {kind!r}. Load the model's own "
                 "with `DDIMScheduler.from_pretrained(model, subfolder='scheduler')`."
+            )
+        wrong = [f"{option}=True" for option in ("clip_sample", "thresholding") if config.get(option)]
+        if isinstance(scheduler, DDIMScheduler) and config.timestep_spacing == "linspace":
+            wrong.append("timestep_spacing='linspace'")  # its steps do not end where the next begins
+        if wrong:
+            raise ValueError(
+                "The scheduler's steps must be DDIM's own from one timestep of its grid to the next. Found "
+                f"{type(scheduler).__name__} with {', '.join(wrong)}. Use `DDIMScheduler.from_config(pipeline.scheduler."
+                "config, clip_sample=False, thresholding=False, timestep_spacing='leading')`."
             )
 
     def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
