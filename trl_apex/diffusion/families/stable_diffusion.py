@@ -41,7 +41,7 @@ class StableDiffusionPolicy(DiffusionPolicy):
                 "with `DDIMScheduler.from_pretrained(model, subfolder='scheduler')`."
             )
         wrong = [f"{option}=True" for option in ("clip_sample", "thresholding") if config.get(option)]
-        if isinstance(scheduler, DDIMScheduler) and config.timestep_spacing == "linspace":
+        if isinstance(scheduler, DDIMScheduler) and config.get("timestep_spacing") == "linspace":
             wrong.append("timestep_spacing='linspace'")  # its steps do not end where the next begins
         if wrong:
             raise ValueError(
