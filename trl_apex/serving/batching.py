@@ -83,8 +83,8 @@ class ServedReward:
         sources = [str(getattr(func, key)) for key in ("model", "clip", "weights") if getattr(func, key, None)]
         model = [getattr(func, "__qualname__", type(func).__name__), *(s for s in sources if s.count("/") <= 1)]
         told = {"name": self.name, "state": self.state, "model": " ".join(model)}
-        told["whole_groups"] = str(wants_whole_groups(func)).lower()
         told |= {"exact": "true"} if self.exact else {}
+        told |= {"whole_groups": "true"} if wants_whole_groups(func) else {}
         return told | {key: str(getattr(func, key, "")) for key in ("range", "weights_licence")}
 
     @property
