@@ -74,6 +74,8 @@ def test_a_server_is_started_and_stopped(folder):
         url = reward._server.url
         assert rewards_of(reward) == EXPECTED
         assert "command=" in repr(reward)
+        # Ctrl-C in a terminal goes to the trainer's group alone, which finishes its iteration.
+        assert os.getpgid(reward._server._process.pid) != os.getpgid(0)
     assert status_of(url) == "away"
 
 
