@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import importlib
 import json
 import logging
 import os
@@ -645,12 +644,12 @@ def _serve_rewards(reward: list[str], env: str | None, **options: Any) -> None:
 
 def _rewards() -> None:
     """Print the built-in rewards; memory is that of the published weights in their default precision."""
+    from . import rewards
     from .plan import reward_gb
 
     print(f"{'name':<24}{'range (larger is better)':<36}{'memory':<9}{'extra':<8}licence of the weights")
     for name, path in REWARDS.items():
-        module, _, attribute = path.partition(":")
-        reward, size = getattr(importlib.import_module(module), attribute), reward_gb([name])
+        reward, size = getattr(rewards, path.partition(":")[2]), reward_gb([name])
         span, memory = reward.range.removesuffix(", larger is better"), f"{size:.1f} GB" if size else ""
         print(f"{name:<24}{span:<36}{memory:<9}{getattr(reward, 'extra', ''):<8}{reward.weights_licence}")
 

@@ -28,8 +28,7 @@ class GroupSampler(Sampler[int]):
         groups, group_size (`int`): P, prompts an iteration, and G, images a prompt.
         repeats (`int`): micro-batches an iteration.
         shuffle, seed (`bool`, `int`): whether each epoch draws a new order, and the seed of that.
-        kinds (`Sequence`, *optional*): the kind of each prompt.
-        mix (`dict[str, float]`, *optional*): the share of each kind, divided by their sum; 0 leaves a kind out.
+        kinds, mix (`Sequence`, `dict[str, float]`, *optional*): the kind of each prompt, and the share of each kind.
 
     Raises:
         ValueError: if there are fewer prompts than one iteration needs, or the mix does not fit the kinds.

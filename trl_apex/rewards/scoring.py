@@ -204,7 +204,6 @@ class RewardScorer:
             self._loop.close()
 
     async def _score_batch(self, keywords: dict[str, Any], images: Tensor | None, groups: list[int]) -> ScoredBatch:
-        size = len(groups)
         calls = [self._score(caller, keywords, images, groups) for caller in self._callers]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)  # all of them end, whichever raises
         for outcome in outcomes:
@@ -213,7 +212,7 @@ class RewardScorer:
         scored: dict[str, Any] = dict(zip(self.names, outcomes, strict=True))
         rewards = [rewards for rewards, _ in scored.values()]
         return ScoredBatch(
-            rewards=torch.tensor(rewards, dtype=torch.float32).reshape(len(rewards), size).T.contiguous(),
+            rewards=torch.tensor(rewards, dtype=torch.float32).reshape(len(rewards), len(groups)).T.contiguous(),
             seconds={name: seconds for name, (_, seconds) in scored.items()},
             failures={name: rewards.failures for name, (rewards, _) in scored.items()},
         )

@@ -54,7 +54,7 @@ from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallbac
 from .checkpoint import save_before_failing
 from .config import DiffusionGRPOConfig
 from .detectors import LearningDetectors
-from .inputs import Sources, as_list, check_inputs, check_whole, load_model, prompt_kinds, submit, upgraded
+from .inputs import Sources, as_list, check_inputs, check_whole, load_model, submit, upgraded
 from .logs import (
     COLUMNS,
     ROWS,
@@ -252,7 +252,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         group, repeats = args.num_generations, self.steps_per_iteration
         groups = args.generation_batch_size // group
         mix: Any = args.prompt_mix  # a dictionary by now
-        kinds = None if mix is None else prompt_kinds(dataset, args.prompt_mix_column)
+        kinds = None if mix is None else dataset[args.prompt_mix_column][:]
         return GroupSampler(len(dataset), groups, group, repeats, args.shuffle_dataset, args.seed, kinds, mix)
 
     def _get_train_sampler(self, dataset=None) -> GroupSampler:
@@ -327,7 +327,8 @@ class DiffusionGRPOTrainer(RunTrainer):
                     pending.append(self._submit(self._scorer, inputs[rows], rollouts[-1].images))
         sampled = time.perf_counter()
         mine, numbers = inputs, list(range(first, first + len(inputs)))
-        images = torch.cat([r.images for r in rollouts])
+        if not pending:
+            images = torch.cat([r.images for r in rollouts])
         dealt = compared and len(inputs) % self.num_generations > 0  # ranks share a group
         if dealt:
             mine, numbers, images = deal_groups(inputs, images, self.num_generations)

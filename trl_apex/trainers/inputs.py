@@ -109,6 +109,11 @@ def check_inputs(
     if args.should_save:
         check_writable(args.output_dir)
     check_dataset(train_dataset, "train_dataset")
+    if args.prompt_mix is not None and args.prompt_mix_column not in train_dataset.column_names:
+        found = f"Found {train_dataset.column_names}. Add it, or name another one with `prompt_mix_column`."
+        raise ValueError(
+            f"`prompt_mix` needs the column {args.prompt_mix_column!r} with the kind of each prompt. {found}"
+        )
     _check_calls(reward_funcs, names[: len(reward_funcs)], train_dataset, "train_dataset")
     for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
         if dataset is not None:
@@ -158,14 +163,6 @@ def submit(scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions:
         columns={name: [row[name] for row in rows] for name in reward_columns(rows[0])},
         **keywords,
     )
-
-
-def prompt_kinds(dataset: Any, column: str) -> list:
-    """The kind of each prompt, for `prompt_mix`."""
-    if column not in dataset.column_names:
-        found = f"Found {dataset.column_names}. Add it, or name another one with `prompt_mix_column`."
-        raise ValueError(f"`prompt_mix` needs the column {column!r} with the kind of each prompt. {found}")
-    return dataset[column][:]
 
 
 def _check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks: Any) -> None:
