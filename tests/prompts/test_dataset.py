@@ -40,6 +40,12 @@ def test_dates_in_json_stay_the_texts_that_they_are(tmp_path, suffix):
     assert found["prompt"][:] == [row["prompt"] for row in rows] and found["target"][:] == ["2024-05-01", None]
 
 
+def test_codes_with_leading_zeros_in_a_csv_stay_as_they_are(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,plate,level\na sign,007, 3\nanother,12,4\n")
+    found = load_prompts(tmp_path / "a.csv")
+    assert found["plate"][:] == ["007", "12"] and found["level"][:] == [3, 4]
+
+
 def test_a_text_file_holds_a_prompt_a_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffein Öltank\r\n\n  a cat \n".encode())

@@ -147,9 +147,11 @@ def _read_file(path: Path, prompt_column: str) -> Any:
         if path.stat().st_size == 0:
             raise ValueError("it is empty")
         if suffix == ".csv":
-            frame, wanted = pandas.read_csv(path), {prompt_column, "target", "text"}
-            as_text = pandas.read_csv(path, usecols=wanted.__contains__, dtype=str, keep_default_na=False)
-            frame[as_text.columns] = as_text  # 007, 2024 and NA are texts there
+            frame, texts = pandas.read_csv(path), pandas.read_csv(path, dtype=str, keep_default_na=False)
+            for name, text in texts.items():
+                codes = frame[name].dtype.kind == "i" and (frame[name].astype(str) != text.str.strip()).any()  # 007
+                if codes or name in (prompt_column, "target", "text"):  # 2024 and NA are texts there
+                    frame[name] = text
             return Dataset.from_pandas(frame, preserve_index=False)
         if suffix == ".parquet":
             return Dataset.from_parquet(str(path), keep_in_memory=True)

@@ -322,7 +322,7 @@ class RemoteReward:
         return self.__dict__ | {"_server": None}
 
     def __repr__(self) -> str:
-        where = f"command={self.command!r}" if self.command else f"url={redacted(self.url)!r}"
+        where = f"command={redacted(self.command)!r}" if self.command else f"url={redacted(self.url)!r}"
         return f"RemoteReward({where}, name={self.__name__!r})"
 
 
