@@ -6,14 +6,15 @@ STAMP := $(VENV)/.installed-dev
 export TOKENIZERS_PARALLELISM := false
 
 LOWEST := .venv-lowest
+NEWEST := .venv-newest
 LOWEST_EXTRAS := demo server gradient
-LOWEST_SAMPLE := tests/aggregation tests/diffusion tests/rewards/test_scoring.py tests/trainers/test_trainers.py \
+LOWEST_SAMPLE := tests/aggregation tests/diffusion tests/rewards/test_scoring.py tests/rewards/test_clip_rewards.py tests/trainers/test_trainers.py \
 	tests/trainers/test_trl_seam.py
 empty :=
 space := $(empty) $(empty)
 comma := ,
 
-.PHONY: demo test test-all test-distributed test-robustness test-lowest gpu-check audit check format wheel docs clean
+.PHONY: demo test test-all test-distributed test-robustness test-lowest test-newest test-matrix gpu-check audit check format wheel docs clean
 
 $(VENV)/.installed-%: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("trl_apex needs Python 3.11 or newer, found " + sys.version.split()[0] + "; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -49,6 +50,15 @@ test-lowest:  ## a sample of the tests with the lower bounds of setup.cfg, in an
 		--editable '.[$(subst $(space),$(comma),$(LOWEST_EXTRAS))]' pytest hypothesis beartype sentencepiece protobuf
 	$(LOWEST)/bin/python -m pytest $(LOWEST_SAMPLE)
 	$(LOWEST)/bin/python -m pytest tests/robustness/test_hostile_checkpoints.py
+
+test-newest:  ## the same sample with the newest releases that pip finds, in an environment of its own
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --editable '.[$(subst $(space),$(comma),$(LOWEST_EXTRAS))]' \
+		pytest hypothesis beartype sentencepiece protobuf
+	$(NEWEST)/bin/python -m pytest $(LOWEST_SAMPLE)
+
+test-matrix: test-lowest $(STAMP) test-newest  ## the sample in three environments: lower bounds, constraints.txt, newest
+	$(BIN)/python -m pytest $(LOWEST_SAMPLE)
 
 audit: $(STAMP)  ## known vulnerabilities of the installed dependencies
 	$(BIN)/python -m pip install --quiet pip-audit

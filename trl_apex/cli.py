@@ -409,31 +409,39 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 def all_options() -> str:
     """What `trl-apex train --help-all` prints: every option with its default, those of this package first."""
+    lines = ["usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]"]
+    for title, options in option_groups().items():
+        lines += ["", title]
+        for name, (default, text) in options.items():
+            lines.append(f"  --{name} ({'empty' if default in ('', [], {}) else default})")
+            lines += textwrap.wrap(text, 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def option_groups() -> dict[str, dict[str, tuple[Any, str]]]:
+    """Default and help of every option of `train` by name, in groups, those of this package first."""
     from transformers import TrainingArguments
     from trl import GRPOConfig
 
     from .trainers.config import REFUSED_FIELDS, APEXConfig, DiffusionGRPOConfig
 
-    options = {f.name: f for cls in (APEXConfig, TrainArguments) for f in dataclasses.fields(cls) if f.init}
-    groups = {
+    left = {f.name: f for cls in (APEXConfig, TrainArguments) for f in dataclasses.fields(cls) if f.init}
+    groups: dict[str, dict[str, tuple[Any, str]]] = {}
+    for title, cls in {
         "From transformers' TrainingArguments": TrainingArguments,
         "From TRL's GRPOConfig": GRPOConfig,
         "Sampling, updates, evaluation": DiffusionGRPOConfig,
         "How several rewards become one advantage": APEXConfig,
         "Model, prompts, rewards, adapter": TrainArguments,
-    }
-    lines: list[str] = []
-    for title, cls in groups.items():
-        section = ["", title]
-        for f in [options.pop(f.name) for f in dataclasses.fields(cls) if f.name in options]:
+    }.items():
+        options = {}
+        for f in [left.pop(f.name) for f in dataclasses.fields(cls) if f.name in left]:
             text = " ".join(f.metadata.get("help", "").split())
-            if f.name in REFUSED_FIELDS or text == argparse.SUPPRESS:  # no meaning here; an old name
-                continue
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            section.append(f"  --{f.name} ({'empty' if default in ('', [], {}) else default})")
-            section += textwrap.wrap(text, 112, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        lines = section + lines
-    return "\n".join(["usage: trl-apex train --config FILE.yaml [--OPTION VALUE ...]", *lines])
+            if f.name not in REFUSED_FIELDS and text != argparse.SUPPRESS:  # no meaning here; an old name
+                default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+                options[f.name] = default, text
+        groups = {title: options} | groups
+    return groups
 
 
 def _names(config: Any) -> set[str]:

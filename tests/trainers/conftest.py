@@ -8,6 +8,12 @@ from trl_apex import APEXConfig
 from trl_apex.tiny.pipeline import build_pipeline
 
 
+@pytest.fixture(autouse=True)
+def no_precision_of_an_earlier_run(monkeypatch):
+    """transformers 4 leaves it in the environment, where the next run finds it."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
 @pytest.fixture
 def pipeline():
     pipe = build_pipeline(0)

@@ -124,7 +124,9 @@ def test_two_updates_equal_a_straight_line_computation(pipeline, lora, make_args
         old = before if old is None else old
         gradient = torch.autograd.grad(loss, parameters)
         flat = torch.cat([g.flatten() for g in gradient])
-        assert logged(trainer, "loss")[update] == pytest.approx(loss.item(), abs=2e-5)
+        assert logged(trainer, "loss")[update] == pytest.approx(
+            loss.item(), abs=6e-5
+        )  # transformers 4 logs four digits
         assert (seen.steps[update] - flat).norm() < 1e-4 * flat.norm() and flat.norm() > 1e-4
         with torch.no_grad():
             for p, g, s in zip(parameters, gradient, copied, strict=True):

@@ -1,5 +1,6 @@
 """APEX: the diffusion GRPO trainer with adaptive priorities."""
 
+import logging
 from functools import wraps
 from typing import Any
 
@@ -14,6 +15,8 @@ from ..distributed import all_reduce_sum
 from .config import APEXConfig
 from .diffusion_grpo import DiffusionGRPOTrainer
 from .probe import GradientProbe
+
+logger = logging.getLogger(__name__)
 
 
 class APEXTrainer(DiffusionGRPOTrainer):
@@ -50,6 +53,16 @@ class APEXTrainer(DiffusionGRPOTrainer):
             rule=self.args.multi_objective_aggregation,
             options=self.args.apex_options(),
         )
+        warmup = self.aggregator.options.warmup_iterations if self.aggregator.rule == "apex" else 0
+        if 0 < self.args.max_steps <= warmup * self.updates_per_iteration:
+            logger.warning(
+                "`max_steps` should reach beyond the warm-up. Found %d updates, %d an iteration, and "
+                "warmup_iterations=%d: the weights stay equal to the end. Lower `updates_per_iteration` or "
+                "`warmup_iterations`.",
+                self.args.max_steps,
+                self.updates_per_iteration,
+                warmup,
+            )
         self.probe: GradientProbe | None = None
         self.population = PopulationConflict(len(self.reward_func_names))
         if self.args.gradient_probe:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import type_validator
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions, did_you_mean
@@ -371,7 +372,9 @@ class DiffusionGRPOConfig(GRPOConfig):
             value, remedy = getattr(self, name), f"The default is {default!r}."
             choices, least = CHOICES.get(name, (value,)), LEAST.get(name, -math.inf)
             reason, instead = REASONS.get(name, NO_MEANING)
-            same = value == default or (default == "no" and value is False)  # YAML reads `no` as false
+            same = value == default or (
+                value in ("no", False) and default in ("no", False)
+            )  # YAML reads `no` as false
             there = value is not None
             refuse([
                 (value not in choices, value, f"`{name}` must be one of {', '.join(map(str, choices))}",
@@ -384,13 +387,14 @@ class DiffusionGRPOConfig(GRPOConfig):
 
     def _set_checkpointing(self) -> None:
         """Gradient checkpointing is on by default; transformers' new name for it is `activation_checkpointing`."""
-        if self.activation_checkpointing is not None:
-            return
-        self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         if self.activation_checkpointing is None:
             config = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
             by_fsdp = config.get("activation_checkpointing", os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", False))
             self.activation_checkpointing = str(by_fsdp).lower() not in ("true", "1")
+        if "activation_checkpointing" not in {f.name for f in dataclasses.fields(TrainingArguments)}:
+            self.gradient_checkpointing = self.activation_checkpointing  # transformers 4
 
     @property
     def flow_matching(self) -> bool:
