@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tools import options_page
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
@@ -177,3 +179,7 @@ def test_commands_that_pages_mention_exist():
     for page in pages():
         for command in re.findall(r"trl-apex ([a-z][a-z-]*)", page.read_text()):
             assert command in COMMANDS, f"{page.name}: trl-apex {command}"
+
+
+def test_the_page_of_all_options_is_current():
+    assert options_page.PAGE.read_text() == options_page.page(), "run: python -m tools.options_page"

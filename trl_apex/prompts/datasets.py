@@ -59,7 +59,7 @@ def load_prompts(
         if "prompt" in columns:
             raise ValueError(
                 f"The column {prompt_column!r} is to become `prompt`. Found another column of that name in {name}. "
-                'Rename it first: `dataset.rename_column("prompt", ...)`.'
+                'Rename that one in the file, or in Python by `dataset.rename_column("prompt", ...)`.'
             )
         dataset = dataset.rename_column(prompt_column, "prompt")
     if limit is not None:

@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import os
+import socket
 import threading
 import time
 import warnings
@@ -91,16 +92,18 @@ def serve(
         RuntimeError: If the server cannot listen on the address.
     """
     server = make_server(rewards, host, port, **options)
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise RuntimeError(
+            f"The reward server must be able to listen on {host}:{port}. Found it taken or not allowed "
+            f"({error.strerror or error}). Pass another `--port`."
+        ) from error
     scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
     print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
     if parent is not None:
         threading.Thread(target=end_with, args=(parent, server), daemon=True).start()
     server.run()
-    if not server.started:
-        raise RuntimeError(
-            f"The reward server must be able to listen on {host}:{port}. Found it taken or not allowed. "
-            "Pass another `--port`."
-        )
 
 
 def make_server(

@@ -56,6 +56,7 @@ def save(trainer: Any, directory: str | Path, *, for_resume: bool) -> None:
         shown = averaged or weights
         if isinstance(model, PeftModel):
             Trainer._save(trainer, directory, weights if for_resume else shown)
+            Path(directory, "README.md").unlink(missing_ok=True)  # PEFT's, an empty form
             save_diffusers_lora(model, trainer.policy, directory, shown)
         elif for_resume:
             Trainer._save(trainer, directory, weights)

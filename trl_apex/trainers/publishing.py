@@ -111,9 +111,9 @@ def create_model_card(
     rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), trainer.reward_funcs, strict=True)
     adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     facts = CardFacts(
-        base_model=str(getattr(trainer.policy.pipeline.config, "_name_or_path", "") or ""),
+        base_model=str(trainer.sources.model or ""),
         objectives=[
-            {"name": name, "weight": weight, "licence": getattr(reward, "weights_licence", "")}
+            {"name": name, "weight": weight, "licence": getattr(reward, "weights_licence", None)}
             for name, weight, reward in rewards
         ],
         tags=list(dict.fromkeys([*trainer._tag_names, "lora", *further])),
@@ -348,7 +348,9 @@ def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None 
         datasets=facts.datasets or None,
         widget=[{"text": s["prompt"], "output": {"url": s["image"]}} for s in samples[:6]] or None,
     )
-    text = _render(run_dir, facts, repo_id or run_dir.resolve().name, hub_model, samples)
+    text = _render(
+        run_dir, facts, repo_id or (run_dir.name if run_dir.is_absolute() else str(run_dir)), hub_model, samples
+    )
     path = run_dir / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
     return path
@@ -382,11 +384,11 @@ def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None
     template = environment.from_string((files(__package__) / "model_card.md.jinja").read_text(encoding="utf-8"))
     summary, recorded, config = (_read(run_dir / f"{n}.json") for n in ("summary", "environment", "config"))
     figures = {path.stem: f"figures/{path.name}" for path in (run_dir / "figures").glob("*.png")}
-    prompt = samples[0]["prompt"] if samples else "a red circle on a table"
+    prompt = samples[0]["prompt"] if samples else "a red circle"
     return template.render(
         facts=facts,
         repo_id=repo_id,
-        name=repo_id.split("/")[-1],
+        name=Path(repo_id).resolve().name,
         hub_model=hub_model,
         base_name=hub_model or Path(facts.base_model).name or "its base model",
         results=[
