@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from adapter_trainers import build
 from tiny_runs import history
 from toy_rewards import contrast, redness
 
@@ -34,12 +35,19 @@ def test_probing_changes_no_weight(pipeline, dataset, lora, make_args, beta, che
     assert len(history(probed, "gradient_harmony")) == 3 and not history(plain, "gradient_harmony")
 
 
-@pytest.mark.parametrize("updates, loss", [(1, {}), (4, {**NFT, "learning_rate": 1e-2})], ids=["grpo", "nft"])
-def test_cosine_of_the_run_equals_separate_backwards(pipeline, dataset, lora, make_args, updates, loss):
+@pytest.mark.parametrize(
+    "name, updates, options",
+    [
+        ("tiny", 1, {}),
+        ("tiny", 4, {**NFT, "learning_rate": 1e-2}),
+        *((name, 1, {"height": 16, "width": 16}) for name in ("flux2-klein", "qwen-image", "z-image")),
+    ],
+)
+def test_cosine_of_the_run_equals_separate_backwards(name, pipeline, dataset, lora, make_args, updates, options):
     """Of the last update; under 'nft' the policy has left its slow copy by then."""
     trainer = APEXTrainer(
-        pipeline, [redness, contrast],
-        make_args(gradient_probe=True, probe_every=1, max_steps=updates, gradient_accumulation_steps=2, **loss),
+        pipeline if name == "tiny" else build(name), [redness, contrast],
+        make_args(gradient_probe=True, probe_every=1, max_steps=updates, gradient_accumulation_steps=2, **options),
         dataset, peft_config=lora,
     )  # fmt: skip
     seen, batches, before = [], [], []

@@ -1,11 +1,12 @@
 """The flow-matching losses in the trainer: AWM, DiffusionNFT and the ratio of flow-matching losses."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES
+from families import FAMILIES, build
 from toy_rewards import PROMPTS, contrast, redness
 from transformers import TrainerCallback
 
@@ -140,17 +141,24 @@ def test_two_updates_equal_a_straight_line_computation(pipeline, lora, make_args
     assert logged(trainer, "kl")[1] > 0
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize(
+    "model, adapter, loss_type",
+    [
+        *itertools.product(["tiny"], [True, False], LOSSES),
+        ("flux2-klein", True, "nft"),
+        ("qwen-image", True, "awm"),
+        ("z-image", True, "fpo"),
+    ],
+)
 def test_the_trained_rewards_policy_moves_and_a_resume_goes_on_exactly(
-    pipeline, dataset, lora, make_args, tmp_path, loss_type, adapter
+    pipeline, dataset, lora, make_args, tmp_path, model, adapter, loss_type
 ):
     def trainer(steps, name):
-        pipe = copy.deepcopy(pipeline)
+        pipe = copy.deepcopy(pipeline) if model == "tiny" else build(model)
         args = make_args(
             loss_type=loss_type, guidance_scale=None, timesteps_per_image=2, gradient_accumulation_steps=1, max_steps=steps,
             save_strategy="steps", save_steps=2, output_dir=str(tmp_path / name), beta=0.1, ema_decay=0.5,
-            activation_checkpointing=False, learning_rate=1e-3,
+            activation_checkpointing=False, learning_rate=1e-3, height=32, width=32,
             anchor_decay=None if loss_type == "fpo" else [0, 0.1, 0.5], offload_reference=loss_type == "awm",
         )  # fmt: skip
         return APEXTrainer(pipe, [contrast, redness], args, dataset, peft_config=lora if adapter else None)
