@@ -9,7 +9,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    sys.path.append(str(Path(__file__).parents[1] / "robustness"))
+    sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("robustness", "diffusion")]
     from engines import on_cpu
     from faults import BreaksOnRank
     from training import engine_of, make_trainer, red

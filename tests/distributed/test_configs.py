@@ -44,7 +44,7 @@ def test_accelerate_reads_a_configuration(name):
             assert env["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] == "true"
     if "fsdp" in name:
         assert env["FSDP_VERSION"] == "2" and env["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
-        assert env["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "JointTransformerBlock"
+        assert "FSDP_TRANSFORMER_CLS_TO_WRAP" not in env, "the blocks that the model itself names"
 
 
 @pytest.mark.distributed

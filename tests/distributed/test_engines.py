@@ -63,6 +63,15 @@ def test_options_under_engines(engine, options, reference, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("family", ["flux2-klein", "qwen-image", "z-image"])
+def test_families_with_one_language_model(family, engine, reference, tmp_path):
+    options = {"family": family, "height": 16, "width": 16, "guidance_scale": 3.0}
+    result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
+    assert_same_training(result, reference(**options)[0], tolerance=2e-5)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("engine", OTHERS)
 def test_kl_to_a_frozen_copy_of_all_weights(engine, reference, tmp_path):
     options = {"lora": False, "beta": 10.0, "max_steps": 3, "learning_rate": 1e-3}

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from engines import on_cpu
+from families import build
 from peft import LoraConfig
 from tiny_runs import tiny_pipeline
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,13 +40,13 @@ def make_trainer(
     lora: bool = True,
     rewards=(red, dark),
     trained: bool = False,
+    family: str | None = None,
     eval_prompts=None,
     **overrides: Any,
 ) -> APEXTrainer:
     """The trainer of these tests: two groups of four images, however many processes share them."""
-    pipeline = (
-        load_tiny_pipeline() if trained else tiny_pipeline(BLOCKS)
-    )  # before the arguments: ZeRO-3 would cut it up
+    # Before the arguments: ZeRO-3 would cut it up.
+    pipeline = build(family) if family else load_tiny_pipeline() if trained else tiny_pipeline(BLOCKS)
     on_cpu()
     values: dict[str, Any] = {
         "output_dir": output_dir,
