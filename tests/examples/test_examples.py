@@ -46,6 +46,11 @@ def test_every_script_is_tested_here():
         assert f'"{script.stem}"' in tested, f"{script.name} has no test"
 
 
+def test_the_server_under_ray_has_its_rewards():
+    pytest.importorskip("ray", reason="needs Ray")
+    assert list(load("ray_serve").app().state.rewards) == ["jpeg_compressibility"]
+
+
 def test_the_aggregator_alone():
     priorities = load("aggregator_alone").main(iterations=30)
     assert sum(priorities.values()) == pytest.approx(1)
