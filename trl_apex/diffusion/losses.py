@@ -277,3 +277,31 @@ def training_sigmas(
         drawn = torch.sigmoid(torch.randn(images, count, generator=generator))
     shifted = shift * drawn / (1 + (shift - 1) * drawn)
     return shifted.clamp(max(low, 1e-3), high)
+
+
+# Weights that follow slowly
+
+
+class Decay(NamedTuple):
+    """A decay that is 0 for the first `flat` updates, then rises by `rise` an update up to `most`.
+
+    Example:
+        >>> [NFT_DECAY.at(step) for step in (0, 100, 1000)]
+        [0.0, 0.1, 0.5]
+    """
+
+    flat: int
+    rise: float
+    most: float
+
+    def at(self, step: int) -> float:
+        """d after update number `step`, for `copy <- d copy + (1 - d) weights`; 0 makes the copy equal to the weights."""
+        return min(max(step - self.flat, 0) * self.rise, self.most)
+
+
+NFT_DECAY = Decay(0, 0.001, 0.5)
+"""Of DiffusionNFT's old policy, which samples and which its two branches start from (arXiv 2509.16117)."""
+NFT_TEXT_DECAY = Decay(75, 0.0075, 0.999)
+"""The same for text rendering, as in DiffusionNFT's code."""
+AWM_DECAY = Decay(0, 0.001, 0.3)
+"""Of the copy that AWM's trust region `ema_beta mean (v - v_copy)^2` is around (arXiv 2509.25050)."""

@@ -22,8 +22,7 @@ from trl import GRPOConfig
 
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions, did_you_mean
 from ..aggregation.rules import GRADIENT_RULES, RULES
-from ..diffusion.losses import GUARDS, TIMESTEP_SAMPLING, WEIGHTINGS
-from ..diffusion.movement import AWM_DECAY, NFT_DECAY, Decay
+from ..diffusion.losses import AWM_DECAY, GUARDS, NFT_DECAY, TIMESTEP_SAMPLING, WEIGHTINGS, Decay
 from ..diffusion.schedule import SOLVERS, TRANSITIONS
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from ..aggregation.normalize import group_rows
 from ..aggregation.options import checked_weights
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
 from ..diffusion import losses
-from ..diffusion.movement import Decay
 from ..diffusion.nouns import Embeddings, Rollout
 from ..diffusion.rollout import (
     INITIAL_NOISE,
@@ -266,7 +265,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         self._detectors, self._guard = LearningDetectors(self), GradientGuardCallback(self)
         average = None  # of the weights after the first steps; their start does not count
         if args.ema_decay is not None:
-            average = Decay(args.ema_update_steps, 1.0, args.ema_decay)
+            average = losses.Decay(args.ema_update_steps, 1.0, args.ema_decay)
         self._ema = WeightCopy(self, average, args.ema_update_steps)
         self._anchor = WeightCopy(self, args.anchor, self.updates_per_iteration, ANCHOR_FILE, args.offload_reference)
         self._copies = [self._ema, self._anchor]

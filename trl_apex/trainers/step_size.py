@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..diffusion.movement import movement, next_rate_factor, overshoots
+from ..diffusion.losses import squared_error
+from ..diffusion.nouns import Latents
 from ..distributed import gather_rows
 
 
@@ -73,3 +75,39 @@ class StepSizeControl(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._rollout, self._before = {}, None
+
+
+def movement(velocity: Latents, old_velocity: Latents) -> Float[Tensor, ""]:
+    """Mean squared change of the velocity against an earlier policy: `mean (v - v_old)^2` over rows and elements."""
+    return squared_error(velocity, old_velocity).mean()
+
+
+def next_rate_factor(factor: float, moved: float, target: float) -> float:
+    """The factor on the learning rate for the next iteration, after one that moved the policy by `moved`.
+
+        factor <- clip(factor clip(sqrt(target / moved), 1 / 1.5, 1.5), .1, 10)
+
+    A [`movement`] grows with the square of the rate, hence the root. An iteration that moved nothing (all advantages 0),
+    or was not finite, says nothing about the rate and leaves it.
+
+    Args:
+        factor: of the iteration that is over; 1 at the start. It is all the state that there is.
+        moved, target: in the same unit, a movement or a KL divergence; equal on all ranks.
+
+    Example:
+        >>> next_rate_factor(1.0, moved=0.04, target=0.05)
+        1.118...
+        >>> next_rate_factor(1.0, moved=9.0, target=0.05)
+        0.666...
+
+    Source: the adaptive KL penalty of PPO, arXiv 1707.06347, section 4, turned into a rule for the rate.
+    """
+    if not 0 < moved < float("inf"):
+        return factor
+    step = min(max((target / moved) ** 0.5, 1 / 1.5), 1.5)
+    return min(max(factor * step, 0.1), 10.0)
+
+
+def overshoots(moved: float, target: float) -> bool:
+    """Whether the rest of a pass is left out: the policy has moved more than 1.5 times the target."""
+    return moved > 1.5 * target

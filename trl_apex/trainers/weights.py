@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..diffusion.families.base import DiffusionPolicy
-from ..diffusion.movement import Decay
+from ..diffusion.losses import Decay
 from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
 
 LORA_FILE, EMA_FILE, ANCHOR_FILE = "pytorch_lora_weights.safetensors", "ema.safetensors", "anchor.safetensors"

@@ -6,15 +6,8 @@ import random
 import pytest
 import torch
 
-from trl_apex.diffusion.movement import (
-    AWM_DECAY,
-    NFT_DECAY,
-    NFT_TEXT_DECAY,
-    Decay,
-    movement,
-    next_rate_factor,
-    overshoots,
-)
+from trl_apex.diffusion.losses import AWM_DECAY, NFT_DECAY, NFT_TEXT_DECAY, Decay
+from trl_apex.trainers.step_size import movement, next_rate_factor, overshoots
 
 
 def test_movement_is_the_mean_squared_change_of_the_velocity():
