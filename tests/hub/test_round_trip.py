@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from loopback_hub import WRITER, Hub
 from peft import LoraConfig
-from tiny_runs import tiny_trainer
+from tiny_runs import contrast, redness, tiny_trainer
 
 from trl_apex import APEXTrainer
 from trl_apex.diffusion.rollout import evaluation_noise
@@ -173,3 +174,29 @@ def test_a_cut_in_the_middle_of_training_loses_nothing(
     hub.fail("", 0)
     trainer.push_to_hub()
     assert "pytorch_lora_weights.safetensors" in hub.repos["me/apex"].files
+
+
+SMALL = {
+    r"\"stabilityai/[^\"]*\"": '"tiny"',
+    r"reward_funcs=\[.*\]": "reward_funcs=[redness, contrast]",
+    r"train_dataset=load_dataset\(.*?\)(\.\w+\(.*?\))?,": "train_dataset='tiny',",
+    r"num_generations=\d+": "num_generations=2",
+    r"generation_batch_size=\d+": "generation_batch_size=4",
+    r"per_device_train_batch_size=\d+": "per_device_train_batch_size=4",
+    r"updates_per_iteration=\d+": "updates_per_iteration=1",
+    "bf16=True": "bf16=False, use_cpu=True, max_steps=1, num_inference_steps=4, hub_token=WRITER",
+    r"\"you/": '"me/',
+}
+
+
+@pytest.mark.parametrize("page, repo", [("README.md", "me/sd35-apex"), ("docs/index.md", "me/run")])
+def test_the_pages_code_that_pushes_runs_at_toy_size(
+    page: str, repo: str, hub: Hub, tmp_path: Path, monkeypatch
+) -> None:
+    text = (Path(__file__).parents[2] / page).read_text()
+    (code,) = [block for block in re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL) if "push_to_hub" in block]
+    for real, small in SMALL.items():
+        code = re.sub(real, small, code)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"redness": redness, "contrast": contrast, "WRITER": WRITER})
+    assert "pytorch_lora_weights.safetensors" in hub.repos[repo].files

@@ -190,6 +190,16 @@ def test_retries_are_bounded_and_only_for_passing_failures():
     assert calls == {"refused": 3, "broken": 1}
 
 
+class Unreadable:
+    """Looks like a number or an array, and raises what neither does."""
+
+    def __float__(self):
+        raise ZeroDivisionError
+
+    def tolist(self):
+        raise KeyError("values")
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -198,6 +208,9 @@ def test_retries_are_bounded_and_only_for_passing_failures():
         (None, "Found a NoneType"),
         (["1.0", "2.0"], "Found '1.0' of type str"),
         ([[1.0], [2.0]], "Found \\[1.0\\] of type list"),
+        ([Unreadable(), 1.0], "of type Unreadable. Convert it"),
+        (Unreadable(), "Found a Unreadable that cannot be read: KeyError"),
+        ((1.0 for _ in range(2)), "Found a generator"),
     ],
 )
 def test_a_bug_of_the_user_is_an_error(returned, message):

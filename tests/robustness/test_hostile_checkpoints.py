@@ -209,13 +209,31 @@ def test_half_a_state_is_refused(state, message, run):
         ("apex_state.json", '{"aggregator": []}'),
         ("apex_state.json", '{"aggregator": {"rule": "apex"}}'),
         ("trainer_state.json", "{}"),
+        ("apex_state.json", '{"monitor": {"first": {"eval": 1}, "warned": false}}'),
+        ("apex_state.json", '{"detectors": {"first": {}, "sketch": null, "warned": "x"}}'),
+        ("trainer_state.json", '{"global_step": 2, "max_steps": 2, "log_history": [5]}'),
+        ("trainer_state.json", '{"global_step": 2, "max_steps": 2, "log_history": [], "unknown": 1}'),
+        ("trainer_state.json", '{"global_step": 2, "max_steps": 2, "log_history": [], "best_metric": "a"}'),
+        pytest.param("trainer_state.json", "[" * 100_000, id="deeply nested"),
         ("adapter_config.json", '{"lora_alpha": 4'),
+        ("adapter_config.json", "{}"),
     ],
 )
 def test_a_state_file_of_a_wrong_form_is_refused_by_name(file, content, run):
-    (run / "checkpoint-2" / file).write_text(content)
+    path = run / "checkpoint-2" / file
+    if file == "apex_state.json" and content[0] == "{":  # the other states stay as they are
+        content = json.dumps({**json.loads(path.read_text()), **json.loads(content)})
+    path.write_text(content)
     forge(run / "checkpoint-2")
     refused(run, file)
+
+
+@pytest.mark.parametrize("entry", [{"files": {"a": 5}}, {"files": {"a": {}}}, {"files": []}, {"engine": 5}], ids=str)
+def test_a_manifest_of_a_wrong_form_is_passed_over(entry, run):
+    file = run / "checkpoint-2" / MANIFEST
+    file.write_text(json.dumps({"files": {}, **entry}))
+    assert defects(file.parent) == ["manifest.json is missing or unreadable"]
+    assert last_valid(run).name == "checkpoint-1"
 
 
 @pytest.mark.slow

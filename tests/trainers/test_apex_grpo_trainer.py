@@ -173,6 +173,14 @@ def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
+def test_a_state_of_a_wrong_form_is_refused_before_anything_is_loaded(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=1.0, max_steps=1).train()
+    (tmp_path / "checkpoint-1" / "aggregator_state.json").write_text("[]")
+    (tmp_path / "checkpoint-1" / "model.safetensors").unlink()  # would be the first to be missed
+    with pytest.raises(ValueError, match="aggregator_state.json must hold a JSON object. Found list"):
+        trainer(tmp_path).train(True)
+
+
 def test_evaluation_reports_the_metrics_and_leaves_the_state_alone(tmp_path):
     run = trainer(tmp_path, max_steps=1, per_device_eval_batch_size=8, num_generations_eval=4)
     run.train()

@@ -2,7 +2,10 @@
 
 import json
 import logging
+import math
+from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset
@@ -38,6 +41,62 @@ def test_a_missing_reward_does_not_count_as_zero(pipeline, dataset, lora, make_a
     assert logged["reward_std"] == pytest.approx(scores.std().item())
     assert logged["reward_std_in_group"] == pytest.approx(2**0.5)  # 11 and 13, 15 and 17
     assert logged["frac_reward_zero_std"] == 0.0
+
+
+def test_what_a_reward_logs_cannot_stop_the_run(pipeline, dataset, lora, make_args, tmp_path, caplog):
+    def chatty(prompts, log_metric, log_extra, **kwargs):
+        log_metric("a_tensor", torch.tensor(2.0))
+        log_metric("half_missing", None if "first" in seen else 4.0)
+        log_metric("missing", math.nan)
+        log_extra("short", ["a"])
+        log_extra("mixed", [lambda: 1, "a", None, 2] * (len(prompts) // 4))
+        with pytest.raises(ValueError, match="takes one number. Found str"):
+            log_metric("text", "high")
+        with pytest.raises(ValueError, match="takes a list, one value per image. Found str"):
+            log_extra("text", "high")
+        seen.add("first")
+        return [float(i) for i in range(len(prompts))]
+
+    seen: set[str] = set()
+    args = make_args(DiffusionGRPOConfig, max_steps=1, log_completions=True, num_completions_to_print=0)
+    trainer = DiffusionGRPOTrainer(pipeline, [chatty], args, dataset, peft_config=lora)
+    trainer.train()
+    assert line(trainer)["a_tensor"] == 2.0 and line(trainer)["half_missing"] == 4.0
+    assert "missing" not in line(trainer) and "reward_failures/chatty" in line(trainer)
+    assert line(trainer)["reward_failures/chatty"] == 0
+    assert "`log_extra` logged 1 values of 'short'" in caplog.text
+    (table,) = (Path(args.output_dir) / "completions").glob("*.parquet")
+    rows = pandas.read_parquet(table)
+    assert list(rows["short"].isna()) == [True] * len(rows) and list(rows["mixed"])[1] == "a"
+
+
+@pytest.mark.filterwarnings("ignore:The reward `cost` failed")
+def test_an_evaluation_without_an_objective_is_not_the_best(pipeline, dataset, lora, make_args):
+    def cost(prompts, trainer_state, **kwargs):
+        if trainer_state.global_step == 4 and evaluating:
+            raise OSError("the server is down")
+        return [-5.0] * len(prompts)
+
+    evaluating: list[bool] = []
+    args = make_args(
+        DiffusionGRPOConfig, max_steps=6, eval_strategy="steps", eval_steps=2, lr_scheduler_type="reduce_lr_on_plateau",
+        metric_for_best_model="reward", max_reward_failure_rate=1.0,
+    )  # fmt: skip
+    trainer = DiffusionGRPOTrainer(pipeline, [redness, cost], args, dataset, dataset, peft_config=lora)
+    inner = trainer.evaluate
+
+    def evaluate(*args, **kwargs):
+        evaluating.append(True)
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            evaluating.clear()
+
+    trainer.evaluate = evaluate
+    trainer.train()
+    found = [entry for entry in trainer.state.log_history if "eval_runtime" in entry]
+    assert ["eval_reward" in entry for entry in found] == [True, False, True]
+    assert trainer.state.best_metric < 0
 
 
 def test_an_objective_that_scores_nothing_is_named_once(pipeline, dataset, lora, make_args, caplog):

@@ -140,6 +140,16 @@ def test_the_constructor_takes_the_arguments_of_trls_in_its_order():
     assert ours[: len(expected)] == expected, f"{RELEASE}: GRPOTrainer takes {theirs}"
 
 
+@pytest.mark.parametrize("trainer", [DiffusionGRPOTrainer, APEXTrainer, APEXGRPOTrainer])
+@pytest.mark.parametrize(
+    "method", ["train", "evaluate", "predict", "save_model", "push_to_hub", "create_model_card", "log"]
+)
+def test_methods_take_trls_arguments_in_its_order(trainer, method):
+    ours, theirs = (list(inspect.signature(getattr(cls, method)).parameters) for cls in (trainer, GRPOTrainer))
+    theirs = [name for name in theirs if name != "kwargs"]
+    assert ours[: len(theirs)] == theirs
+
+
 def test_help_shows_the_signature_of_the_constructor():
     assert inspect.signature(APEXTrainer) == inspect.signature(DiffusionGRPOTrainer)
     assert inspect.signature(APEXGRPOTrainer) == inspect.signature(GRPOTrainer)

@@ -384,7 +384,7 @@ def own_copies(value: Any) -> Any:
         return type(value)(map(own_copies, value))
     if type(value) is dict:
         return {key: own_copies(item) for key, item in value.items()}
-    if isinstance(value, (Image.Image, np.ndarray)):
+    if isinstance(value, (Image.Image, np.ndarray, set, bytearray)):
         return value.copy()
     if isinstance(value, Tensor):
         return value.detach().clone()
@@ -425,7 +425,7 @@ def as_numbers(returned: Any, name: str, size: int) -> RewardList:
     """
     try:
         values = returned.tolist() if hasattr(returned, "tolist") else returned
-    except (RuntimeError, TypeError) as error:  # a tensor whose numbers cannot be had
+    except Exception as error:  # a tensor whose numbers cannot be had, or any object's own
         raise ValueError(
             f"The reward `{name}` must return numbers or None. Found a {type(returned).__name__} that cannot be read: "
             f"{describe(error)}. Return a list of floats."
@@ -436,7 +436,10 @@ def as_numbers(returned: Any, name: str, size: int) -> RewardList:
             f"The reward `{name}` must return one number or None per sample, {size} here. Found {found}. "
             "Return a list as long as `prompts`."
         )
-    rewards = RewardList([_as_number(value, name) for value in values], getattr(returned, "errors", None) or None)
+    errors = getattr(returned, "errors", None)
+    rewards = RewardList([_as_number(value, name) for value in values])
+    if isinstance(errors, list) and len(errors) == size:
+        rewards.errors = list(errors)
     for i, reward in enumerate(rewards):
         if abs(reward) > LARGEST:
             rewards[i], rewards.errors[i] = math.nan, rewards.errors[i] or f"the reward is {reward:g}"
@@ -449,7 +452,7 @@ def _as_number(value: Any, name: str) -> float:
             return math.nan if value is None else float(value)
     except OverflowError:
         return math.inf
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:  # `__float__` may raise anything
         pass
     raise ValueError(
         f"The reward `{name}` must return numbers or None. Found {value!r} of type {type(value).__name__}. "

@@ -262,6 +262,10 @@ class RewardHackingWatch:
         return {"first": self._first, "warned": self._warned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for entry in state["first"].values():  # raises where it is of another form
+            _tensor(entry["rewards"]), entry["key"]
+        if not isinstance(state["warned"], bool):
+            raise TypeError(f"`warned` must be true or false. Found {state['warned']!r}.")
         self._first, self._warned = state["first"], state["warned"]
 
 

@@ -33,6 +33,16 @@ FILES_OF_0_1_0 = {
     "population": "population_conflict.json",
     "monitor": "first_evaluation.json",
 }
+PROGRESS: dict[str, Any] = {
+    "global_step": int,
+    "max_steps": int,
+    "log_history": list,
+    "epoch": int | float | None,
+    "best_metric": int | float | None,
+    "best_global_step": int | None,
+    "best_model_checkpoint": str | None,
+    "stateful_callbacks": dict | None,
+}
 ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "optimizer.bin")
 
@@ -122,7 +132,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     """A JSON object from a file; ValueError if it holds anything else."""
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} must be a JSON file. Found {error}. Take another checkpoint.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object. Found {type(content).__name__}. Take another checkpoint.")
@@ -263,13 +273,20 @@ def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
 
 def check_state(stateful: dict[str, Any], checkpoint: str | Path) -> None:
     """Raise ValueError, with the name of the file, if a checkpoint's states cannot be restored. The objects keep theirs."""
-    progress = _read_object(Path(checkpoint, "trainer_state.json"))
-    steps = [progress.get(key) for key in ("global_step", "max_steps")]
-    if not all(isinstance(step, int) for step in steps) or not isinstance(progress.get("log_history"), list):
+    file = Path(checkpoint, "trainer_state.json")
+    progress = _read_object(file)
+    wrong = [name for name, kind in PROGRESS.items() if not isinstance(progress.get(name), kind)]
+    if wrong or not all(isinstance(entry, dict) for entry in progress["log_history"]):
         raise ValueError(
-            f"{checkpoint}/trainer_state.json must hold a run's steps and logs. Found {sorted(progress)[:5]}. Take another "
+            f"{file} must hold a run's steps and logs. Found no proper {', '.join(wrong) or 'log_history'}. Take another "
             "checkpoint."
         )
+    try:
+        TrainerState.load_from_json(str(file))
+    except (TypeError, ValueError, AttributeError) as error:  # an entry that this release does not know
+        raise ValueError(
+            f"{file} must hold what this release of transformers reads. Found {error}. Take another checkpoint."
+        ) from error
     if "aggregator" in stateful and "aggregator" not in _read_states(checkpoint):
         raise ValueError(
             f"A checkpoint of this trainer must hold the state of the aggregator, in {STATE_FILE} or, from version 0.1.0, "
@@ -308,10 +325,14 @@ def check_weights_match(checkpoint: str | Path, model: nn.Module) -> None:
     if isinstance(model, PeftModel):  # an adapter's scale is in none of its weights
         config: Any = model.peft_config[model.active_adapter]
         settings = file.with_name("adapter_config.json")
-        saved = _read_object(settings) if settings.is_file() else {}
+        saved = _read_object(settings) if settings.is_file() else {"peft_type": config.peft_type}
+        if "peft_type" not in saved:
+            raise ValueError(
+                f"{settings} must hold an adapter's settings. Found no peft_type. Take another checkpoint."
+            )
         for name in ("lora_alpha", "use_rslora"):
             if name in saved and saved[name] != getattr(config, name):
                 raise ValueError(
-                    f"An adapter resumes with the `{name}` that it was saved with, {saved[name]}. Found "
+                    f"An adapter resumes with the `{name}` that it was saved with, {saved[name]} in {settings}. Found "
                     f"{getattr(config, name)}. Correct `peft_config`."
                 )

@@ -49,6 +49,8 @@ class LearningDetectors(TrainerCallback):
         return {"first": self._first, "sketch": self._sketch, "warned": sorted(self._warned)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state["warned"], list):
+            raise TypeError(f"`warned` must be a list. Found {state['warned']!r}.")
         self._first = {name: float(value) for name, value in state["first"].items()}
         self._sketch = None if state["sketch"] is None else [float(value) for value in state["sketch"]]
         self._warned = set(state["warned"])

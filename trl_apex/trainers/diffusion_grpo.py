@@ -61,6 +61,8 @@ from .logs import (
     log_rewards,
     log_samples,
     log_scoring,
+    logged_column,
+    logged_number,
     newest_samples,
     read_updates,
     send_picture,
@@ -666,7 +668,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         Returns:
             `dict`: `{prefix}_rewards/{name}/mean` and `/se` (standard error over prompts) of each reward and monitored
             function, `{prefix}_reward`, the weighted sum of means, and `{prefix}_reward_std`, the standard deviation of
-            the weighted sum over prompts. A mean of which no prompt has a score is left out. `eval_records` keeps row,
+            the weighted sum over prompts. A mean of which no prompt has a score is left out; where an earlier evaluation
+            had it, these two are as well, since sums of other rewards do not compare. `eval_records` keeps row,
             prompt and scores of every prompt, and on the main process the images of its first 64 (`"image"` is None
             elsewhere).
 
@@ -696,6 +699,14 @@ class DiffusionGRPOTrainer(RunTrainer):
             picture = reward_grid(samples[: columns * ROWS], columns)
             send_picture(self.callback_handler.callbacks, name, picture, self.state.global_step)
 
+    def _log_metric(self, name: Any, value: Any) -> None:
+        number = logged_number(value)
+        if number is not None:
+            super()._log_metric(str(name), number)
+
+    def _log_completion_extra(self, column: Any, values: Any) -> None:
+        super()._log_completion_extra(str(column), logged_column(values))
+
     def _log_rollout(self, rewards: Tensor, advantages: Tensor, prompts: list[str], rollouts: list[Rollout]) -> None:
         names, metrics = self.reward_func_names, self._metrics["train"]
         log_rewards(rewards, names, self.reward_weights, self.num_generations, metrics)
@@ -708,4 +719,4 @@ class DiffusionGRPOTrainer(RunTrainer):
             scores = dict(zip(names, rewards.double().T.tolist(), strict=True))
             log_samples(self._logs, scores, **columns, advantages=advantages.tolist())
             self._unsent_images = True
-        log_from_rewards((self._pending_metrics, self._pending_extra_logs), metrics, self._logs["extra"])
+        log_from_rewards((self._pending_metrics, self._pending_extra_logs), metrics, self._logs["extra"], len(rewards))

@@ -57,8 +57,10 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
     trained, weights = rewards[:, : len(trainer.reward_funcs)], trainer.reward_weights.cpu()
     totals = weighted_sum(trained, weights)
     totals = totals[totals.isfinite()]
-    found["reward"] = weighted_sum(trained.nanmean(0, keepdim=True), weights).item()
-    found["reward_std"] = totals.std().item() if len(totals) > 1 else None
+    lost = _lost(trainer.state.log_history, metric_key_prefix, found)
+    if not lost.intersection(name for name, weight in zip(names, weights.tolist(), strict=False) if weight):
+        found["reward"] = weighted_sum(trained.nanmean(0, keepdim=True), weights).item()
+        found["reward_std"] = totals.std().item() if len(totals) > 1 else None
     found["runtime"] = time.perf_counter() - started
     metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items() if v is not None and math.isfinite(v)}
     trainer.eval_records = records
@@ -93,6 +95,13 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[
     own_images = {record["row"]: record["image"] for record in own}  # pictures are not gathered
     by_row = {record["row"]: record for record in gather_list([{**record, "image": None} for record in own])}
     return [by_row[i] | {"image": own_images.get(i)} for i in range(len(dataset))]
+
+
+def _lost(history: list[dict[str, Any]], prefix: str, found: dict[str, Any]) -> set[str]:
+    """Names of the rewards that scored in an earlier evaluation and not in this one, whose sum would compare with none."""
+    measured = {key for entry in history for key in entry}
+    means = [key for key, value in found.items() if key.endswith("/mean") and value is None]
+    return {key.split("/", 1)[1].removesuffix("/mean") for key in means if f"{prefix}_{key}" in measured}
 
 
 def reward_means(rewards: Tensor, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ import trl
 from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -123,6 +124,14 @@ class APEXGRPOTrainer(GRPOTrainer):
 
     # Checkpoints
 
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """TRL's own; ValueError, before anything is loaded, for a checkpoint whose states cannot be restored."""
+        last = resume_from_checkpoint is True
+        checkpoint = get_last_checkpoint(self.args.output_dir) if last else resume_from_checkpoint
+        if checkpoint:
+            check_state({"aggregator": self.aggregator}, checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         directory = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
@@ -134,9 +143,7 @@ class APEXGRPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = {"aggregator": self.aggregator}
-        check_state(state, checkpoint)
-        restore(state, checkpoint)
+        restore({"aggregator": self.aggregator}, checkpoint)
         # TRL restarts its count at 0, which shifts the moments at which it generates.
         progress = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         self._step = progress.global_step * self.args.gradient_accumulation_steps

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -26,6 +27,8 @@ from ..distributed import all_reduce_sum, gather_list, gather_rows
 from ..redact import redacted
 from ..rewards.base import to_pil
 from ..rewards.scoring import ScoredBatch
+
+logger = logging.getLogger(__name__)
 
 COLUMNS, ROWS = 8, 8
 """Of the pictures that are logged, at most."""
@@ -98,11 +101,12 @@ def _std(values: Tensor) -> float:
 
 
 def log_from_rewards(
-    pending: tuple[dict[str, list], dict[str, list]], metrics: dict[str, list[float]], extra: dict[str, Any]
+    pending: tuple[dict[str, list], dict[str, list]], metrics: dict[str, list[float]], extra: dict[str, Any], size: int
 ) -> None:
     """Collect what reward functions logged through `log_metric` and `log_extra` on any rank, in one exchange.
 
-    A call that outlasted its timeout may still be logging from its thread, hence the copies.
+    A column without a value for each of the `size` images is left empty, since nobody knows whose its values are. A call
+    that outlasted its timeout may still be logging from its thread, hence the copies.
     """
     own = tuple({name: list(values) for name, values in list(logged.items())} for logged in pending)
     for logged in pending:
@@ -111,8 +115,36 @@ def log_from_rewards(
     for name in sorted({name for logged, _ in everyone for name in logged}):
         values = [value for logged, _ in everyone for value in logged.get(name, [])]
         metrics[name].append(sum(values) / len(values))
-    for column in sorted({column for _, columns in everyone for column in columns}):
-        extra[column].extend(value for _, columns in everyone for value in columns.get(column, []))
+    for column in sorted({column for _, columns in everyone for column in columns} | extra.keys()):
+        values = [value for _, columns in everyone for value in columns.get(column, [])]
+        if len(values) not in (0, size):
+            logger.warning("`log_extra` logged %d values of %r for %d images: left out.", len(values), column, size)
+        extra[column].extend(values if len(values) == size else [None] * size)
+
+
+def logged_number(value: Any) -> float | None:
+    """What a reward gave to `log_metric`, as a number; None if it is missing (None or NaN).
+
+    Raises:
+        ValueError: for anything else; inside the reward, which it costs its own samples.
+    """
+    try:
+        number = math.nan if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`log_metric` takes one number. Found {type(value).__name__}. Pass a float.") from error
+    return None if math.isnan(number) else number
+
+
+def logged_column(values: Any) -> list:
+    """What a reward gave to `log_extra`, as a list that a table holds: of texts, where its values are something else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"`log_extra` takes a list, one value per image. Found {type(values).__name__}.")
+    try:
+        pyarrow.array(values)
+    except (pyarrow.ArrowException, OverflowError):
+        return [None if value is None else str(value) for value in values]
+    return list(values)
 
 
 # Metrics of updates

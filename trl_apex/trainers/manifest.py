@@ -203,9 +203,12 @@ def read(checkpoint: str | Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None where it has none that can be read."""
     try:
         content = json.loads(Path(checkpoint, MANIFEST).read_text())
-    except (OSError, ValueError):
+        facts = {"engine": str, "world_size": int, "sha256": str}
+        known = all(isinstance(content.get(name, kind()), kind) for name, kind in facts.items())
+        entries = [(entry["size"], entry["sha256"]) for entry in content["files"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return content if isinstance(content, dict) and isinstance(content.get("files"), dict) else None
+    return content if known and all(isinstance(size, int) for size, _ in entries) else None
 
 
 def _own_hash(content: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ class RunTrainer(GRPOTrainer):
     """Why the run stops at the end of this iteration; None while it does not."""
     _stop_error: type[RuntimeError] = RuntimeError
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
         """Train to the end, from the start or from a valid checkpoint; then evaluate, if no `eval_strategy` has.
 
         Writes `config.json` and `environment.json` at the start and `trainer_state.json` at the end, for
@@ -58,7 +58,7 @@ class RunTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or True for the run's last valid one.
-            kwargs: as in `transformers.Trainer`.
+            trial, ignore_keys_for_eval: as in `transformers.Trainer`.
 
         Raises:
             ValueError: if the checkpoint is not valid or of other settings, before anything is loaded.
@@ -79,7 +79,7 @@ class RunTrainer(GRPOTrainer):
         self.save_and_stop = None
         try:
             with whole_models():  # a reward may load its network at its first call
-                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except RuntimeError as error:
             if isinstance(error, OtherRankError) or not lost_rank(error):
                 raise
@@ -251,6 +251,15 @@ class RunTrainer(GRPOTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
+        """Trainer's own; a scheduler that follows a metric waits where an evaluation could not measure it."""
+        metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+        followed = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        follows = type(self.lr_scheduler).__name__ in ("ReduceLROnPlateau", "GreedyLR") and not skip_scheduler
+        if follows and followed in metrics:
+            self.lr_scheduler.step(metrics[followed])
+        return metrics
 
     def _finalize_training(self, *args: Any, **kwargs: Any):
         """Trainer's own, without its last rotation, which would leave the best checkpoint alone."""
