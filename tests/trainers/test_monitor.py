@@ -23,7 +23,7 @@ def greenness(completions, images, **kwargs):
 def build(pipeline, dataset, lora, make_args):
     def make(monitors, **overrides):
         evaluation = Dataset.from_dict({"prompt": PROMPTS * 3})
-        args = make_args(**{"eval_num_inference_steps": 2, **overrides})
+        args = make_args(**{"eval_num_inference_steps": 2, "warmup_iterations": 0, **overrides})
         fresh = copy.deepcopy(pipeline)
         return APEXTrainer(
             fresh, [redness], args, dataset, evaluation, peft_config=copy.copy(lora), monitor_funcs=monitors

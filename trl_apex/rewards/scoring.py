@@ -120,7 +120,8 @@ class RewardScorer:
                 stacklevel=2,
             )
         self.max_retries, self.backoff = max_retries, backoff
-        self._warned: set[str] = set()
+        self.failed: set[str] = set()
+        """Names of the functions that failed on a sample so far; each was warned of."""
         self._closed = False
         self._callers = list(map(RewardCaller, self.reward_funcs, self.names, timeouts))
         self._loop = asyncio.new_event_loop()
@@ -237,8 +238,8 @@ class RewardScorer:
             rewards = RewardList([math.nan] * size, [describe(error)] * size)
         else:
             rewards = as_numbers(returned, caller.name, size)
-        if rewards.failures and caller.name not in self._warned:
-            self._warned.add(caller.name)
+        if rewards.failures and caller.name not in self.failed:
+            self.failed.add(caller.name)
             warnings.warn(
                 f"The reward `{caller.name}` failed on {rewards.failures} of {size} samples: "
                 f"{next(filter(None, rewards.errors))}. They count as missing. Further failures are counted in "

@@ -668,10 +668,9 @@ class DiffusionGRPOTrainer(RunTrainer):
         Returns:
             `dict`: `{prefix}_rewards/{name}/mean` and `/se` (standard error over prompts) of each reward and monitored
             function, `{prefix}_reward`, the weighted sum of means, and `{prefix}_reward_std`, the standard deviation of
-            the weighted sum over prompts. A mean of which no prompt has a score is left out; where an earlier evaluation
-            had it, these two are as well, since sums of other rewards do not compare. `eval_records` keeps row,
-            prompt and scores of every prompt, and on the main process the images of its first 64 (`"image"` is None
-            elsewhere).
+            the weighted sum over prompts. A mean of which no prompt has a score is left out; these two as well, where the
+            reward failed or an earlier evaluation had its mean. `eval_records` keeps row, prompt and scores of every
+            prompt, and on the main process the images of its first 64 (`"image"` is None elsewhere).
 
         Raises:
             ValueError: if there is no dataset, or one that the constructor would refuse.

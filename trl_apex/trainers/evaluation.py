@@ -46,7 +46,7 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
     started = time.perf_counter()
     funcs = [*trainer.reward_funcs, *trainer.monitor_funcs]
     names = reward_names(funcs)
-    records = _records(trainer, dataset, funcs, names)
+    records, failed = _records(trainer, dataset, funcs, names)
     rewards = torch.tensor([list(record["rewards"].values()) for record in records], dtype=torch.float64)
     found: dict[str, float | None] = {}
     for name, part in reward_means(rewards, names).items():
@@ -57,7 +57,7 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
     trained, weights = rewards[:, : len(trainer.reward_funcs)], trainer.reward_weights.cpu()
     totals = weighted_sum(trained, weights)
     totals = totals[totals.isfinite()]
-    lost = _lost(trainer.state.log_history, metric_key_prefix, found)
+    lost = _lost(trainer.state.log_history, metric_key_prefix, found, failed)
     if not lost.intersection(name for name, weight in zip(names, weights.tolist(), strict=False) if weight):
         found["reward"] = weighted_sum(trained.nanmean(0, keepdim=True), weights).item()
         found["reward_std"] = totals.std().item() if len(totals) > 1 else None
@@ -74,8 +74,8 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
     return metrics
 
 
-def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[dict[str, Any]]:
-    """[`draw_and_score`] of every row of `dataset`, in order, with each rank's share; on every rank."""
+def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple[list[dict[str, Any]], set[str]]:
+    """[`draw_and_score`] of every row of `dataset`, in order, with each rank's share, and which rewards failed; on every rank."""
     args, world, rank = trainer.args, trainer.accelerator.num_processes, trainer.accelerator.process_index
     sampler = trainer._sampler_of(args, args.eval_num_inference_steps, size=trainer.eval_size)
     guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
@@ -94,14 +94,16 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> list[
         )  # fmt: skip
     own_images = {record["row"]: record["image"] for record in own}  # pictures are not gathered
     by_row = {record["row"]: record for record in gather_list([{**record, "image": None} for record in own])}
-    return [by_row[i] | {"image": own_images.get(i)} for i in range(len(dataset))]
+    failed = set(gather_list(sorted(scorer.failed)))
+    return [by_row[i] | {"image": own_images.get(i)} for i in range(len(dataset))], failed
 
 
-def _lost(history: list[dict[str, Any]], prefix: str, found: dict[str, Any]) -> set[str]:
-    """Names of the rewards that scored in an earlier evaluation and not in this one, whose sum would compare with none."""
+def _lost(history: list[dict[str, Any]], prefix: str, found: dict[str, Any], failed: set[str]) -> set[str]:
+    """Names of the rewards without a score, that failed or scored in an earlier evaluation: a sum without them misleads."""
     measured = {key for entry in history for key in entry}
     means = [key for key, value in found.items() if key.endswith("/mean") and value is None]
-    return {key.split("/", 1)[1].removesuffix("/mean") for key in means if f"{prefix}_{key}" in measured}
+    names = {key: key.split("/", 1)[1].removesuffix("/mean") for key in means}
+    return {name for key, name in names.items() if name in failed or f"{prefix}_{key}" in measured}
 
 
 def reward_means(rewards: Tensor, names: list[str]) -> dict[str, dict[str, Any]]:
