@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import logging
 import os
 import re
@@ -585,10 +584,11 @@ def _evaluate(adapters: list[str], output_dir: str | None, **options: Any) -> No
 def _recorded(run: Path) -> dict[str, Any]:
     """What the config.json of a run says of its model, its evaluation prompts, its rewards and its sampler."""
     from .trainers.logs import EVAL_PROMPTS
+    from .trainers.publishing import read_json
 
-    if not (run / "config.json").is_file():
+    config = read_json(run / "config.json")
+    if not config:
         return {}
-    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     same = ("model", "rewards", "monitors", "negative_prompt", "max_sequence_length", "seed")
     found = {name: config.get(name) for name in same}
     for name in ("num_inference_steps", "guidance_scale", "height", "width"):

@@ -30,6 +30,12 @@ def test_a_run_is_uploaded_with_report_pictures_and_card(push, hub: Hub) -> None
     assert "figures/samples.png" in repo.files["README.md"].decode()
 
 
+def test_a_broken_file_of_the_run_is_named(push, run_dir: Path) -> None:
+    (run_dir / "config.json").write_text('{"model": ')
+    code, _, (line,) = push()
+    assert code == 2 and "config.json must be a JSON file" in line
+
+
 def test_a_wrong_token_is_one_line_and_exit_code_2(push) -> None:
     code, _, (line,) = push(token="hf_wrongwrongwrong")
     assert code == 2 and "does not accept the token" in line and "hf_wrong" not in line

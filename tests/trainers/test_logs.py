@@ -182,10 +182,14 @@ def test_a_rollouts_table_has_every_row_and_the_pictures_of_the_shown(pipeline, 
 
 @pytest.mark.parametrize(
     "given, message",
-    [("test", "the trainer has no named ones"), (Dataset.from_dict({"text": ["a"]}), "must have a `prompt` column")],
+    [
+        ("test", "the trainer has no named ones"),
+        (Dataset.from_dict({"text": ["a"]}), "must have a `prompt` column"),
+        (Dataset.from_dict({"prompt": ["a"]}), "`by_level`.*missing a required argument: 'level'"),
+    ],
 )
 def test_evaluate_checks_its_dataset_as_the_constructor_does(pipeline, dataset, lora, make_args, given, message):
-    trainer = APEXTrainer(pipeline, [redness], make_args(), dataset, peft_config=lora)
+    trainer = APEXTrainer(pipeline, [redness, by_level], make_args(), dataset, peft_config=lora)
     with pytest.raises(ValueError, match=message):
         trainer.evaluate(given)
     with pytest.raises(NotImplementedError, match="evaluate"):

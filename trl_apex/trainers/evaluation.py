@@ -16,7 +16,7 @@ from ..diffusion.rollout import evaluation_noise
 from ..distributed import gather_list
 from ..prompts.datasets import check_dataset
 from ..rewards.base import to_pil
-from .inputs import reward_names
+from .inputs import check_calls, reward_names
 from .logs import PICTURES, weighted_sum
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
     started = time.perf_counter()
     funcs = [*trainer.reward_funcs, *trainer.monitor_funcs]
     names = reward_names(funcs)
+    check_calls(funcs, names, dataset)
     records, failed = _records(trainer, dataset, funcs, names)
     rewards = torch.tensor([list(record["rewards"].values()) for record in records], dtype=torch.float64)
     found: dict[str, float | None] = {}

@@ -114,20 +114,19 @@ def check_inputs(
         raise ValueError(
             f"`prompt_mix` needs the column {args.prompt_mix_column!r} with the kind of each prompt. {found}"
         )
-    _check_calls(reward_funcs, names[: len(reward_funcs)], train_dataset, "train_dataset")
+    check_calls(reward_funcs, names[: len(reward_funcs)], train_dataset)
+    _warn_of_hidden_columns(train_dataset, "train_dataset")
     for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
         if dataset is not None:
             where = f"eval_dataset{name and '.' + name}"
             check_dataset(dataset, where)
-            _check_calls([*reward_funcs, *monitor_funcs], names, dataset, where)
+            check_calls([*reward_funcs, *monitor_funcs], names, dataset)
+            _warn_of_hidden_columns(dataset, where)
     return names
 
 
-def _check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, where: str) -> None:
-    """Raise where a reward function cannot be called with the keywords that it will get for rows of `dataset`.
-
-    Columns that no reward can see are warned about. `where` is the name of the dataset.
-    """
+def check_calls(funcs: list[Callable], names: list[str], dataset: Dataset) -> None:
+    """Raise where a reward function cannot be called with the keywords that it will get for rows of `dataset`."""
     keywords = dict.fromkeys([*KEYWORDS, *reward_columns(dataset.column_names)])
     for func, name in zip(funcs, names, strict=True):
         if isinstance(func, type):
@@ -145,6 +144,10 @@ def _check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, wher
                 f"The reward `{name}` must take the keywords of a call: {', '.join(own)}. Found: {error}. Name a column of "
                 "the dataset like its parameter, and let it take `**kwargs`."
             ) from error
+
+
+def _warn_of_hidden_columns(dataset: Dataset, where: str) -> None:
+    """Warn of the columns that no reward can see; `where` is the name of the dataset."""
     hidden = set(dataset.column_names) - {"prompt", *reward_columns(dataset.column_names)}
     if hidden:
         warnings.warn(

@@ -359,10 +359,10 @@ def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None 
 def refresh_model_card(run_dir: str | Path, repo_id: str | None = None) -> Path:
     """Write the card anew, with the facts kept from the last time, or with what the run directory tells."""
     run_dir = Path(run_dir)
-    kept = _read(run_dir / FACTS_FILE)
+    kept = read_json(run_dir / FACTS_FILE)
     if not kept:
-        config, adapter = _read(run_dir / "config.json"), _read(run_dir / "adapter_config.json")
-        names = list(_read(run_dir / "summary.json").get("objectives", {}))
+        config, adapter = read_json(run_dir / "config.json"), read_json(run_dir / "adapter_config.json")
+        names = list(read_json(run_dir / "summary.json").get("objectives", {}))
         kept = {
             "base_model": str(config.get("model") or adapter.get("base_model_name_or_path") or ""),
             "objectives": [{"name": name, "weight": None, "licence": ""} for name in names],
@@ -382,7 +382,7 @@ def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None
     )
     environment.filters |= {"cell": _cell, "figure": _figure}
     template = environment.from_string((files(__package__) / "model_card.md.jinja").read_text(encoding="utf-8"))
-    summary, recorded, config = (_read(run_dir / f"{n}.json") for n in ("summary", "environment", "config"))
+    summary, recorded, config = (read_json(run_dir / f"{n}.json") for n in ("summary", "environment", "config"))
     figures = {path.stem: f"figures/{path.name}" for path in (run_dir / "figures").glob("*.png")}
     prompt = samples[0]["prompt"] if samples else "a red circle"
     return template.render(
@@ -400,7 +400,7 @@ def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None
         config=redacted({key: value for key, value in config.items() if value not in (None, "", [], {})}),
         command=redacted(recorded.get("command", "")),
         versions=recorded.get("versions", {}),
-        steps=_read(run_dir / "trainer_state.json").get("global_step"),
+        steps=read_json(run_dir / "trainer_state.json").get("global_step"),
         report=(run_dir / "report.html").is_file(),
         state=(run_dir / "aggregator_state.json").is_file(),
         prompt=json.dumps(prompt, ensure_ascii=False),
@@ -409,14 +409,17 @@ def _render(run_dir: Path, facts: CardFacts, repo_id: str, hub_model: str | None
 
 def _samples(run_dir: Path) -> list[dict[str, str]]:
     images = sorted((run_dir / "samples").glob("tuned_*.png"), key=lambda path: (len(path.stem), path.stem))
-    prompts = list(_read(run_dir / "samples" / "prompts.json"))
+    prompts = list(read_json(run_dir / "samples" / "prompts.json"))
     numbered = [(int(path.stem.rpartition("_")[2]), f"samples/{path.name}") for path in images]
     return [{"prompt": str(prompts[i]["prompt"]), "image": name} for i, name in numbered if i < len(prompts)]
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """What a JSON file holds; an empty dictionary where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file. Found {error}. Restore it, or delete it.") from error
 
 
 def _cell(value: Any) -> str:
