@@ -546,7 +546,7 @@ def _plan(
 def _demo(quick: bool, **options: Any) -> None:
     from .demo import run_demo
 
-    run_demo(**options | ({"max_steps": 20, "test_prompts": 48} if quick else {}))
+    run_demo(**options | ({"max_steps": 12, "test_prompts": 48} if quick else {}))
 
 
 def _evaluate(adapters: list[str], output_dir: str | None, **options: Any) -> None:

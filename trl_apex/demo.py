@@ -36,7 +36,7 @@ LORA_TARGETS = (
 
 
 def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEXConfig:
-    """The demo's settings: 8 prompts x 8 images an iteration, a window of 2 stochastic steps, 2 updates."""
+    """The demo's settings: 8 prompts x 8 images an iteration, trained on 4 noise levels each with DiffusionNFT."""
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "seed": seed,
@@ -48,18 +48,20 @@ def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEX
         "num_inference_steps": 6,
         "guidance_scale": 1.0,
         "max_sequence_length": 12,
-        "sde_window_size": 2,
-        "sde_window_range": [0, 4],
-        "rollout_batch_size": 32,
+        "loss_type": "nft",
+        "timesteps_per_image": 4,
+        "timestep_batch_size": 4,
+        "num_iterations": 2,
+        "beta": 1e-4,
+        "rollout_batch_size": 64,
         "gradient_checkpointing": False,
-        "learning_rate": 3e-4,
-        "epsilon": 1e-3,
-        "max_steps": 180,
-        "need_coef": 2.0,
-        "warmup_iterations": 3,
-        "ramp_iterations": 3,
+        "learning_rate": 1e-3,
+        "max_steps": 64,
+        "need_coef": 4.0,
+        "warmup_iterations": 1,
+        "ramp_iterations": 1,
         "logging_steps": 2,
-        "save_steps": 60,
+        "save_steps": 32,
         "save_total_limit": 1,
         "eval_num_inference_steps": 6,
         "per_device_eval_batch_size": 48,
@@ -84,7 +86,7 @@ def held_out_monitors() -> list:
 def run_demo(
     output_dir: str | Path = "runs/demo",
     seed: int = 0,
-    test_prompts: int = 96,
+    test_prompts: int = 192,
     console: Console | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def run_demo(
         config,
         tiny_prompts("train", 1024, seed),
         eval_dataset=tiny_prompts("test", test_prompts),
-        peft_config=LoraConfig(r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS)),
+        peft_config=LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS)),
         callbacks=[ProgressCallback(names, console)],
         monitor_funcs=held_out_monitors(),
     )

@@ -27,7 +27,7 @@ from trl_apex.rewards import (
 from trl_apex.rewards.base import to_uint8
 from trl_apex.serving.server import make_server
 from trl_apex.serving.wire import check_column
-from trl_apex.trainers.inputs import _check_calls
+from trl_apex.trainers.inputs import _warn_of_hidden_columns, check_calls
 
 PROMPTS = ["a red circle", "a blue square", "green", "with"] * 3
 
@@ -174,9 +174,10 @@ def test_a_column_that_cannot_travel_is_refused_before_training(value):
 def test_the_trainer_names_a_column_that_a_remote_reward_cannot_get():
     data = Dataset.from_dict({"prompt": ["a"], "day": [datetime.date(2024, 5, 1)], "self": ["x"]})
     with pytest.raises(ValueError, match="The column `day` must hold JSON values"):
-        _check_calls([RemoteReward("http://127.0.0.1:1", "x")], ["x"], data, "train_dataset")
+        check_calls([RemoteReward("http://127.0.0.1:1", "x")], ["x"], data)
+    check_calls([RemoteReward("http://127.0.0.1:1", "x", columns=[])], ["x"], data)
     with pytest.warns(UserWarning, match="Found self in `train_dataset`"):
-        _check_calls([RemoteReward("http://127.0.0.1:1", "x", columns=[])], ["x"], data, "train_dataset")
+        _warn_of_hidden_columns(data, "train_dataset")
 
 
 def test_a_reward_may_have_any_name(pictures):

@@ -16,7 +16,7 @@ def build(pipeline, dataset, lora, make_args):
         pipe = copy.deepcopy(pipeline)
         if change is not None:
             change(pipe)
-        args = make_args(**overrides)
+        args = make_args(**{"warmup_iterations": 0, **overrides})
         return cls(pipe, list(rewards), args, dataset, peft_config=copy.copy(lora))
 
     return make

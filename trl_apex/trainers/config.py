@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import type_validator
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from trl import GRPOConfig
 
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions, did_you_mean
@@ -95,6 +95,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "ratio_guard": (*GUARDS, None),
     "timestep_sampling": TIMESTEP_SAMPLING,
     "awm_weighting": WEIGHTINGS,
+    "lr_scheduler_type": tuple(kind.value for kind in SchedulerType),
 }
 # Inherited fields whose types are checked here as well.
 TYPED_FIELDS = {
@@ -580,7 +581,7 @@ class AggregationFields(_OldFields):
                 f"Options of the aggregator that are set seldom go in `aggregation_options`. Found the fields "
                 f"{', '.join(old)}, which the next release will refuse. Pass aggregation_options={old}.",
                 FutureWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         return options
 
