@@ -513,14 +513,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         pairs = torch.cartesian_prod(torch.arange(len(rollout["prompts"])), torch.arange(args.rows_per_image))
 
         def every_row(model: nn.Module, what: Callable[..., Tensor] | None = None) -> Tensor:
-            was_training, kept = model.training, []
-            model.eval()
-            for chunk in pairs.split(args.per_device_train_batch_size * args.timestep_batch_size):
-                rows = self._rows(rollout, chunk)
-                prediction = self._predict(model, rows)
-                kept.append(prediction if what is None else what(prediction, rows))
-            model.train(was_training)
-            return torch.cat(kept).unflatten(0, (-1, args.rows_per_image))
+            return self._predict_rows(model, rollout, pairs, what).unflatten(0, (-1, args.rows_per_image))
 
         several = self.updates_per_iteration > 1
         if args.loss_type in ("awm", "fpo") and several:
@@ -533,6 +526,20 @@ class DiffusionGRPOTrainer(RunTrainer):
             with self._reference_on_device() as reference:
                 found["reference"] = every_row(reference)
         return found
+
+    @torch.no_grad()
+    def _predict_rows(
+        self, model: nn.Module, rollout: dict[str, Any], pairs: Tensor, what: Callable[..., Tensor] | None = None
+    ) -> Tensor:
+        """Predictions for these pairs `[R, 2]`, in eval mode and as many at a time as in an update, or `what` makes of them."""
+        was_training, kept = model.training, []
+        model.eval()
+        for chunk in pairs.split(self.args.per_device_train_batch_size * self.args.timestep_batch_size):
+            rows = self._rows(rollout, chunk)
+            prediction = self._predict(model, rows)
+            kept.append(prediction if what is None else what(prediction, rows))
+        model.train(was_training)
+        return torch.cat(kept)
 
     # The update
 

@@ -39,21 +39,14 @@ class StepSizeControl(TrainerCallback):
         self._rollout = rollout
         self._before = self._predictions()
 
-    @torch.no_grad()
     def _predictions(self) -> Tensor:
         """For one row of each sample, the same on any number of processes."""
-        trainer, args, rollout = self.trainer, self.trainer.args, self._rollout
+        trainer, rollout = self.trainer, self._rollout
         sample = torch.arange(len(rollout["prompts"]))
         first = trainer.accelerator.process_index * len(sample)
-        pairs = torch.stack([sample, (first + sample) % args.rows_per_image], 1)
+        pairs = torch.stack([sample, (first + sample) % trainer.args.rows_per_image], 1)
         with trainer._rollout_weights():
-            model = trainer._rollout_model()
-            was_training = model.training
-            model.eval()
-            chunks = pairs.split(args.per_device_train_batch_size * args.timestep_batch_size)
-            found = [trainer._predict(model, trainer._rows(rollout, chunk)) for chunk in chunks]
-            model.train(was_training)
-        return torch.cat(found)
+            return trainer._predict_rows(trainer._rollout_model(), rollout, pairs)
 
     def on_step_begin(self, args, state, control, **kwargs):
         scheduled = self.trainer.lr_scheduler.get_last_lr()
