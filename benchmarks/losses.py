@@ -33,7 +33,7 @@ GOAL = 0.25  # base standard deviations
 PROMPTS = 96
 DEVELOPMENT, FRESH = (0, 100), (1, 2, 3, 4, 5)
 
-# Every run: 60 iterations of 8 prompts x 8 images, two updates each, all weights trained.
+# Every run: 40 iterations of 8 prompts x 8 images, two updates each, all weights trained.
 BUDGET: dict[str, Any] = {
     "use_cpu": True,
     "per_device_train_batch_size": 64,
@@ -43,7 +43,8 @@ BUDGET: dict[str, Any] = {
     "num_inference_steps": 6,
     "guidance_scale": 1.0,
     "max_sequence_length": 12,
-    "max_steps": 120,
+    "max_steps": 80,
+    "gradient_checkpointing": False,
     "logging_steps": 2,
     "save_strategy": "no",
     "eval_strategy": "steps",
@@ -68,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "nft": {"loss_type": "nft", **FINAL},
     "fpo": {"loss_type": "fpo", **FINAL},
 }
-SCANNED = {name: (1e-4, 3e-4) if name in ("plain", "grpo") else (5e-5, 1e-4, 2e-4) for name in METHODS}
+SCANNED = {name: (1e-4, 3e-4) if name in ("plain", "grpo") else (1e-4, 2e-4) for name in METHODS}
 CHOSEN = dict.fromkeys(METHODS, 1e-4)  # by the scan
 
 Row = dict[str, Any]
