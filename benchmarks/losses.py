@@ -33,13 +33,13 @@ GOAL = 0.25  # base standard deviations
 PROMPTS = 96
 DEVELOPMENT, FRESH = (0, 100), (1, 2, 3, 4, 5)
 
-# Every run: 40 iterations of 8 prompts x 8 images, two updates each, all weights trained.
+# Every run: 40 iterations of 8 prompts x 4 images, two updates each, all weights trained.
 BUDGET: dict[str, Any] = {
     "use_cpu": True,
-    "per_device_train_batch_size": 64,
-    "generation_batch_size": 64,
-    "rollout_batch_size": 64,
-    "num_generations": 8,
+    "per_device_train_batch_size": 32,
+    "generation_batch_size": 32,
+    "rollout_batch_size": 32,
+    "num_generations": 4,
     "num_inference_steps": 6,
     "guidance_scale": 1.0,
     "max_sequence_length": 12,
@@ -55,7 +55,7 @@ BUDGET: dict[str, Any] = {
 }
 APEX = {"aggregation_options": {"need_coef": 4.0, "warmup_iterations": 1, "ramp_iterations": 1}}
 SDE = {"loss_type": "grpo", "epsilon": 1e-3, "noise_level": 0.7}
-FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": 2, "beta": 1e-4, **APEX}
+FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": 2, **APEX}
 METHODS: dict[str, dict[str, Any]] = {
     # Flow-GRPO's loop: every step stochastic and trained, rewards summed and normalized.
     "plain": {
@@ -64,7 +64,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "num_iterations": 2,
         "multi_objective_aggregation": "sum_then_normalize",
     },
-    "grpo": {**SDE, "sde_window_size": 2, "sde_window_range": [0, 4], **APEX},
+    "grpo": {
+        **SDE,
+        "timestep_batch_size": 2,
+        "num_iterations": 2,
+        "sde_window_size": 2,
+        "sde_window_range": [0, 4],
+        **APEX,
+    },
     "awm": {"loss_type": "awm", **FINAL},
     "nft": {"loss_type": "nft", **FINAL},
     "fpo": {"loss_type": "fpo", **FINAL},
