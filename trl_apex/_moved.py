@@ -37,6 +37,7 @@ _NEW_TO_OLD = {
     "rewards.clip": "rewards.aesthetic rewards.clip_score rewards.hpsv2 rewards.image_tower rewards.pickscore",
     "rewards.registry": "rewards.by_name",
     "rewards.scoring": "rewards.calling rewards.failure rewards.lane",
+    "rewards.vision": "rewards.jpeg",
     "serving.client": "rewards.remote",
     "serving.server": "rewards.batching rewards.limits rewards.server",
     "serving.wire": "rewards.wire",

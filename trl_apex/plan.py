@@ -54,7 +54,8 @@ REWARD_NETWORKS = {
     "pickscore": ("CLIP-H", 986e6 * 4), "hpsv2": ("CLIP-H of HPSv2", 986e6 * 4), "clip_score": ("CLIP-L", 428e6 * 4),
     "aesthetic": ("CLIP-L", 428e6 * 4), "image_reward": ("BLIP-L", 478e6 * 4), "deqa": ("a VLM of 8.2 B", 8.2e9 * 2),
     "geneval": ("Mask2Former of Swin-S, and CLIP-L", (69e6 + 428e6) * 4), "source": ("CLIP-L", 428e6 * 4),
-    "published_deqa": ("mPLUG-Owl2 of 8.2 B", 8.2e9 * 2),
+    "dino_source": ("DINO of ViT-S", 22e6 * 4), "safety": ("ViT-B", 86e6 * 4),
+    "hpsv3": ("Qwen2-VL of 8.3 B", 8.3e9 * 2), "published_deqa": ("mPLUG-Owl2 of 8.2 B", 8.2e9 * 2),
 }  # fmt: skip
 """Rewards by name, their network (one copy where two share it) and its bytes."""
 PUBLISHED = json.loads((Path(__file__).parent / "published_models.json").read_text(encoding="utf-8"))

@@ -77,12 +77,16 @@ def test_the_table_has_every_reward_of_the_registry(pytestconfig):
     [
         "AestheticReward",
         "DeQAReward",
+        "DINOSourceReward",
         "GenEvalReward",
         "HPSv2Reward",
+        "HPSv3Reward",
         "ImageReward",
         "OCRReward",
         "PickScoreReward",
+        "SafetyReward",
         "SourceReward",
+        "UnifiedReward",
         "VLMYesReward",
     ],
 )

@@ -11,8 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from trl_apex.rewards import RewardScorer, VLMJudgeReward
-from trl_apex.rewards.vlm_judge import parse_score
+from trl_apex.rewards import PairwiseReward, RewardScorer, UnifiedReward, VLMJudgeReward
+from trl_apex.rewards.registry import load_reward
+from trl_apex.rewards.vlm_judge import parse_score, parse_share
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,37 @@ def test_parse_the_mean_of_several(answer, score):
     assert parse_score(answer, 1, 5, mean=True) == (score if score is None else pytest.approx(score))
 
 
+PUBLISHED = """Alignment Score:
+ Image 1: 0.435699999332428
+ Image 2: 0.564300000667572
+
+Coherence Score:
+ Image 1: 0.4
+ Image 2: 0.6
+
+Style Score:
+ Image 1: 0.45
+ Image 2: 0.55
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [
+        (PUBLISHED, (0.435699999332428 + 0.4 + 0.45) / 3),
+        ("**Image 1**: 3\n**Image 2**: 1", 0.75),
+        ("Image 1: 1\nImage 2: 0\nImage 1: 0.5", None),
+        ("Image 2: 0.2\nImage 1: 0.8", None),
+        ("Image 1: 0\nImage 2: 0", None),
+        ("Image 1 is better", None),
+    ],
+)
+def test_parse_a_pair(answer, share):
+    assert parse_share(answer) == (share if share is None else pytest.approx(share))
+
+
 class Judge(BaseHTTPRequestHandler):
-    """Scores by the red channel of the image's corner; the prompt may ask it to misbehave."""
+    """Scores by the red channel of the images' corners; the prompt may ask it to misbehave."""
 
     protocol_version = "HTTP/1.1"
     seen: list[dict] = []
@@ -60,10 +90,12 @@ class Judge(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = body["messages"][0]["content"]
-        head, _, data = content[0]["image_url"]["url"].partition(",")
-        assert head == "data:image/png;base64"
-        red = Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0))[0]
-        text = content[1]["text"]
+        reds = []
+        for part in content[:-1]:
+            head, _, data = part["image_url"]["url"].partition(",")
+            assert head == "data:image/png;base64"
+            reds.append(Image.open(io.BytesIO(base64.b64decode(data))).getpixel((0, 0))[0])
+        text = content[-1]["text"]
         self.seen.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
         if "mumble" in text:
             return self.answer(200, "I cannot say.")
@@ -72,7 +104,13 @@ class Judge(BaseHTTPRequestHandler):
         if "busy" in text and len(self.busy) < 2:
             self.busy.append(1)
             return self.answer(503, "")
-        return self.answer(200, f"Looks fine.\nFinal Score: {red / 50}")
+        if len(reds) == 2:
+            return self.answer(200, "\n".join(f"Image {i}: {red / sum(reds)}" for i, red in enumerate(reds, 1)))
+        if "Style Score (1-5): Z" in text:
+            return self.answer(
+                200, "".join(f"{aspect} Score (1-5): {reds[0] / 50 + i}\n" for i, aspect in enumerate("ACS"))
+            )
+        return self.answer(200, f"Looks fine.\nFinal Score: {reds[0] / 50}")
 
     def answer(self, status, text):
         payload = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
@@ -110,6 +148,26 @@ def test_scores(url, monkeypatch):
     assert call["model"] == "unified" and call["temperature"] == 0
 
 
+def test_unified_reward_scores_an_image_and_judges_a_pair(url):
+    judge = load_reward(f'unified_reward(url="{url}", model="unified")')
+    assert isinstance(judge, UnifiedReward)
+    assert asyncio.run(judge(prompts=["a cat", "a dog"], completions=pictures(50, 100))) == [
+        2.0,
+        3.0,
+    ]  # mean of r, r + 1, r + 2
+    wins = PairwiseReward(judge)
+    assert wins.__name__ == "wins_by_unified_reward"
+    # Shares of 50 against 150 and 200, of 150 against 50 and 200, of 200 against 50 and 150.
+    expected = [(1 / 4 + 1 / 5) / 2, (3 / 4 + 3 / 7) / 2, (4 / 5 + 4 / 7) / 2]
+    assert wins(["a cat"] * 3, pictures(50, 150, 200)) == pytest.approx(expected)
+    assert wins(["a cat", "a cat"], pictures(50, 50)) == [0.5, 0.5]
+
+
+def test_a_pair_without_an_answer_has_a_cause(url):
+    rewards = PairwiseReward(VLMJudgeReward(url, "unified"))(["mumble", "mumble"], pictures(50, 150))
+    assert rewards == [None, None] and "no shares of the two images: 'I cannot say.'" in rewards.errors[0]
+
+
 def test_an_image_is_judged_once_for_a_prompt(url):
     Judge.seen.clear()
     judge = VLMJudgeReward(url, "unified")
@@ -144,6 +202,8 @@ def test_options():
     for instruction in ('answer {"score": 1 to 5}', "{0}", "a { brace"):
         with pytest.raises(ValueError, match="Double the braces"):
             VLMJudgeReward("http://x", "m", instruction=instruction)
+        with pytest.raises(ValueError, match="`pair_instruction` must have no fields"):
+            VLMJudgeReward("http://x", "m", pair_instruction=instruction)
     VLMJudgeReward("http://x", "m", instruction='{prompt} {{"score": 1 to 5}}')
 
 

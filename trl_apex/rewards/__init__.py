@@ -18,11 +18,16 @@ if TYPE_CHECKING:
     from trl_apex.rewards.deqa import DeQAReward, PublishedDeQAReward, VLMYesReward
     from trl_apex.rewards.geneval import GenEvalReward
     from trl_apex.rewards.groups import PairwiseReward, RankReward
-    from trl_apex.rewards.image_reward import ImageReward
-    from trl_apex.rewards.jpeg import JPEGCompressibilityReward, JPEGIncompressibilityReward
+    from trl_apex.rewards.image_reward import HPSv3Reward, ImageReward
     from trl_apex.rewards.ocr import OCRReward
     from trl_apex.rewards.scoring import RewardFailureRateError, RewardFailureWarning, RewardScorer, ScoredBatch
-    from trl_apex.rewards.vlm_judge import VLMJudgeReward
+    from trl_apex.rewards.vision import (
+        DINOSourceReward,
+        JPEGCompressibilityReward,
+        JPEGIncompressibilityReward,
+        SafetyReward,
+    )
+    from trl_apex.rewards.vlm_judge import UnifiedReward, VLMJudgeReward
 
 # Public name -> module that defines it. Loaded on first use: the import itself loads nothing heavy.
 _BASE = "Reward RewardFunction RewardList RewardLoadError TransientRewardError reward_from_ddpo"

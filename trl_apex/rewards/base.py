@@ -342,12 +342,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_weights(source: str, keyword: str) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, in float32; a nested `"state_dict"` is unwrapped.
+def read_weights(source: str, keyword: str, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
+    """The tensors of a weights file by name; a nested `"state_dict"` is unwrapped.
 
     Args:
         source (`str`): A local file, `"owner/repo:FILE"` on the hub, or `"owner/repo"` with one weights file in it.
         keyword (`str`): The argument that it came from.
+        dtype (`torch.dtype`, *optional*, defaults to float32): Of floating-point tensors; None for that of the file.
 
     Raises:
         RewardLoadError: If the file is not named and not the only one, or holds something other than tensors.
@@ -364,7 +365,9 @@ def read_weights(source: str, keyword: str) -> dict[str, Tensor]:
         state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise RewardLoadError(f"{path.name} must hold tensors by name. Found other things. Pass a weights file.")
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return {
+        key: value.to(dtype or value.dtype) if value.is_floating_point() else value for key, value in state.items()
+    }
 
 
 def _download(source: str, keyword: str) -> Path:
@@ -401,10 +404,14 @@ def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str
         RewardLoadError: If tensors are missing or left over, buffers of positions aside.
     """
     found = module.load_state_dict(state, strict=False)
-    missing, unexpected = ([key for key in keys if not key.endswith("position_ids")] for keys in found)
+    check_tensors(found.missing_keys, found.unexpected_keys, source, type(module).__name__)
+
+
+def check_tensors(missing: Iterable[str], unexpected: Iterable[str], source: str, name: str) -> None:
+    """Raise RewardLoadError where `source` lacks tensors of the network `name`, or has others, buffers of positions aside."""
+    missing, unexpected = ([key for key in keys if not key.endswith("position_ids")] for keys in (missing, unexpected))
     if missing or unexpected:
         raise RewardLoadError(
-            f"{source} must hold the tensors of {type(module).__name__}. Found {len(missing)} missing "
-            f"({', '.join(missing[:3])}) and {len(unexpected)} left over ({', '.join(unexpected[:3])}). "
-            "Pass the file that belongs to this reward."
+            f"{source} must hold the tensors of {name}. Found {len(missing)} missing ({', '.join(missing[:3])}) and "
+            f"{len(unexpected)} left over ({', '.join(unexpected[:3])}). Pass the file that belongs to this reward."
         )

@@ -83,13 +83,15 @@ class SourceReward(CLIPScoreReward):
     range = "-1 to 1, larger is better"
     column = "source_image"
 
-    def _score(self, loaded: "CLIPTower", images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         rewards: list[float | None] = []
         for picture, source in zip(to_pil(images), columns.get(self.column) or [None] * len(prompts), strict=True):
             source = Image.open(source) if isinstance(source, str | Path) else source
-            pair = [picture, *to_pil([] if source is None else [source])]
-            rewards.append(None if source is None else loaded.encode_images(pair).prod(0).sum().item())
+            rewards.append(None if source is None else self._likeness(loaded, [picture, *to_pil([source])]))
         return rewards
+
+    def _likeness(self, loaded: Any, pair: list[Image.Image]) -> float:
+        return loaded.encode_images(pair).prod(0).sum().item()
 
 
 class PickScoreReward(CLIPScoreReward):
@@ -330,21 +332,21 @@ def shared_tower(
     key = (model, processor, str(device), dtype, load is None)
     tower = _towers.get(key)  # one thread at a time comes here, from `Reward.load`
     if tower is None:
-        tower = _towers[key] = CLIPTower((load or _load_clip)(model).to(device, dtype), processor)
+        from transformers import CLIPModel
+
+        network = load(model) if load else load_network(CLIPModel, model)
+        tower = _towers[key] = CLIPTower(network.to(device, dtype), processor)
     return tower
 
 
-def _load_clip(model: str) -> Any:
-    from transformers import CLIPModel
-
-    if not Path(model).is_dir():
-        return CLIPModel.from_pretrained(model)  # pickled weights of the hub are read with `weights_only`
-    if not list(Path(model).glob("*.safetensors")):
+def load_network(kind: Any, model: str) -> Any:
+    """A network of a class of `transformers` from the hub, or from a local folder that holds safetensors."""
+    if Path(model).is_dir() and not list(Path(model).glob("*.safetensors")):
         raise RewardLoadError(
             f"A local model folder must hold safetensors weights. Found none in {model}. "
             "Save the model again with `save_pretrained`."
         )
-    return CLIPModel.from_pretrained(model, use_safetensors=True)
+    return kind.from_pretrained(model)  # pickled weights of the hub are read with `weights_only`
 
 
 def fit_square(image: Image.Image, side: int) -> Image.Image:

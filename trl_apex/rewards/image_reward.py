@@ -1,12 +1,24 @@
-"""ImageReward: a BLIP that people's rankings of generated images taught to score them."""
+"""Networks that people's choices between generated images taught to score them: ImageReward (BLIP), HPSv3 (Qwen2-VL)."""
 
+import ast
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trl_apex.rewards.base import Images, Reward, RewardLoadError, load_strictly, read_weights, renamed, to_pil
+from trl_apex.rewards.base import (
+    Images,
+    Reward,
+    RewardLoadError,
+    check_tensors,
+    load_strictly,
+    read_weights,
+    renamed,
+    to_pil,
+)
 from trl_apex.rewards.clip import AestheticHead, pillow_image_processor
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -158,3 +170,123 @@ def from_authors_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     converted = {renamed(key, NAMES): value for key, value in state.items()}
     parts = ("text_encoder.", "vision_model.", "mlp.")
     return {key: value for key, value in converted.items() if key.startswith(parts)}
+
+
+PIXELS = 256 * 28 * 28  # to which every image is scaled
+IMAGE_TOKEN, REWARD_TOKEN = "<|image_pad|>", "<|Reward|>"
+
+
+class HPSv3Reward(Reward):
+    """HPSv3: the mean of people's preference, for which a head on Qwen2-VL predicts a Gaussian.
+
+    `r = mu`, `(mu, log sigma) = W_3 relu(W_2 relu(W_1 h))` with biases, `h` = the last hidden state at the token
+    `<|Reward|>` of the instruction. Models average about 0 to 11 in the article. Positions are counted token by token, also in
+    the image, as in the authors' code.
+
+    Args:
+        weights (`str`, *optional*): A safetensors file in the authors' layout, local or `"owner/repo:FILE"` on the hub.
+        base (`str`, *optional*): Hub id or local folder with Qwen2-VL's configuration, tokenizer and image processor.
+        instruction (`str`, *optional*): Text with `{text_prompt}` and `<|Reward|>`. Defaults to that of the authors'
+            package, which is read and not run: `pip install --no-deps hpsv3`.
+        dtype (`torch.dtype`, *optional*): Precision of Qwen2-VL. Defaults to bfloat16 on an accelerator, float32 on the
+            CPU; the head is always float32.
+        name, device, batch_size: See [`Reward`].
+
+    Reference:
+        Ma et al., HPSv3, arXiv 2508.03789.
+    """
+
+    default_name = "hpsv3"
+    range = "raw, models average 0 to 11, larger is better"
+    weights_licence = "MIT, on Qwen2-VL-7B, Apache-2.0"
+
+    def __init__(
+        self,
+        weights: str = "MizzenAI/HPSv3:HPSv3.safetensors",
+        base: str = "Qwen/Qwen2-VL-7B-Instruct",
+        instruction: str | None = None,
+        name: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 4,
+    ) -> None:
+        super().__init__(name, device, dtype, batch_size)
+        if dtype is None and self.device.type != "cpu":
+            self.dtype = torch.bfloat16
+        self.weights, self.base, self.instruction = weights, base, instruction
+
+    def _load(self) -> tuple[Any, nn.Module, Any, str]:
+        from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
+        from transformers import Qwen2VLImageProcessorPil as ImageProcessor  # resizes by Pillow, as the authors do
+
+        if not self.weights.endswith(".safetensors"):
+            raise RewardLoadError(f"HPSv3's weights must be a safetensors file. Found {self.weights}. Pass that.")
+        instruction = self.instruction or published_instruction()
+        tokenizer = AutoTokenizer.from_pretrained(self.base, padding_side="right")
+        tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+        processor = ImageProcessor.from_pretrained(self.base, min_pixels=PIXELS, max_pixels=PIXELS)
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+        state = read_weights(self.weights, "weights", dtype=None)
+        head_state = {
+            key.removeprefix("rm_head."): state.pop(key) for key in list(state) if key.startswith("rm_head.")
+        }
+        config: Any = AutoConfig.from_pretrained(self.base)
+        config.text_config.vocab_size = len(tokenizer)
+        model, found = Qwen2VLForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=state, dtype=self.dtype, output_loading_info=True
+        )
+        check_tensors(found["missing_keys"], found["unexpected_keys"], self.weights, "Qwen2-VL")
+        head = nn.Sequential(
+            nn.Linear(config.text_config.hidden_size, 1024),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(1024, 16),
+            nn.ReLU(),
+            nn.Linear(16, 2),
+        )
+        load_strictly(head, head_state, self.weights)
+        body = model.model.to(self.device).eval().requires_grad_(False)
+        return body, head.to(self.device).eval().requires_grad_(False), (processor, tokenizer), text
+
+    def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
+        return self._gaussians(loaded, images, prompts)[:, 0].tolist()
+
+    def _gaussians(self, loaded: Any, images: Images, prompts: list[str]) -> Float[Tensor, "B 2"]:
+        """`mu` and `log sigma` of each image."""
+        model, head, (processor, tokenizer), text = loaded
+        seen = processor(to_pil(images), return_tensors="pt").to(self.device)
+        patches = (seen["image_grid_thw"].prod(-1) // processor.merge_size**2).tolist()
+        texts = [text.replace(IMAGE_TOKEN, IMAGE_TOKEN * size) for size in patches]
+        texts = [own.replace("{text_prompt}", prompt) for own, prompt in zip(texts, prompts, strict=True)]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+        ids = tokens["input_ids"]
+        hidden = model(
+            input_ids=ids,
+            attention_mask=tokens["attention_mask"],
+            position_ids=torch.arange(ids.shape[1], device=self.device).expand(3, *ids.shape),
+            pixel_values=seen["pixel_values"].to(self.dtype),
+            image_grid_thw=seen["image_grid_thw"],
+            use_cache=False,
+        ).last_hidden_state
+        last = (ids == tokenizer.convert_tokens_to_ids(REWARD_TOKEN)).cumsum(-1).argmax(-1)
+        return head(hidden[torch.arange(len(ids), device=self.device), last].float())
+
+
+def published_instruction() -> str:
+    """The text that HPSv3 was trained with, read out of the authors' package without running it.
+
+    Raises:
+        ImportError: If the package is not installed.
+    """
+    package = find_spec("hpsv3")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(
+            "HPSv3 needs the instruction that it was trained with. Found no package that has it. Run "
+            "`pip install --no-deps hpsv3`, or pass the text as `instruction`."
+        )
+    source = Path(package.submodule_search_locations[0], "dataset", "data_collator_qwen.py").read_text()
+    lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
+    texts = {ast.unparse(line.targets[0]): line.value for line in lines}
+    return "".join(ast.literal_eval(texts[name]) for name in ("INSTRUCTION", "prompt_with_special_token"))

@@ -1,4 +1,4 @@
-"""A vision-language model behind an OpenAI-compatible endpoint as the judge."""
+"""A vision-language model behind an OpenAI-compatible endpoint as the judge of images and of pairs of images."""
 
 import asyncio
 import base64
@@ -21,7 +21,31 @@ Think briefly about each point of the caption, then end with one line of the for
 Final Score: X
 where X is a number from {low:g} (worst) to {high:g} (best).
 Caption: {prompt}"""
+RESPECTS = """Alignment: the image shows what the caption says.
+Coherence: everything in it makes sense, without broken shapes or other visible errors.
+Style: it is pleasing to look at, whatever the caption says."""
+ASPECTS = f"""Rate this generated image against its caption by three scores from {{low:g}} (worst) to {{high:g}} (best).
+{RESPECTS}
+Answer with these three lines, decimals allowed:
+Alignment Score ({{low:g}}-{{high:g}}): X
+Coherence Score ({{low:g}}-{{high:g}}): Y
+Style Score ({{low:g}}-{{high:g}}): Z
+Text Caption: [{{prompt}}]"""
+PAIR = f"""Compare two generated images, Image 1 and Image 2, that share a caption, in three respects.
+{RESPECTS}
+In each, share out 1.0 between the two images, more to the better one. Answer in this form, decimals allowed:
+Alignment Score:
+ Image 1: X
+ Image 2: Y
+Coherence Score:
+ Image 1: X
+ Image 2: Y
+Style Score:
+ Image 1: X
+ Image 2: Y
+Text Caption: [{{prompt}}]"""
 SCORE = re.compile(r"\bscore\b(?: ?\([^)]*\))?[\s*_`]*(?:is|of|:|=)[\s*_`]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+SHARE = re.compile(r"\bImage ([12])[\s*_`]*[:=][\s*_`]*(\d+(?:\.\d+)?)", re.IGNORECASE)
 KEPT = 4096  # scores, so that an image is judged once for a prompt
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
 
@@ -31,7 +55,8 @@ class VLMJudgeReward:
     """The score that a vision-language model gives in words, asked over an OpenAI-compatible endpoint.
 
     An async reward function: one request per image to `{url}/chat/completions`, with the image as a PNG data URL and
-    temperature 0. [`parse_score`] reads the answer, as for UnifiedReward; one without a score counts as a failure.
+    temperature 0. [`parse_score`] reads the answer, as for UnifiedReward; one without a score counts as a failure. It is a
+    judge of pairs too, for [`PairwiseReward`]: then a request holds two images, and [`parse_share`] reads the answer.
 
     Args:
         url (`str`): The endpoint without `/chat/completions`, such as `"http://127.0.0.1:8000/v1"`.
@@ -47,9 +72,10 @@ class VLMJudgeReward:
         mean (`bool`, *optional*, defaults to `False`): Take the mean of the scores in an answer, as for the three that
             UnifiedReward-2.0 states, instead of the last.
         name (`str`, *optional*, defaults to `"vlm_judge"`): Name of the objective.
+        pair_instruction (`str`, *optional*): What it is told about two images, with the field `{prompt}`.
 
     Raises:
-        ValueError: If `low` is not below `high`, or `instruction` has other fields.
+        ValueError: If `low` is not below `high`, or an instruction has other fields.
         RuntimeError: At a call, if no image at all could be judged because the endpoint is away or busy.
 
     Reference:
@@ -73,30 +99,50 @@ class VLMJudgeReward:
     max_tokens: int = 512
     name: str | None = None
     mean: bool = False
-    _kept: dict[tuple, float] = field(default_factory=dict, init=False)  # scores by prompt and image
+    pair_instruction: str = PAIR
+    _kept: dict[tuple, float] = field(default_factory=dict, init=False)  # scores by prompt and images
 
     def __post_init__(self) -> None:
         if self.low >= self.high:
             raise ValueError(
                 f"`low` must be below `high`. Found {self.low} and {self.high}. Pass the worst and the best score."
             )
-        try:
-            self.instruction.format(prompt="", low=self.low, high=self.high)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ValueError(
-                "`instruction` must have no fields but {prompt}, {low} and {high}. Found one that gives "
-                f"{describe(error)}. Double the braces that are meant as such: {{{{ and }}}}."
-            ) from error
+        for name in ("instruction", "pair_instruction"):
+            try:
+                getattr(self, name).format(prompt="", low=self.low, high=self.high)
+            except (KeyError, IndexError, ValueError) as error:
+                raise ValueError(
+                    f"`{name}` must have no fields but {{prompt}}, {{low}} and {{high}}. Found one that gives "
+                    f"{describe(error)}. Double the braces that are meant as such: {{{{ and }}}}."
+                ) from error
         self.__name__, self.url = self.name or self.default_name, self.url.rstrip("/")
 
     async def __call__(
-        self, prompts: Sequence[str], completions: Images | None = None, images: Images | None = None, **columns: Any
+        self,
+        prompts: Sequence[str],
+        completions: Images | None = None,
+        images: Images | None = None,
+        first: Images | None = None,
+        second: Images | None = None,
+        **columns: Any,
     ) -> RewardList:
-        """Judge a batch; the arguments are those of [`Reward`], and each image that could not be judged has a cause."""
+        """Judge a batch, and give a cause for each image or pair that could not be judged.
+
+        Args:
+            prompts, completions, images, columns: See [`Reward`].
+            first, second (`Sequence[PIL.Image.Image]`, *optional*): The two images of each pair, instead of `completions`.
+
+        Returns:
+            A score per image, or per pair the share of the first image, 0 to 1.
+        """
         import httpx
 
-        batch = one_per_prompt(self.__name__, prompts, completions, images)
-        pictures = [batch[i : i + 1] for i in range(len(batch))]
+        asked: Sequence[Images]
+        if first is not None and second is not None:
+            asked = [list(pair) for pair in zip(first, second, strict=True)]
+        else:
+            batch = one_per_prompt(self.__name__, prompts, completions, images)
+            asked = [batch[i : i + 1] for i in range(len(batch))]
         gate = asyncio.Semaphore(self.max_concurrency)
         key = secret_from(self.api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -105,16 +151,16 @@ class VLMJudgeReward:
         async with httpx.AsyncClient(timeout=self.timeout, headers=headers, verify=verify) as client:
 
             async def judge(prompt: str, images: Images) -> float:
-                (picture,) = to_pil(images)  # here, so that a broken one is no other's trouble
-                key = (prompt, picture.size, hashlib.blake2b(picture.tobytes(), digest_size=16).digest())
+                pictures = to_pil(images)  # here, so that a broken one is no other's trouble
+                key = (prompt, *((p.size, hashlib.blake2b(p.tobytes(), digest_size=16).digest()) for p in pictures))
                 async with gate:
                     if key not in self._kept:
                         self._kept[key] = await retrying(
-                            lambda: self._judge(client, prompt, picture), self.max_retries, self.backoff
+                            lambda: self._judge(client, prompt, pictures), self.max_retries, self.backoff
                         )
                     return self._kept[key]
 
-            answers = await asyncio.gather(*map(judge, prompts, pictures), return_exceptions=True)
+            answers = await asyncio.gather(*map(judge, prompts, asked), return_exceptions=True)
         for oldest in list(self._kept)[:-KEPT]:
             del self._kept[oldest]
         errors = [answer if isinstance(answer, BaseException) else None for answer in answers]
@@ -123,13 +169,14 @@ class VLMJudgeReward:
             raise RuntimeError(f"no image could be judged: {causes[0]}") from errors[0]
         return RewardList([None if isinstance(answer, BaseException) else answer for answer in answers], causes)
 
-    async def _judge(self, client: Any, prompt: str, picture: Image.Image) -> float:
-        """One image's score. Plain httpx: the openai package has no `backoff`, and always sends a key."""
-        instruction = self.instruction.format(prompt=prompt, low=self.low, high=self.high)
-        content = [
-            {"type": "image_url", "image_url": {"url": await asyncio.to_thread(data_url, picture)}},
-            {"type": "text", "text": instruction},
-        ]
+    async def _judge(self, client: Any, prompt: str, pictures: list[Image.Image]) -> float:
+        """One image's score, or a pair's. Plain httpx: the openai package has no `backoff`, and always sends a key."""
+        pair = len(pictures) == 2
+        instruction = self.pair_instruction if pair else self.instruction
+        text = instruction.format(prompt=prompt, low=self.low, high=self.high)
+        urls = [await asyncio.to_thread(data_url, picture) for picture in pictures]
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        content.append({"type": "text", "text": text})
         body = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],
@@ -142,10 +189,30 @@ class VLMJudgeReward:
         if response.status_code != 200:
             raise RuntimeError(f"the endpoint answers {response.status_code}: {response.text[:200]}")
         answer = response.json()["choices"][0]["message"]["content"]
-        score = parse_score(answer if isinstance(answer, str) else "", self.low, self.high, self.mean)
+        said = answer if isinstance(answer, str) else ""
+        score = parse_share(said) if pair else parse_score(said, self.low, self.high, self.mean)
         if score is None:
-            raise RuntimeError(f"the answer states no score from {self.low:g} to {self.high:g}: {answer!r:.200}")
+            wanted = "shares of the two images" if pair else f"score from {self.low:g} to {self.high:g}"
+            raise RuntimeError(f"the answer states no {wanted}: {answer!r:.200}")
         return score
+
+
+@dataclass(eq=False, repr=False)
+class UnifiedReward(VLMJudgeReward):
+    """UnifiedReward-2.0 behind an OpenAI-compatible endpoint: the mean of its scores for alignment, coherence and style.
+
+    [`VLMJudgeReward`] that asks for the three scores of the published answer, as a reward or, in [`PairwiseReward`], for
+    the shares of two images. The instructions are this package's: the authors say that the model takes any wording.
+
+    Reference:
+        Wang et al., UnifiedReward, arXiv 2503.05236.
+    """
+
+    default_name = "unified_reward"
+    range = "1 to 5, larger is better"
+
+    instruction: str = ASPECTS
+    mean: bool = True
 
 
 def parse_score(text: str, low: float | int, high: float | int, mean: bool = False) -> float | None:
@@ -162,6 +229,22 @@ def parse_score(text: str, low: float | int, high: float | int, mean: bool = Fal
     found = [float(score) for score in SCORE.findall(text)]
     counted = found if mean else found[-1:]
     return sum(counted) / len(counted) if counted and all(low <= score <= high for score in counted) else None
+
+
+def parse_share(text: str) -> float | None:
+    """The mean over all respects of the first image's share `x_1 / (x_1 + x_2)`; None where a respect lacks one of the two.
+
+    Example:
+        >>> parse_share("Alignment Score:\\n Image 1: 0.8\\n Image 2: 0.2\\nStyle Score:\\n Image 1: 0.3\\n Image 2: 0.3")
+        0.65
+        >>> parse_share("Image 1: 0.8")
+    """
+    found = SHARE.findall(unicodedata.normalize("NFKC", text))
+    pairs = list(zip(found[::2], found[1::2], strict=False))
+    shares = [
+        (float(a), float(b)) for (one, a), (two, b) in pairs if (one, two) == ("1", "2") and float(a) + float(b) > 0
+    ]
+    return sum(a / (a + b) for a, b in shares) / len(shares) if shares and 2 * len(shares) == len(found) else None
 
 
 def data_url(image: Image.Image) -> str:
