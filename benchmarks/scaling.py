@@ -2,16 +2,14 @@
 
     python benchmarks/scaling.py          # prints the tables and the sums of docs/scaling.md; a minute or two
 
-Parameters, bytes and activations are those of `trl-apex plan`; traffic and operations are worked out here from the same
+Parameters, bytes, activations and operations are those of `trl-apex plan`; traffic is worked out here from the same
 shapes, on the meta device. No weights are needed and nothing is timed.
 """
 
 from functools import cache
 from typing import NamedTuple
 
-import torch
 from _bench import table
-from torch.utils.flop_counter import FlopCounterMode
 
 from trl_apex import DiffusionGRPOConfig
 from trl_apex.plan import PerRow, PlanSettings, Shapes, count, load_shapes, measure_rows, memory
@@ -80,13 +78,7 @@ def rows(name: str, pixels: int, lora: bool, zero_stage: int) -> PerRow:
 @cache
 def forward_flops(name: str, pixels: int) -> int:
     """Operations of one forward over one image (a multiplication and an addition count as two)."""
-    policy = shapes(name).policy
-    latents = torch.empty(1, *policy.latent_shape(pixels, pixels), device="meta", dtype=torch.bfloat16)
-    embeddings = shapes(name).embeddings(1, 256, torch.bfloat16)
-    denoiser = torch.nn.Module.to(policy.denoiser, torch.bfloat16)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        policy.predict(denoiser, latents, torch.empty(1, device="meta"), embeddings, 1.0)
-    return counter.get_total_flops()
+    return shapes(name).forward_flops(pixels, pixels, 256)
 
 
 def ring(gpus: int) -> float:

@@ -125,6 +125,15 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture) -> 
     assert f"usage: trl-apex {command}" in capsys.readouterr().out
 
 
+def test_a_command_says_nothing_of_packages_that_it_does_not_need(capsys: pytest.CaptureFixture) -> None:
+    code = "import diffusers, transformers, sys; from trl_apex.cli import main; main(['env'])\n"
+    code += "from transformers import SiglipImageProcessor\n"
+    code += "import importlib.util as u\nif u.find_spec('deepspeed'): import deepspeed\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torchvision (not installed)" not in done.stderr + done.stdout
+    assert "Setting accelerator" not in done.stderr + done.stdout
+
+
 def test_an_unknown_command_is_corrected(capsys: pytest.CaptureFixture) -> None:
     assert "Did you mean 'report'?" in failing(capsys, "reprot")
 

@@ -28,7 +28,7 @@ COMMANDS = {
     "rewards": "list the built-in rewards with range, memory, licence and the extra that they need",
     "serve-rewards": "serve reward functions to trainers over HTTP",
     "push": "upload a run to the Hugging Face Hub",
-    "plan": "estimate the memory and compute of a training configuration before it runs",
+    "plan": "estimate the memory and the hours of a training configuration before it runs",
     "env": "print versions and devices, for bug reports",
 }
 HELP = {  # of options that several commands have
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         `int`: exit code: 0, 2 for a mistake of the user, 1 for another failure, 130 if interrupted.
     """
+    for name in ("transformers.utils.import_utils", "DeepSpeed"):
+        logging.getLogger(name).addFilter(_is_no_start_up_line)
     given, traceback = _take_traceback_flag(sys.argv[1:] if arguments is None else list(arguments))
     parser = build_parser()
     if not given or given[0] == "help":
@@ -110,6 +112,11 @@ def explain(error: Exception) -> tuple[str, int]:
         return text, FAILURE
     end = "" if text.endswith((".", "!", "?")) else "."
     return f"{type(error).__name__}: {text}{end} Run it again with --traceback to see where.", FAILURE
+
+
+def _is_no_start_up_line(record: logging.LogRecord) -> bool:
+    """False for what libraries say of packages and devices that a command does not need."""
+    return not re.search("requires torchvision|Setting accelerator to CPU", record.getMessage())
 
 
 def _fail(program: str, message: str, code: int) -> int:
@@ -194,6 +201,13 @@ def build_parser() -> argparse.ArgumentParser:
     option(
         "--rewards-gb", type=float, help="memory of reward networks on each GPU; by default from the rewards' names"
     )
+    option(
+        "--gpu-tflops",
+        default=989.0,
+        help="half-precision peak of one GPU: 165 for an RTX 4090, 312 an A100, 989 an H100",
+    )
+    option("--utilization", default=0.3, help="share of that peak which a run reaches, assumed")
+    option("--iteration-seconds", type=float, help="measured time of one iteration, instead of both")
 
     option = command(
         "evaluate",
@@ -521,13 +535,13 @@ def _lora_config(given: TrainArguments) -> Any:
 
 # The other commands
 
-PLAN_HELP = """Estimates memory by part and GPU, and compute per iteration, of the configuration that `trl-apex train`
-would run. Loads no weights. Takes the options of `trl-apex train`, and those below. --model may be sd3.5-medium,
-sd3.5-large, flux.1-dev, sd1.5 or sdxl where the Hub cannot be reached."""
+PLAN_HELP = """Estimates memory by part and GPU, and the hours, of the configuration that `trl-apex train` would run.
+Loads no weights. Takes the options of `trl-apex train`, and those below. --model may be sd3.5-medium, sd3.5-large,
+flux.1-dev, sd1.5 or sdxl where the Hub cannot be reached."""
 
 
 def _plan(
-    rest: list[str], gpus: int, zero_stage: int, gpu_memory_gb: float | None, prompts: int, rewards_gb: float | None
+    rest: list[str], gpus: int, zero_stage: int, gpu_memory_gb: float | None, rewards_gb: float | None, **options: Any
 ) -> None:
     """Print the plan of a configuration; a plan that does not fit is an error."""
     given, config = train_options(rest, ["model"], on_gpu=True)
@@ -540,7 +554,7 @@ def _plan(
     settings = PlanSettings(config, given.lora_r, given.lora_target_modules, gpus, zero_stage, rewards_gb)
     if gpu_memory_gb is not None:
         check_fit(shapes, settings, gpu_memory_gb)
-    print(plan_text(shapes, settings, prompts))
+    print(plan_text(shapes, settings, gpu_memory_gb, **options))
 
 
 def _demo(quick: bool, **options: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .diffusion.families import FAMILIES, base
 from .diffusion.families.base import DiffusionPolicy
@@ -113,7 +114,21 @@ class Shapes:
         elif pipeline == "StableDiffusionXLPipeline":
             size = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             shapes["text_embeds"] = (size,)
-        return {name: torch.empty(rows, *shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        found = {name: torch.empty(rows, *shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+        if pipeline == "QwenImagePipeline":
+            found["encoder_hidden_states_mask"] = torch.empty(rows, tokens, dtype=torch.bool, device="meta")
+        elif pipeline == "ZImagePipeline":
+            found = {"cap_feats": found["encoder_hidden_states"], "lengths": torch.full((rows,), tokens)}
+        return found
+
+    def forward_flops(self, height: int, width: int, max_sequence_length: int) -> int:
+        """Operations of the denoiser's forward over one image; a multiplication and an addition count as two."""
+        latents = torch.empty(1, *self.policy.latent_shape(height, width), device="meta", dtype=torch.bfloat16)
+        embeddings = self.embeddings(1, max_sequence_length, torch.bfloat16)
+        denoiser = nn.Module.to(self.policy.denoiser, torch.bfloat16)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.policy.predict(denoiser, latents, torch.empty(1, device="meta"), embeddings, 1.0)
+        return counter.get_total_flops()
 
 
 def count(module: nn.Module) -> int:
@@ -282,7 +297,7 @@ def _blocks(shapes: Shapes, settings: PlanSettings, kind: str) -> list[tuple[int
     kept = {layer: tensors[kind] for layer, tensors in KEPT.items()}
     if "cross_attention_dim" not in config:  # a transformer
         image = height * width // (policy.size_multiple() // policy.vae_scale_factor) ** 2
-        prompt = shapes.embeddings(1, settings.config.max_sequence_length, torch.float32)["encoder_hidden_states"]
+        prompt = next(iter(shapes.embeddings(1, settings.config.max_sequence_length, torch.float32).values()))
         channels = config.get("dim") or config.num_attention_heads * config.attention_head_dim
         one, second = (image + prompt.shape[1]) * channels, image * channels * kept["second attention"]
         dual, single = getattr(config, "dual_attention_layers", ()), getattr(denoiser, "single_transformer_blocks", ())
@@ -498,8 +513,32 @@ def _written(changes: dict[str, Any]) -> str:
 # The plan as text
 
 
-def plan_text(shapes: Shapes, settings: PlanSettings, prompts: int = 0) -> str:
-    """The estimate, each number beside its formula; with the size of the embeddings of that many `prompts`."""
+ENGINES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3 or FSDP2")
+"""By stage of ZeRO."""
+
+
+def plan_text(
+    shapes: Shapes,
+    settings: PlanSettings,
+    gpu_memory_gb: float | None = None,
+    prompts: int = 0,
+    gpu_tflops: float = 989.0,
+    utilization: float = 0.3,
+    iteration_seconds: float | None = None,
+) -> str:
+    """The estimate, each number beside its formula.
+
+    Args:
+        gpu_memory_gb (`float`, *optional*): of one GPU, to name the first engine that fits.
+        prompts (`int`): distinct prompts, for the size of their embeddings and the length of an epoch.
+        gpu_tflops, utilization (`float`): peak of one GPU, an H100's by default, and the share of it that a run reaches.
+        iteration_seconds (`float`, *optional*): measured, instead of both.
+    """
+    if min(gpu_tflops, utilization, 1.0 if iteration_seconds is None else iteration_seconds) <= 0:
+        raise ValueError(
+            "`gpu_tflops`, `utilization` and `iteration_seconds` must be above 0. "
+            f"Found {gpu_tflops}, {utilization} and {iteration_seconds}. Leave out what you do not know."
+        )
     s, found, embedding = settings, memory(shapes, settings), measure_rows(shapes, settings).embedding
     sizes = {"denoiser": shapes.parameters, "position buffer": shapes.buffer, "VAE": shapes.vae, **shapes.encoders}
     if s.lora_r:
@@ -520,12 +559,35 @@ def plan_text(shapes: Shapes, settings: PlanSettings, prompts: int = 0) -> str:
         "" if s.rewards_gb else " Networks of rewards that are not named come on top: pass their memory as rewards_gb."
     )
     total = f", {embedding * prompts / 1e9:.1f} GB for {prompts:,}" if prompts else ""
-    lines += [f"Peak {found.peak:.1f} GB, during {found.peak_phase}.{note}", ""]
+    lines += [f"Peak {found.peak:.1f} GB, during {found.peak_phase}.{note}"]
+    if s.gpus > 1:
+        peaks = [memory(shapes, s.but(zero_stage=stage)).peak for stage in range(4)]
+        lines += [
+            "By engine: " + ", ".join(f"{name} {peak:.1f} GB" for name, peak in zip(ENGINES, peaks, strict=True))
+        ]
+        if fits := [name for name, peak in zip(ENGINES, peaks, strict=True) if peak <= (gpu_memory_gb or 0)]:
+            lines[-1] += f". The first that fits {gpu_memory_gb:g} GB: {fits[0]}."
+    lines += [""]
     lines += [f"Prompt embeddings (CPU or disk): {embedding / 1e6:.2f} MB a prompt{total}", ""]
     lines += [f"One iteration on each GPU: {s.images} images, {s.updates} optimizer step(s)"]
     passes = count_passes(s, shapes.policy.batched_guidance)
     lines += [f"  {name:<26}{calls:>8,} calls {n:>10,} predictions" for name, (calls, n) in passes.items()]
-    return "\n".join(lines)
+    seconds = iteration_seconds
+    if seconds is None:
+        flops = shapes.forward_flops(height, width, s.config.max_sequence_length)
+        backward = (1 if s.lora_r else 2) + s.config.activation_checkpointing  # frozen weights need no gradient
+        forwards = sum(n * (backward if name == "backwards" else 1) for name, (_, n) in passes.items())
+        seconds = forwards * flops / (gpu_tflops * 1e12 * utilization)
+        lines += [f"  a backward costs {backward} forward(s): {forwards:,} x {flops / 1e12:.2f} TFLOP"]
+        lines += [f"  / ({gpu_tflops:g} TFLOP/s x {utilization:.0%}, assumed) = {seconds:,.0f} s, an estimate"]
+        lines += ["  without encoding, the VAE, rewards and what GPUs send each other"]
+    epoch = prompts * s.config.num_generations / s.config.generation_batch_size
+    steps = s.config.max_steps
+    iterations = -(-steps // s.updates) if steps > 0 else round(s.config.num_train_epochs * epoch)
+    if not iterations:
+        return "\n".join([*lines, "Hours: pass --max_steps, or --num_prompts for the length of an epoch."])
+    hours = iterations * seconds / 3600
+    return "\n".join([*lines, f"{iterations:,} iterations x {seconds:,.1f} s = {hours:,.2f} hours"])
 
 
 def count_passes(settings: PlanSettings, batched_guidance: bool) -> dict[str, tuple[int, int]]:

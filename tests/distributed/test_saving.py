@@ -57,6 +57,13 @@ def test_fsdp_with_a_sharded_state_dict_saves_whole_weights_too(tmp_path):
     _assert_a_plain_pipeline_loads(str(tmp_path / "saved"), result["weights"], lora=True)
 
 
+def test_fsdp1_is_refused_where_weights_are_averaged(tmp_path):
+    on_cpus = dict.fromkeys(["FSDP_SYNC_MODULE_STATES", "FSDP_CPU_RAM_EFFICIENT_LOADING"], "false")
+    env = environment("fsdp2") | {"FSDP_VERSION": "1"} | on_cpus
+    for outcome in attempt(train, 2, env, output_dir=str(tmp_path), ema_decay=0.9):
+        assert "need FSDP2, which keeps each weight by its name. Found FSDP1. Set `fsdp_version: 2`" in outcome.error
+
+
 @pytest.mark.parametrize("engine", OTHERS)
 def test_the_moving_average_and_the_slow_copy_are_saved_whole_and_resumed(engine, reference, tmp_path):
     options = {"ema_decay": 0.5, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}

@@ -20,6 +20,7 @@ from trl_apex.plan import (
     load_shapes,
     measure_rows,
     memory,
+    plan_text,
     remedy,
     reward_gb,
     state_bytes,
@@ -243,6 +244,34 @@ def test_passes_equal_those_of_a_training_iteration(name, overrides, tmp_path):
     assert trainer.state.global_step * config.gradient_accumulation_steps == expected["backwards"][0]
 
 
+def test_hours_by_arithmetic_or_from_a_measured_iteration(medium):
+    run = settings(guidance_scale=1.0, max_steps=1000)  # 64 images x 10 steps; 9 of them trained, with checkpointing
+    printed = plan_text(medium, run, gpu_tflops=312, utilization=0.5)
+    seconds = 64 * (10 + 9 + 9 * 2) * 2.4426e12 / 156e12
+    assert f"2,368 x 2.44 TFLOP\n  / (312 TFLOP/s x 50%, assumed) = {seconds:.0f} s, an estimate" in printed
+    assert printed.endswith(f"1,000 iterations x {seconds:.1f} s = {seconds / 3.6:.2f} hours")
+    full = plan_text(medium, run.but(lora_r=0, activation_checkpointing=False))
+    assert "a backward costs 2 forward(s)" in full
+    assert plan_text(medium, run, iteration_seconds=72).endswith("1,000 iterations x 72.0 s = 20.00 hours")
+    assert plan_text(medium, run.but(max_steps=-1)).endswith("--num_prompts for the length of an epoch.")
+    with pytest.raises(ValueError, match="must be above 0. Found 989.0, 0 and None"):
+        plan_text(medium, run, utilization=0)
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "z-image", "sdxl", "flux.2-klein-4b", "flux.1-dev"])
+def test_every_family_has_hours(name):
+    shapes = load_shapes(name)
+    assert 0.5e12 < shapes.forward_flops(512, 512, 128) < 2.5 * shapes.parameters * (1024 + 128)
+
+
+def test_each_engine_has_its_peak_and_the_first_that_fits_is_named(medium):
+    run = settings(lora_r=0, gpus=8, max_steps=4)
+    peaks = [memory(medium, run.but(zero_stage=stage)).peak for stage in range(4)]
+    (line,) = [line for line in plan_text(medium, run, gpu_memory_gb=40).splitlines() if "By engine" in line]
+    assert [float(size) for size in re.findall(r"([\d.]+) GB[,.]", line)][:4] == [round(peak, 1) for peak in peaks]
+    assert line.endswith("The first that fits 40 GB: ZeRO-1.") and peaks[0] > 40 > peaks[1]
+
+
 # Refusals
 
 
@@ -332,6 +361,8 @@ def test_the_command(tmp_path, capsys):
     ]  # fmt: skip
     assert main([*run, "--gpu_memory_gb", "24"]) == 0
     printed = capsys.readouterr().out
+    assert ". The first that fits 24 GB: DDP." in printed
+    assert re.search(r"\n750 iterations x 0.0 s = 0.0\d hours", printed), "3 epochs of 1,000 prompts, 4 an iteration"
     assert "An estimate by arithmetic" in printed
     for part in ("Peak", "rollout forwards", "M trained x 2 bytes", "for 1,000", "LoRA adapter r4"):
         assert part in printed

@@ -67,6 +67,14 @@ def test_it_shows_every_part(page: Page) -> None:
     assert sum("against" in label.split(".")[0] for label in labels) == 6  # pairs of four objectives
 
 
+def test_training_time_counts_all_parts_of_a_resumed_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=3)
+    (run / "summary.json").unlink()
+    history = [{"step": 4, "step_time": 60.0}, {"step": 10, "step_time": 20.0}, {"step": 10, "train_runtime": 0.5}]
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 10, "log_history": history}))
+    assert "training time 0:06:00" in Page(write_report([run])).text
+
+
 def test_every_control_and_picture_has_a_name(page: Page) -> None:
     assert len(page.all("input")) == 7 and all(i.get("aria-label") for i in page.all("input"))
     assert all(svg.get("role") == "img" and svg.get("aria-label") for svg in page.all("svg"))

@@ -112,6 +112,7 @@ def test_wrong_weights_are_refused(clip_folder, tmp_path):
 
 
 def test_towers_are_shared_and_embeddings_kept(clip_folder, images, head):
+    gc.collect()  # towers of other tests, with their embeddings
     aesthetic = AestheticReward(str(clip_folder), str(head[1] / "head.safetensors"))
     clip_score = CLIPScoreReward(str(clip_folder))
     tower = clip_score.load()

@@ -214,6 +214,7 @@ def test_half_a_state_is_refused(state, message, run):
         ("trainer_state.json", '{"global_step": 2, "max_steps": 2, "log_history": [5]}'),
         ("trainer_state.json", '{"global_step": 2, "max_steps": 2, "log_history": [], "unknown": 1}'),
         ("trainer_state.json", '{"global_step": 2, "max_steps": 2, "log_history": [], "best_metric": "a"}'),
+        ("trainer_state.json", '{"global_step": -2, "max_steps": 2, "log_history": []}'),
         pytest.param("trainer_state.json", "[" * 100_000, id="deeply nested"),
         ("adapter_config.json", '{"lora_alpha": 4'),
         ("adapter_config.json", "{}"),

@@ -183,8 +183,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     config, history, versions = run.config, run.history, run.environment.get("versions") or {}
     steps = run.state.get("global_step") or max((entry.get("step", 0) for entry in history), default=0)
     group, batch = config.get("num_generations"), config.get("generation_batch_size")
-    times = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
-    seconds = (run.summary.get("seconds") or {}).get("train") or (times[-1] if times else None)
+    logged, means = run.series("step_time")  # of all parts of a resumed run, where Trainer's own time is of the last
+    seconds = (run.summary.get("seconds") or {}).get("train")
+    seconds = seconds or sum((b - a) * mean for a, b, mean in zip([0.0, *logged], logged, means, strict=False))
     counts = [entry.get("n") for entry in (run.summary.get("objectives") or {}).values()]
     found = {
         "base model": config.get("model") or config.get("model_name_or_path"),

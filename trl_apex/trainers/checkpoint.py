@@ -276,6 +276,7 @@ def check_state(stateful: dict[str, Any], checkpoint: str | Path) -> None:
     file = Path(checkpoint, "trainer_state.json")
     progress = _read_object(file)
     wrong = [name for name, kind in PROGRESS.items() if not isinstance(progress.get(name), kind)]
+    wrong += [name for name in ("global_step", "epoch") if name not in wrong and (progress.get(name) or 0) < 0]
     if wrong or not all(isinstance(entry, dict) for entry in progress["log_history"]):
         raise ValueError(
             f"{file} must hold a run's steps and logs. Found no proper {', '.join(wrong) or 'log_history'}. Take another "

@@ -190,9 +190,17 @@ class WeightCopy:
         every: steps between two updates of the copy.
         file: what it is saved in.
         offload: keep it on the CPU.
+
+    Raises:
+        ValueError: under FSDP1, which keeps no weight by its name.
     """
 
     def __init__(self, trainer, decay: Decay | None, every: int, file: str = EMA_FILE, offload: bool = False):
+        if decay is not None and trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            raise ValueError(
+                "Copies of the weights (`ema_decay`, `anchor_decay`) need FSDP2, which keeps each weight by its name. Found "
+                "FSDP1. Set `fsdp_version: 2` in the configuration of accelerate, or `fsdp_config={'version': 2}`."
+            )
         self.trainer, self.decay, self.every, self.file, self.offload = trainer, decay, every, file, offload
         self.copy: list[Tensor] | None = None  # of what this rank holds, from the beginning of training
 
