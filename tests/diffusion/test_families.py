@@ -28,15 +28,16 @@ PROMPTS = ['a red circle with "CAT"', 'a blue star with "HUT"']
 SIZE = 16
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("guidance, width", [(1.0, SIZE), (4.0, SIZE + 8)])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_deterministic_sampling_equals_the_pipeline(name, guidance):
+def test_deterministic_sampling_equals_the_pipeline(name, guidance, width):
     pipeline = build(name)
     policy = load_policy(pipeline)
-    shape = policy.latent_shape(SIZE, SIZE)
+    shape = policy.latent_shape(SIZE, width)
     noise = keyed_noise([(0,), (1,)], shape)
-    expected = pipeline(prompt=PROMPTS, num_inference_steps=4, **plain_call(pipeline, noise, guidance)).images
-    sampler = Sampler(policy.schedule(4, SIZE, SIZE), policy.transitions[0], 0.7)
+    call = {**plain_call(pipeline, noise, guidance), "width": width}
+    expected = pipeline(prompt=PROMPTS, num_inference_steps=4, **call).images
+    sampler = Sampler(policy.schedule(4, SIZE, width), policy.transitions[0], 0.7)
     embeddings = policy.encode(PROMPTS, 12)
     negative = policy.encode_negative("", 12) if policy.batched_guidance else None
 

@@ -66,6 +66,10 @@ def test_the_first_rollout_is_the_same_where_the_forwards_have_the_same_size(tmp
         {"loss_type": "nft", "beta": 0.1, "target_movement": 1.0, "anchor_decay": [0, 0.2, 0.9], **FINAL_LATENTS},
         {"loss_type": "awm", "anchor_decay": [0, 0.2, 0.9], **FINAL_LATENTS},
         {"rewards": (red, RankReward(dark)), "prompt_mix": {"red": 1, "blue": 1}},
+        {
+            "columns": {"height": [16, 16, 16, 24, 24, 24], "width": [16, 16, 16, 32, 32, 32]},
+            "rewards": (red, RankReward(dark)),
+        },
     ],
     ids=[
         "plain",
@@ -76,6 +80,7 @@ def test_the_first_rollout_is_the_same_where_the_forwards_have_the_same_size(tmp
         "nft",
         "awm",
         "ranks-of-mixed-prompts",
+        "several-sizes",
     ],
 )
 def test_one_two_and_four_processes_agree(tmp_path, options):

@@ -42,6 +42,7 @@ def make_trainer(
     trained: bool = False,
     family: str | None = None,
     eval_prompts=None,
+    columns: dict[str, list] | None = None,
     **overrides: Any,
 ) -> APEXTrainer:
     """The trainer of these tests: two groups of four images, however many processes share them."""
@@ -74,7 +75,7 @@ def make_trainer(
         pipeline,
         list(rewards),
         APEXConfig(**(values | overrides)),
-        Dataset.from_dict({"prompt": PROMPTS, "kind": [prompt.split()[1] for prompt in PROMPTS]}),
+        Dataset.from_dict({"prompt": PROMPTS, "kind": [prompt.split()[1] for prompt in PROMPTS], **(columns or {})}),
         eval_dataset=Dataset.from_dict({"prompt": eval_prompts}) if eval_prompts else None,
         peft_config=LoraConfig(r=4, lora_alpha=8) if lora else None,
     )

@@ -73,6 +73,38 @@ def test_a_mixed_epoch_has_its_own_order_and_repeats_it_exactly():
     assert list(sampler) == first
 
 
+def test_an_iteration_has_one_size_and_each_size_its_share_of_an_epoch():
+    sizes = [(64, 32 * (1 + i % 5 // 3)) for i in range(50)]  # 30 and 20 prompts
+    sampler = GroupSampler(50, groups=4, group_size=2, repeats=3, shuffle=True, seed=3, sizes=sizes)
+    indices = list(sampler)
+    assert len(indices) == len(sampler) == (7 + 5) * 4 * 2 * 3
+    iterations = [indices[start : start + 8] for start in range(0, len(indices), 24)]
+    of = [{sizes[i] for i in iteration} for iteration in iterations]
+    assert all(len(each) == 1 for each in of) and Counter(map(tuple, of)) == {((64, 32),): 7, ((64, 64),): 5}
+    assert len({tuple(each) for each in of[:3]}) == 2, "the sizes take turns"
+    assert len({i for iteration in iterations for i in iteration}) == 12 * 4, "no prompt twice an epoch"
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert first == indices != list(sampler)
+
+
+def test_a_mix_holds_within_every_size():
+    sizes = ["wide" if i % 3 else "tall" for i in range(len(KINDS))]
+    indices = list(mixed(sizes=sizes))
+    for start in range(0, len(indices), 16):
+        prompts = indices[start : start + 16]
+        assert len({sizes[i] for i in prompts}) == 1
+        kinds = Counter(KINDS[i] for i in prompts)
+        assert kinds["ocr"] in (6, 8) and kinds["plain"] in (6, 8) and kinds["rare"] in (2, 4)
+    with pytest.raises(ValueError, match="0 prompts of 'plain' of the size wide"):
+        mixed(sizes=["wide" if kind == "ocr" else "tall" for kind in KINDS])
+
+
+def test_too_few_prompts_of_a_size_are_refused():
+    with pytest.raises(ValueError, match="needs 4 prompts.*all of one size. Found 3 of the size tall"):
+        GroupSampler(10, 4, 2, 1, True, 0, sizes=["wide"] * 7 + ["tall"] * 3)
+
+
 def test_kinds_take_turns_so_that_processes_share_them():
     prompts = list(mixed({"ocr": 1, "plain": 1, "rare": 0, "off": 0}, group_size=1))[:8]
     assert [KINDS[i] for i in prompts] == ["ocr", "plain"] * 4

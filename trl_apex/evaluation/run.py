@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.families import dtype_argument, load_policy
-from ..diffusion.rollout import sample
+from ..diffusion.rollout import evaluation_noise, sample
 from ..diffusion.schedule import Sampler
 from ..prompts import PromptEmbeddings, load_prompts
 from ..prompts.embeddings import unload_encoders
@@ -21,8 +21,8 @@ from ..rewards.registry import load_rewards
 from ..rewards.scoring import RewardScorer, reward_name
 from ..tiny.world import load_tiny_pipeline
 from ..trainers.adapters import adapted, check_adapter
-from ..trainers.evaluation import draw_and_score, reward_means
-from ..trainers.inputs import as_list, submit
+from ..trainers.evaluation import batches_of_one_size, draw_and_score, reward_means
+from ..trainers.inputs import as_list, image_sizes, submit
 from .measures import compare, joint_hypervolume
 
 BASE = "base"
@@ -70,7 +70,8 @@ def run_evaluation(
         output_dir (`str` or `Path`): where results go.
         images_per_prompt (`int`): each from its own noise.
         num_inference_steps, guidance_scale, negative_prompt: of the sampler; a scale of 1 is no guidance.
-        height, width (`int`, *optional*): pixels. None: as the trainer, 512 for SD3 and FLUX, else the model's own.
+        height, width (`int`, *optional*): pixels. None: as the trainer, by the columns of these names, else 512 for flow
+            models, else the model's own.
         max_sequence_length (`int`): tokens of the longest text encoder, as in training.
         seed (`int`): of the noise.
         batch_size (`int`): images at a time.
@@ -119,10 +120,12 @@ def run_evaluation(
         check_adapter(policy, source, ema)
     policy.move_frozen(device)
     policy.denoiser.to(device)
-    default_height, default_width = policy.default_size()
-    height, width = height or default_height, width or default_width
-    shape = policy.latent_shape(height, width)
-    sampler = Sampler(policy.schedule(num_inference_steps, height, width), policy.transitions[0], 0.7)
+    sizes = [
+        size for size in image_sizes(policy, dataset, "prompts", (height, width)) for _ in range(images_per_prompt)
+    ]
+    samplers = {
+        size: Sampler(policy.schedule(num_inference_steps, *size), policy.transitions[0], 0.7) for size in set(sizes)
+    }
     embeddings = PromptEmbeddings(
         lambda texts: policy.encode(texts, max_sequence_length),
         encode_negative=lambda: policy.encode_negative(negative_prompt, max_sequence_length),
@@ -134,16 +137,19 @@ def run_evaluation(
     rows = [row for row in dataset for _ in range(images_per_prompt)]
     pictures = grid_prompts * images_per_prompt  # the files show no more
 
-    def draw(texts: list[str], noise: Tensor) -> Tensor:
-        return sample(policy, policy.denoiser, sampler, embeddings(texts), negative, guidance_scale, noise).images
+    def draw(texts: list[str], numbers: list[int]) -> Tensor:
+        size = sizes[numbers[0]]
+        noise = evaluation_noise(seed, numbers, policy.latent_shape(*size))
+        return sample(
+            policy, policy.denoiser, samplers[size], embeddings(texts), negative, guidance_scale, noise
+        ).images
 
     def evaluate(name: str) -> list[Record]:
         """Draw and score every row with the policy as it is now."""
         with closing(RewardScorer([*rewards, *monitors], names)) as scorer:
             found = draw_and_score(
-                rows, range(len(rows)), draw, partial(submit, scorer), names,
-                seed=seed, shape=shape, batch_size=batch_size, pictures=pictures,
-            )  # fmt: skip
+                rows, batches_of_one_size(sizes, batch_size), draw, partial(submit, scorer), names, pictures
+            )
         means = reward_means(_by_prompt(found, names), names)
         report(f"{name}: " + ", ".join(f"{k} {_plus_minus(v['mean'], v['se'])}" for k, v in means.items()))
         return found
@@ -153,6 +159,7 @@ def run_evaluation(
         with adapted(policy, source, ema):
             records[name] = evaluate(name)
 
+    height, width = sizes[0] if len(set(sizes)) == 1 else (None, None)
     settings = {
         "model": base_name,
         "adapters": {name: str(source) for name, source in named.items()},
@@ -212,10 +219,12 @@ def markdown_table(results: dict[str, Any]) -> str:
             f"of the prompts (JDR), the reverse on {part['domination']['all_at_most_as_good']:.1%} (JCR); hypervolume of the "
             f"gains above the base {volume}."
         )
+    settings = results["settings"]
+    size = "each of its own size" if settings["width"] is None else "{width} x {height} pixels".format(**settings)
     return text + (
-        "\n\n{prompts} prompts, {images_per_prompt} image(s) each, {width} x {height} pixels, {num_inference_steps} steps, "
+        f"\n\n{{prompts}} prompts, {{images_per_prompt}} image(s) each, {size}, {{num_inference_steps}} steps, "
         "guidance {guidance_scale}, seed {seed}; the same noise for every model.\n"
-    ).format(**results["settings"])
+    ).format(**settings)
 
 
 def _write(output: Path, results: dict[str, Any], records: dict[str, list[Record]], pictures: int) -> None:

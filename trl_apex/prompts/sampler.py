@@ -1,7 +1,6 @@
 """Which prompts an iteration samples, and which (sample, step) rows each of its updates trains on."""
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,21 +22,27 @@ class GroupSampler(Sampler[int]):
     With a `mix`, every iteration holds `groups * share` prompts of each kind, up or down to a whole number so that the shares
     hold over the epoch. It goes once through the kind with the most prompts for its share; the others repeat.
 
+    With `sizes`, every iteration holds prompts of one size. Each size has as many iterations of an epoch as its prompts fill,
+    and the sizes take turns.
+
     Args:
         num_prompts (`int`): length of the dataset.
         groups, group_size (`int`): P, prompts an iteration, and G, images a prompt.
         repeats (`int`): micro-batches an iteration.
         shuffle, seed (`bool`, `int`): whether each epoch draws a new order, and the seed of that.
         kinds, mix (`Sequence`, `dict[str, float]`, *optional*): the kind of each prompt, and the share of each kind.
+        sizes (`Sequence`, *optional*): the size of each prompt's images.
 
     Raises:
-        ValueError: if there are fewer prompts than one iteration needs, or the mix does not fit the kinds.
+        ValueError: if there are fewer prompts, of one size, than one iteration needs, or the mix does not fit the kinds.
 
     Example:
         >>> list(GroupSampler(5, groups=2, group_size=2, repeats=1, shuffle=False, seed=0))
         [0, 0, 1, 1, 2, 2, 3, 3]
         >>> list(GroupSampler(4, 2, 1, 1, False, 0, kinds=["ocr", "any", "any", "any"], mix={"ocr": 1, "any": 1}))
         [0, 1, 0, 2, 0, 3]
+        >>> list(GroupSampler(6, 2, 1, 1, False, 0, sizes=["wide", "tall", "wide", "tall", "tall", "tall"]))
+        [1, 3, 0, 2, 4, 5]
     """
 
     def __init__(
@@ -50,41 +55,43 @@ class GroupSampler(Sampler[int]):
         seed: int,
         kinds: Sequence[Any] | None = None,
         mix: dict[str, float | int] | None = None,
+        sizes: Sequence[Any] | None = None,
     ):
-        if num_prompts < groups:
-            raise ValueError(
-                f"One iteration needs {groups} prompts (generation_batch_size / num_generations). Found a dataset of "
-                f"{num_prompts}. Add prompts, or lower `generation_batch_size`, or raise `num_generations`."
-            )
         self.num_prompts, self.groups, self.group_size, self.repeats = num_prompts, groups, group_size, repeats
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
-        self.quotas, self.prompts = [float(groups)], [torch.arange(num_prompts)]  # of each kind
-        if kinds is not None and mix is not None:
-            _check_mix(kinds, mix, groups)
-            drawn = [kind for kind, share in mix.items() if share]
-            self.quotas = [groups * mix[kind] / sum(mix.values()) for kind in drawn]
-            self.prompts = [torch.tensor([i for i, kind in enumerate(kinds) if kind == own]) for own in drawn]
-        rounds = [len(own) / quota for own, quota in zip(self.prompts, self.quotas, strict=True)]
-        self.iterations = math.floor(max(rounds) + 1e-9)
+        if mix is not None:
+            _check_mix(kinds or (), mix)
+        of_size: dict[Any, list[int]] = {}
+        for prompt in range(num_prompts):
+            of_size.setdefault(sizes and sizes[prompt], []).append(prompt)
+        self.parts = [  # of each size: quotas and prompts of each kind
+            _quotas_and_prompts(own, size, groups, kinds or (), mix) for size, own in of_size.items()
+        ]
+        self.iterations = [math.floor(max(len(own) / quota for quota, own in part) + 1e-9) for part in self.parts]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        queues = [self._endless(own, generator) for own in self.prompts]
-        whole = [math.floor(quota + 1e-9) for quota in self.quotas]
+        iterations = [self._iterations(part, generator) for part in self.parts]
+        for size in _in_turns(self.iterations):
+            iteration = [prompt for prompt in next(iterations[size]) for _ in range(self.group_size)]
+            for _ in range(self.repeats):
+                yield from iteration
+
+    def _iterations(self, part: list[tuple[float, Tensor]], generator: torch.Generator) -> Iterator[list[int]]:
+        """The prompts of one iteration of this size after another, without end."""
+        queues = [self._endless(own, generator) for _, own in part]
+        quotas = [quota for quota, _ in part]
+        whole = [math.floor(quota + 1e-9) for quota in quotas]
         owed = [0.0] * len(whole)  # what rounding kept from a kind, and will give it later
-        for _ in range(self.iterations):
-            owed = [debt + quota - least for debt, quota, least in zip(owed, self.quotas, whole, strict=True)]
+        while True:
+            owed = [debt + quota - least for debt, quota, least in zip(owed, quotas, whole, strict=True)]
             paid = sorted(range(len(owed)), key=lambda kind: -round(owed[kind], 9))[: self.groups - sum(whole)]
             owed = [debt - (kind in paid) for kind, debt in enumerate(owed)]
             counts = [least + (kind in paid) for kind, least in enumerate(whole)]
-            # The kinds take turns, so that ranks share them.
-            turns = sorted(((i + 0.5) / count, kind) for kind, count in enumerate(counts) for i in range(count))
-            iteration = [prompt for _, kind in turns for prompt in [next(queues[kind])] * self.group_size]
-            for _ in range(self.repeats):
-                yield from iteration
+            yield [next(queues[kind]) for kind in _in_turns(counts)]  # in turns, so that ranks share the kinds
 
     def _endless(self, prompts: Tensor, generator: torch.Generator) -> Iterator[int]:
         while True:
@@ -92,24 +99,52 @@ class GroupSampler(Sampler[int]):
             yield from prompts[order].tolist()
 
     def __len__(self) -> int:
-        return self.iterations * self.groups * self.group_size * self.repeats
+        return sum(self.iterations) * self.groups * self.group_size * self.repeats
 
 
-def _check_mix(kinds: Sequence[Any], mix: dict[str, float | int], groups: int) -> None:
-    """Raise unless each kind has a share, of at least one prompt an iteration, and as many prompts."""
-    total, there = sum(mix.values()), Counter(kinds)
-    if set(there) != set(mix) or min(mix.values()) < 0 or not 0 < total < math.inf:
+def _in_turns(counts: Sequence[int]) -> list[int]:
+    """Each index of `counts` as often as it says, evenly spread: `[0, 1, 0]` for `[2, 1]`."""
+    return [
+        kind
+        for _, kind in sorted(((i + 0.5) / count, kind) for kind, count in enumerate(counts) for i in range(count))
+    ]
+
+
+def _check_mix(kinds: Sequence[Any], mix: dict[str, float | int]) -> None:
+    """Raise unless each kind has a share."""
+    total, there = sum(mix.values()), set(kinds)
+    if there != set(mix) or min(mix.values()) < 0 or not 0 < total < math.inf:
         raise ValueError(
             "`prompt_mix` must give each kind of the column a share that is not negative, and one that is positive. Found "
             f"{mix} and the kinds {sorted(map(str, there))}. Correct either; a share of 0 leaves a kind out."
         )
+
+
+def _quotas_and_prompts(
+    prompts: list[int], size: Any, groups: int, kinds: Sequence[Any], mix: dict[str, float | int] | None
+) -> list[tuple[float, Tensor]]:
+    """Of each kind of the prompts of one size, how many an iteration has, and which there are; ValueError for too few."""
+    of_size = "" if size is None else f" of the size {size}"
+    if len(prompts) < groups:
+        found = f"{len(prompts)}{of_size}" if of_size else f"a dataset of {len(prompts)}"
+        raise ValueError(
+            f"One iteration needs {groups} prompts (generation_batch_size / num_generations), all of one size. Found {found}. "
+            "Add prompts, or lower `generation_batch_size`, or raise `num_generations`."
+        )
+    if mix is None:
+        return [(float(groups), torch.tensor(prompts))]
+    part = []
     for kind, share in mix.items():
-        quota = groups * share / total
-        if share and (quota < 1 - 1e-9 or there[kind] < math.ceil(quota - 1e-9)):
+        quota, own = groups * share / sum(mix.values()), [prompt for prompt in prompts if kinds[prompt] == kind]
+        if share and (quota < 1 - 1e-9 or len(own) < math.ceil(quota - 1e-9)):
             raise ValueError(
                 f"Each kind must have at least one of the {groups} prompts of an iteration, and no prompt twice. Found a share of "
-                f"{quota:.3g} for the {there[kind]} prompts of {kind!r}. Change the mix, `generation_batch_size` or the prompts."
+                f"{quota:.3g} for the {len(own)} prompts of {kind!r}{of_size}. Change the mix, `generation_batch_size` or the "
+                "prompts."
             )
+        if share:
+            part.append((quota, torch.tensor(own)))
+    return part
 
 
 def update_rows(

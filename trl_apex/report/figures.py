@@ -144,7 +144,7 @@ def reward_grid(samples: Sequence[Mapping[str, Any]], columns: int, side: int = 
         lines = [sample["prompt"]]
         for name, value in sample["rewards"].items():
             lines.append(f"{name} -" if value is None or not math.isfinite(value) else f"{name} {value:.3g}")
-        cell = Image.new("RGB", (image.width, image.height + LINE * len(lines)), "white")
+        cell = Image.new("RGB", (side, image.height + LINE * len(lines)), "white")
         cell.paste(image)
         pen = ImageDraw.Draw(cell)
         for i, line in enumerate(lines):  # the font that every Pillow has knows the letters of Latin-1

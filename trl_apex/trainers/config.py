@@ -214,8 +214,14 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
 
     num_generations_eval: int | None = _field(1, "Must be 1: evaluation makes one image per prompt.")
-    height: int | None = _field(None, "Image height in pixels. None: 512 for flow models, else the model's own.")
-    width: int | None = _field(None, "Image width in pixels. None: 512 for flow models, else the model's own.")
+    height: int | None = _field(
+        None,
+        "Image height in pixels. None: the dataset's column `height`, else 512 for flow models, else the model's own.",
+    )
+    width: int | None = _field(
+        None,
+        "Image width in pixels. None: the dataset's column `width`, else 512 for flow models, else the model's own.",
+    )
     num_inference_steps: int = _field(10, "Denoising steps of a rollout.")
     loss_type: str = _field(
         "grpo",
@@ -323,8 +329,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         0.5, "Share of failed scores of one objective above which the run saves and stops."
     )
     eval_num_inference_steps: int = _field(40, "Denoising steps in evaluation (deterministic).")
-    eval_height: int | None = _field(None, "Image height in evaluation, in pixels; None for `height`.")
-    eval_width: int | None = _field(None, "Image width in evaluation, in pixels; None for `width`.")
+    eval_height: int | None = _field(None, "Image height in evaluation, in pixels. None: as `height` says.")
+    eval_width: int | None = _field(None, "Image width in evaluation, in pixels. None: as `width` says.")
     eval_guidance_scale: float | None = _field(None, "Guidance in evaluation; None for `guidance_scale`.")
     skip_dead_updates: bool = _field(True, "Leave the weights alone where every advantage of an update is 0.")
     max_nonfinite_updates: int = _field(

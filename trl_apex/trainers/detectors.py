@@ -99,9 +99,11 @@ class LearningDetectors(TrainerCallback):
         """The first step of the first training prompt, the same in every iteration, on every rank and after a resume."""
         trainer = self.trainer
         device = trainer.accelerator.device
-        noise = keyed_noise([(trainer.args.seed, INITIAL_NOISE, 0, 0)], trainer.latent_shape)
+        first = trainer.train_dataset[0]
+        shape = trainer.policy.latent_shape(*trainer._size_of(first))
+        noise = keyed_noise([(trainer.args.seed, INITIAL_NOISE, 0, 0)], shape)
         timestep = trainer.sampler.timesteps(torch.zeros(1, dtype=torch.long)).to(device)
-        embeddings = trainer._conditions([trainer.train_dataset[0]["prompt"]])
+        embeddings = trainer._conditions([first["prompt"]])
         return trainer.policy.scale_initial_noise(noise).to(device), timestep, embeddings
 
     # Is the first update on-policy?

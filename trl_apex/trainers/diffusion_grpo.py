@@ -53,7 +53,7 @@ from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallbac
 from .checkpoint import save_before_failing
 from .config import DiffusionGRPOConfig
 from .detectors import LearningDetectors
-from .inputs import Sources, as_list, check_inputs, check_whole, load_model, submit, upgraded
+from .inputs import Sources, as_list, check_inputs, check_whole, image_size, image_sizes, load_model, submit, upgraded
 from .logs import (
     COLUMNS,
     ROWS,
@@ -169,7 +169,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             args = copy.copy(args)
             args.model_init_kwargs = redacted(args.model_init_kwargs)
         check_whole(self.policy.pipeline)
-        self._plan_rollout(args)
+        self._plan_rollout(args, train_dataset, eval_dataset)
         self._plan_updates(args, train_dataset)
         start = take_adapter(self.policy, adapter)
         denoiser, self._reference = prepare_denoiser(self.policy, args, peft_config, start)
@@ -204,19 +204,13 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     # Set-up
 
-    def _plan_rollout(self, args: DiffusionGRPOConfig) -> None:
-        default_height, default_width = self.policy.default_size()
-        self.height, self.width = args.height or default_height, args.width or default_width
-        self.latent_shape = self.policy.latent_shape(self.height, self.width)
-        self.eval_size = args.eval_height or self.height, args.eval_width or self.width
-        self.eval_latent_shape = self.policy.latent_shape(*self.eval_size)
+    def _plan_rollout(self, args: DiffusionGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
         self.transition = args.transition or self.policy.transitions[0]
         if self.transition not in self.policy.transitions:
             raise ValueError(
                 f"`transition` must be one of {self.policy.transitions} for {type(self.policy.pipeline).__name__}. "
                 f"Found {self.transition!r}. None picks the first."
             )
-        self.sampler = self._sampler_of(args, args.num_inference_steps, args.rollout_solver)
         if args.ratio_guard == "grpo_guard" and self.transition != "flow_sde":
             raise ValueError(
                 "ratio_guard='grpo_guard' needs transition='flow_sde', whose ratios it normalizes. Found "
@@ -227,15 +221,35 @@ class DiffusionGRPOTrainer(RunTrainer):
                 f"loss_type={args.loss_type!r} needs a model that predicts a flow's velocity. Found "
                 f"{type(self.policy.pipeline).__name__}, which predicts noise. Use loss_type='grpo'."
             )
-        if args.flow_matching:
-            self._levels(args, range(1), iteration=0)  # raises where the schedule has too few
+        for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            if part is not None:
+                self._eval_sizes(args, part)
+        for size in dict.fromkeys(reversed(self._train_sizes(args, train_dataset))):
+            self._use_size(args, size)
+            if args.flow_matching:
+                self._levels(args, range(1), iteration=0)  # raises where the schedule has too few
         self._window(args, iteration=0)
 
+    def _train_sizes(self, args: DiffusionGRPOConfig, dataset: Any) -> list[tuple[int, int]]:
+        return image_sizes(self.policy, dataset, "train_dataset", (args.height, args.width))
+
+    def _eval_sizes(self, args: DiffusionGRPOConfig, dataset: Any) -> list[tuple[int, int]]:
+        given = args.eval_height or args.height, args.eval_width or args.width
+        return image_sizes(self.policy, dataset, "eval_dataset", given)
+
+    def _size_of(self, row: dict[str, Any]) -> tuple[int, int]:
+        return image_size(row, (self.args.height, self.args.width), self.policy.default_size())
+
+    def _use_size(self, args: DiffusionGRPOConfig, size: tuple[int, int]) -> None:
+        """Sample and train images of this size from now on."""
+        self.height, self.width = size
+        self.latent_shape = self.policy.latent_shape(*size)
+        self.sampler = self._sampler_of(args, args.num_inference_steps, size, args.rollout_solver)
+
     def _sampler_of(
-        self, args: DiffusionGRPOConfig, num_steps: int, solver: str = "euler", size: tuple[int, int] | None = None
+        self, args: DiffusionGRPOConfig, num_steps: int, size: tuple[int, int], solver: str = "euler"
     ) -> Sampler:
-        schedule = self.policy.schedule(num_steps, *(size or (self.height, self.width)))
-        return Sampler(schedule, self.transition, args.noise_level, solver)
+        return Sampler(self.policy.schedule(num_steps, *size), self.transition, args.noise_level, solver)
 
     def _plan_updates(self, args: DiffusionGRPOConfig, dataset: Any) -> None:
         self.updates_per_pass = updates_per_pass(
@@ -254,7 +268,9 @@ class DiffusionGRPOTrainer(RunTrainer):
         groups = args.generation_batch_size // group
         mix: Any = args.prompt_mix  # a dictionary by now
         kinds = None if mix is None else dataset[args.prompt_mix_column][:]
-        return GroupSampler(len(dataset), groups, group, repeats, args.shuffle_dataset, args.seed, kinds, mix)
+        sizes: list | None = self._train_sizes(args, dataset)
+        sizes = sizes if len(set(sizes or ())) > 1 else None
+        return GroupSampler(len(dataset), groups, group, repeats, args.shuffle_dataset, args.seed, kinds, mix, sizes)
 
     def _get_train_sampler(self, dataset=None) -> GroupSampler:
         return self._group_sampler(self.args, self.train_dataset if dataset is None else dataset)
@@ -313,6 +329,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         chunk = self.args.rollout_batch_size or len(inputs)
         first = self.accelerator.process_index * len(inputs)
         prompts = [row["prompt"] for row in inputs]
+        self._use_size(self.args, self._size_of(inputs[0]))  # that of the whole iteration
         rollouts, pending = [], []
         compared = any(map(wants_whole_groups, self.reward_funcs))  # within groups, so after the rollout
         self._detectors.note_weights()

@@ -78,20 +78,20 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
 def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple[list[dict[str, Any]], set[str]]:
     """[`draw_and_score`] of every row of `dataset`, in order, with each rank's share, and which rewards failed; on every rank."""
     args, world, rank = trainer.args, trainer.accelerator.num_processes, trainer.accelerator.process_index
-    sampler = trainer._sampler_of(args, args.eval_num_inference_steps, size=trainer.eval_size)
+    sizes = trainer._eval_sizes(args, dataset)
+    samplers = {size: trainer._sampler_of(args, args.eval_num_inference_steps, size) for size in set(sizes)}
     guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
-    share = -(-len(dataset) // world)  # every rank makes as many forwards; what is beyond the end is not counted
-    mine = [min(rank + i * world, len(dataset) - 1) for i in range(share)]
 
-    def draw(prompts: list[str], initial: Tensor) -> Tensor:
-        return trainer._sample(trainer._conditions(prompts), initial, sampler, guidance).images
+    def draw(prompts: list[str], numbers: list[int]) -> Tensor:
+        size = sizes[numbers[0]]
+        initial = evaluation_noise(args.seed, numbers, trainer.policy.latent_shape(*size))
+        return trainer._sample(trainer._conditions(prompts), initial, samplers[size], guidance).images
 
     scorer = trainer._open_scorer(funcs, names)
     with trainer._ema.applied(), closing(scorer):
         own = draw_and_score(
-            dataset, mine, draw, partial(trainer._submit, scorer), names,
-            seed=args.seed, shape=trainer.eval_latent_shape, batch_size=args.per_device_eval_batch_size,
-            pictures=PICTURES if trainer.accelerator.is_main_process else 0,
+            dataset, batches_of_one_size(sizes, args.per_device_eval_batch_size, rank, world), draw,
+            partial(trainer._submit, scorer), names, pictures=PICTURES if trainer.accelerator.is_main_process else 0,
         )  # fmt: skip
     own_images = {record["row"]: record["image"] for record in own}  # pictures are not gathered
     by_row = {record["row"]: record for record in gather_list([{**record, "image": None} for record in own])}
@@ -118,41 +118,54 @@ def reward_means(rewards: Tensor, names: list[str]) -> dict[str, dict[str, Any]]
     return result
 
 
+def batches_of_one_size(sizes: Sequence[Any], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """This rank's share of the rows whose images have these sizes, in batches of one size; on each rank as many.
+
+    A row may come again, to fill up a rank's last batch of a size.
+
+    Example:
+        >>> batches_of_one_size(["wide", "tall", "wide", "wide"], batch_size=2)
+        [[0, 2], [3], [1]]
+    """
+    batches = []
+    for size in dict.fromkeys(sizes):
+        rows = [row for row, own in enumerate(sizes) if own == size]
+        share = range(rank, rank + -(-len(rows) // world) * world, world)
+        mine = [rows[min(place, len(rows) - 1)] for place in share]
+        batches += [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    return batches
+
+
 def draw_and_score(
     dataset: Any,
-    rows: Sequence[int],
-    draw: Callable[[list[str], Tensor], Tensor],
+    batches: Sequence[list[int]],
+    draw: Callable[[list[str], list[int]], Tensor],
     submit: Callable[[list[dict[str, Any]], Tensor, list], Any],
     names: list[str],
-    *,
-    seed: int,
-    shape: tuple[int, ...],
-    batch_size: int,
     pictures: int,
 ) -> list[dict[str, Any]]:
-    """Draw and score some rows of a dataset, each from the noise that its number has.
+    """Draw and score some rows of a dataset.
 
     Args:
-        dataset, rows: a sequence of rows with a `prompt`, and the numbers of those to draw.
-        draw: `(prompts, initial noise [B, C, H, W]) -> images [B, 3, H, W]`.
+        dataset: a sequence of rows with a `prompt`.
+        batches (`Sequence[list[int]]`): the numbers of rows to draw together.
+        draw: `(prompts, numbers of their rows) -> images [B, 3, H, W]`.
         submit: `(rows, images, PIL images) -> future of a ScoredBatch`.
         names (`list[str]`): of the rewards.
-        seed, shape (`int`, `tuple`): of the noise; `(C, H, W)`.
-        batch_size (`int`): images at a time.
-        pictures (`int`): how many of the first images to keep.
+        pictures (`int`): how many images to keep, those of the first rows.
 
     Returns:
-        `list[dict]`: `row`, `prompt`, `image` (PIL, or None) and `rewards` by name.
+        `list[dict]`: `row`, `prompt`, `image` (PIL, or None) and `rewards` by name, in the order of the rows.
     """
+    shown = sorted(number for batch in batches for number in batch)[:pictures]
     records: list[dict[str, Any]] = []
-    for start in range(0, len(rows), batch_size):
-        numbers = rows[start : start + batch_size]
+    for numbers in batches:
         batch = [dataset[i] for i in numbers]
-        images = draw([row["prompt"] for row in batch], evaluation_noise(seed, numbers, shape))
+        images = draw([row["prompt"] for row in batch], numbers)
         drawn = to_pil(images)
         scored = submit(batch, images, drawn).result().rewards.tolist()
         for number, row, image, rewards in zip(numbers, batch, drawn, scored, strict=True):
-            kept = image if len(records) < pictures else None
+            kept = image if number in shown else None
             values = dict(zip(names, rewards, strict=True))
             records.append({"row": number, "prompt": row["prompt"], "image": kept, "rewards": values})
-    return records
+    return sorted(records, key=lambda record: record["row"])

@@ -21,6 +21,9 @@ from ..rewards.scoring import numbered_names, reward_name, takes_images
 from ..tiny.world import load_tiny_pipeline, weights_path
 from .manifest import check_writable
 
+SIDES = ("height", "width")
+"""Columns that say how large the image of a prompt is."""
+
 
 @dataclass
 class Sources:
@@ -155,6 +158,42 @@ def _warn_of_hidden_columns(dataset: Dataset, where: str) -> None:
             f"`{where}`, which no reward will see. Rename them.",
             stacklevel=4,
         )
+
+
+def image_size(row: dict, given: tuple[int | None, int | None], default: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a row's image in pixels: as given for all, else as its columns say, else the default."""
+    height, width = (value or row.get(side, own) for side, value, own in zip(SIDES, given, default, strict=True))
+    return int(height), int(width)
+
+
+def image_sizes(
+    policy: DiffusionPolicy, dataset: Dataset, where: str, given: tuple[int | None, int | None]
+) -> list[tuple[int, int]]:
+    """[`image_size`] of every row; ValueError where the model cannot draw one. `where` is the name of the dataset."""
+    sides = [side for side, value in zip(SIDES, given, strict=True) if value is None and side in dataset.column_names]
+    if len(sides) == 1 and given == (None, None):
+        raise ValueError(
+            f"`height` and `width` must both be columns, or neither. Found `{sides[0]}` alone in `{where}`. Add the other, "
+            "rename this one, or set the options `height` and `width`."
+        )
+    plain, default = dataset.with_format(None), policy.default_size()
+    rows = zip(*(plain[side][:] for side in sides), strict=True) if sides else [()] * len(dataset)
+    sizes: dict[tuple[int, int], int] = {}
+    found = []
+    for number, row in enumerate(rows):
+        if any(type(pixels) is not int or pixels < 1 for pixels in row):
+            raise ValueError(
+                f"{' and '.join(f'`{side}`' for side in sides)} must be whole numbers of pixels in every row of `{where}`. "
+                f"Found {', '.join(map(repr, row))} in row {number}. Correct or remove that row."
+            )
+        found.append(image_size(dict(zip(sides, row, strict=True)), given, default))
+        sizes.setdefault(found[-1], number)
+    for size, number in sizes.items():
+        try:
+            policy.latent_shape(*size)
+        except ValueError as error:
+            raise ValueError(f"{error} This is row {number} of `{where}`." if sides else str(error)) from None
+    return found
 
 
 def submit(scorer: Any, rows: list[dict[str, Any]], images: Tensor, completions: list | None = None, **keywords: Any):

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -138,9 +139,12 @@ class DiffusionPolicy(ABC):
         """Encode the prompt of the unconditional branch; tensors of shape `[1, ...]`."""
         return self.encode([prompt], max_sequence_length)
 
-    @abstractmethod
     def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
-        """The noise grid of `num_steps` steps for images of `height` x `width` pixels."""
+        """The noise grid of `num_steps` steps for images of `height` x `width` pixels; here from even levels, by the scheduler."""
+        _, rows, columns = self.latent_shape(height, width)
+        patch = self.size_multiple() // self.vae_scale_factor
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+        return flow_schedule(self.pipeline.scheduler, num_steps, rows * columns // patch**2, sigmas)
 
     @abstractmethod
     def predict(

@@ -2,13 +2,12 @@
 
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-from ..nouns import Embeddings, Schedule
-from .base import JOINT_ATTENTION, DiffusionPolicy, flow_schedule
+from ..nouns import Embeddings
+from .base import JOINT_ATTENTION, DiffusionPolicy
 
 
 class FluxPolicy(DiffusionPolicy):
@@ -37,11 +36,6 @@ class FluxPolicy(DiffusionPolicy):
             device=self.pipeline.text_encoder.device,
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
-        _, rows, columns = self.latent_shape(height, width)
-        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
-        return flow_schedule(self.pipeline.scheduler, num_steps, rows * columns // 4, sigmas)
 
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float

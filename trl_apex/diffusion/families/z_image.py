@@ -1,12 +1,11 @@
 """Z-Image: lists instead of batches, time from noise to image, and a velocity of the other sign."""
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..nouns import Embeddings, Schedule
-from .base import DiffusionPolicy, flow_schedule
+from ..nouns import Embeddings
+from .base import DiffusionPolicy
 
 
 class ZImagePolicy(DiffusionPolicy):
@@ -37,11 +36,6 @@ class ZImagePolicy(DiffusionPolicy):
             "cap_feats": torch.stack([pad(text, (0, 0, 0, max_sequence_length - len(text))) for text in embeds]),
             "lengths": torch.tensor([len(text) for text in embeds], device=embeds[0].device),
         }
-
-    def schedule(self, num_steps: int, height: int, width: int) -> Schedule:
-        _, rows, columns = self.latent_shape(height, width)
-        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
-        return flow_schedule(self.pipeline.scheduler, num_steps, rows * columns // 4, sigmas)
 
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float
