@@ -5,7 +5,7 @@ import pytest
 from compare import assert_same_training, curve, largest_difference
 from engines import environment
 from processes import run
-from training import PROMPTS, dark, red, train
+from training import PROMPTS, dark, red, red_circles, train
 
 from trl_apex.rewards import RankReward
 
@@ -70,6 +70,7 @@ def test_the_first_rollout_is_the_same_where_the_forwards_have_the_same_size(tmp
             "columns": {"height": [16, 16, 16, 24, 24, 24], "width": [16, 16, 16, 32, 32, 32]},
             "rewards": (red, RankReward(dark)),
         },
+        {"rewards": (red_circles,), "dead_prompt_rate": 0.2, "max_steps": 6},
     ],
     ids=[
         "plain",
@@ -81,6 +82,7 @@ def test_the_first_rollout_is_the_same_where_the_forwards_have_the_same_size(tmp
         "awm",
         "ranks-of-mixed-prompts",
         "several-sizes",
+        "dead-prompts",
     ],
 )
 def test_one_two_and_four_processes_agree(tmp_path, options):

@@ -29,6 +29,11 @@ def red(images, **kwargs):
     return images[:, 0].mean((1, 2)).tolist()
 
 
+def red_circles(images, prompts, **kwargs):
+    """Mean of the red channel where the prompt asks for a circle; the images of the other prompts do not differ."""
+    return [float(i[0].mean()) if "circle" in prompt else 0.5 for i, prompt in zip(images, prompts, strict=True)]
+
+
 def dark(images, **kwargs):
     """Darkness, in a unit of its own."""
     return (-10 * images.mean((1, 2, 3))).tolist()

@@ -1,6 +1,8 @@
+import json
 from collections import Counter
 
 import pytest
+import torch
 
 from trl_apex.prompts import GroupSampler
 
@@ -128,3 +130,63 @@ def test_kinds_take_turns_so_that_processes_share_them():
 def test_a_mix_that_does_not_fit_is_refused(mix, message):
     with pytest.raises(ValueError, match=message):
         mixed(mix)
+
+
+DEAD = {3, 4, 5, 6, 7, 8}
+
+
+def epochs(sampler, numbers, dead=DEAD):
+    """The prompts of some epochs, in which the prompts `dead` have dead groups and others have not."""
+    drawn = []
+    for epoch in numbers:
+        sampler.set_epoch(epoch)
+        prompts = list(sampler)[:: sampler.group_size]
+        iterations = len(prompts) // sampler.groups
+        for i in range(iterations):
+            own = prompts[i * sampler.groups : (i + 1) * sampler.groups]
+            flags = torch.tensor([prompt in dead for prompt in own])
+            sampler.see(epoch * iterations + i, flags, torch.ones_like(flags))
+        drawn.append(prompts)
+    return drawn
+
+
+def test_dead_prompts_are_drawn_less_often_until_their_images_differ():
+    sampler = GroupSampler(12, 3, 2, 1, True, 0, dead_rate=0.25)
+    plain = GroupSampler(12, 3, 2, 1, True, 0)
+    first, *later = epochs(sampler, range(41))
+    assert first == list(plain)[::2], "nothing is known in the first epoch"
+    counts = Counter(prompt for drawn in later for prompt in drawn)
+    alive = [counts[i] for i in range(12) if i not in DEAD]
+    rates = [counts[i] / (sum(alive) / len(alive)) for i in DEAD]
+    assert min(alive) > 50 and 0.2 < sum(rates) / len(rates) < 0.3 and max(rates) < 0.5
+    assert [len(drawn) for drawn in later] == [12] * 40
+    epochs(sampler, range(41, 60), dead=set())
+    assert not sampler.dead and sorted(epochs(sampler, [60])[0]) == list(range(12))
+
+
+def test_the_order_of_an_epoch_depends_on_what_was_dead_at_its_start_and_is_saved():
+    sampler = GroupSampler(12, 3, 2, 1, True, 0, dead_rate=0.25)
+    epochs(sampler, [0])
+    sampler.set_epoch(1)
+    drawn = list(sampler)
+    sampler.see(4, torch.tensor([True, True, True]), torch.tensor([True, True, False]))
+    assert sampler.dead == DEAD | set(drawn[:4])
+    resumed = GroupSampler(12, 3, 2, 1, True, 0, dead_rate=0.25)
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    resumed.set_epoch(1)
+    assert list(resumed) == drawn == list(sampler) and resumed.dead == sampler.dead
+    assert epochs(resumed, [2, 3]) == epochs(sampler, [2, 3])
+
+
+def test_an_iteration_is_full_where_every_prompt_is_dead():
+    sampler = GroupSampler(12, 5, 1, 1, True, 0, dead_rate=0.01)
+    for drawn in epochs(sampler, range(4), dead=range(12)):
+        assert len(drawn) == 10 and all(len(set(drawn[i : i + 5])) == 5 for i in (0, 5))
+
+
+def test_dead_prompts_keep_the_mix():
+    sampler = mixed({"ocr": 1, "plain": 1, "rare": 0, "off": 0}, dead_rate=0.1)
+    for drawn in epochs(sampler, range(3), dead=range(25)):
+        assert all(
+            Counter(KINDS[i] for i in drawn[k : k + 8]) == {"ocr": 4, "plain": 4} for k in range(0, len(drawn), 8)
+        )

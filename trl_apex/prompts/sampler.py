@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -32,6 +32,8 @@ class GroupSampler(Sampler[int]):
         shuffle, seed (`bool`, `int`): whether each epoch draws a new order, and the seed of that.
         kinds, mix (`Sequence`, `dict[str, float]`, *optional*): the kind of each prompt, and the share of each kind.
         sizes (`Sequence`, *optional*): the size of each prompt's images.
+        dead_rate (`float`, *optional*, defaults to `1.0`): how likely a dead prompt, one that [`see`] was told of, takes part in
+            a round of the prompts. What counts is which prompts were dead when the epoch began.
 
     Raises:
         ValueError: if there are fewer prompts, of one size, than one iteration needs, or the mix does not fit the kinds.
@@ -56,9 +58,13 @@ class GroupSampler(Sampler[int]):
         kinds: Sequence[Any] | None = None,
         mix: dict[str, float | int] | None = None,
         sizes: Sequence[Any] | None = None,
+        dead_rate: float | int = 1.0,
     ):
         self.num_prompts, self.groups, self.group_size, self.repeats = num_prompts, groups, group_size, repeats
         self.shuffle, self.seed, self.epoch = shuffle, seed, 0
+        self.dead_rate, self.dead = dead_rate, set[int]()
+        self._at_start: tuple[int, list[int]] = (-1, [])  # an epoch, and the prompts that were dead when it began
+        self._order: list[list[int]] = []  # the prompts of the epoch's iterations
         if mix is not None:
             _check_mix(kinds or (), mix)
         of_size: dict[Any, list[int]] = {}
@@ -73,16 +79,18 @@ class GroupSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        if self._at_start[0] != self.epoch:
+            self._at_start = self.epoch, sorted(self.dead)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         iterations = [self._iterations(part, generator) for part in self.parts]
-        for size in _in_turns(self.iterations):
-            iteration = [prompt for prompt in next(iterations[size]) for _ in range(self.group_size)]
+        self._order = [next(iterations[size]) for size in _in_turns(self.iterations)]
+        for prompts in self._order:
             for _ in range(self.repeats):
-                yield from iteration
+                yield from (prompt for prompt in prompts for _ in range(self.group_size))
 
     def _iterations(self, part: list[tuple[float, Tensor]], generator: torch.Generator) -> Iterator[list[int]]:
         """The prompts of one iteration of this size after another, without end."""
-        queues = [self._endless(own, generator) for _, own in part]
+        queues = [self._endless(own, math.ceil(quota), generator) for quota, own in part]
         quotas = [quota for quota, _ in part]
         whole = [math.floor(quota + 1e-9) for quota in quotas]
         owed = [0.0] * len(whole)  # what rounding kept from a kind, and will give it later
@@ -93,10 +101,31 @@ class GroupSampler(Sampler[int]):
             counts = [least + (kind in paid) for kind, least in enumerate(whole)]
             yield [next(queues[kind]) for kind in _in_turns(counts)]  # in turns, so that ranks share the kinds
 
-    def _endless(self, prompts: Tensor, generator: torch.Generator) -> Iterator[int]:
+    def _endless(self, prompts: Tensor, least: int, generator: torch.Generator) -> Iterator[int]:
+        """Round after round of the prompts: of dead ones some, and `least` at least."""
+        dead = torch.isin(prompts, torch.tensor(self._at_start[1], dtype=torch.long))
         while True:
-            order = torch.randperm(len(prompts), generator=generator) if self.shuffle else slice(None)
+            order = torch.randperm(len(prompts), generator=generator) if self.shuffle else torch.arange(len(prompts))
+            if self.dead_rate < 1:
+                rests = dead & (torch.rand(len(prompts), generator=generator) >= self.dead_rate)
+                awake = max(len(prompts) - int(rests.sum()), least)
+                order = order[rests[order].byte().argsort(stable=True)][:awake]
             yield from prompts[order].tolist()
+
+    def see(self, iteration: int, dead: Bool[Tensor, "P"], scored: Bool[Tensor, "P"]) -> None:
+        """Note which of an iteration's groups were dead in every objective; those that were not scored tell nothing."""
+        prompts = self._order[iteration % len(self._order)]
+        for prompt, is_dead, is_scored in zip(prompts, dead.tolist(), scored.tolist(), strict=True):
+            if is_scored:
+                (self.dead.add if is_dead else self.dead.discard)(prompt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order beside the arguments: dead prompts, now and when the epoch began."""
+        return {"dead": sorted(self.dead), "epoch": self._at_start[0], "dead_at_start": self._at_start[1]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from [`state_dict`]."""
+        self.dead, self._at_start = set(state["dead"]), (state["epoch"], state["dead_at_start"])
 
     def __len__(self) -> int:
         return sum(self.iterations) * self.groups * self.group_size * self.repeats

@@ -112,7 +112,7 @@ WHOLE_TOO: dict[Any, Any] = {
 }
 POSITIVE = (
     "noise_level", "timestep_shift", "advantage_max", "fpo_scale", "nft_beta", "kl_mask_threshold", "target_movement",
-    "reward_timeout",
+    "reward_timeout", "dead_prompt_rate",
 )  # fmt: skip
 LEAST = {
     **dict.fromkeys((
@@ -273,6 +273,11 @@ class DiffusionGRPOConfig(GRPOConfig):
         "Share of each kind of prompts in every iteration, e.g. {'ocr': 0.5, 'plain': 0.5}; JSON on the command line.",
     )
     prompt_mix_column: str = _field("kind", "'prompt_mix': column of the dataset with the kind of each prompt.")
+    dead_prompt_rate: float = _field(
+        1.0,
+        "How likely a prompt takes part in a round of the prompts, where its images were equal in every objective when it was "
+        "last drawn. 1: as any other.",
+    )
     transition: str | None = _field(
         None, "Stochastic step: 'flow_sde', 'cps' or 'ddim'. None for the model family's default."
     )
@@ -448,6 +453,7 @@ class DiffusionGRPOConfig(GRPOConfig):
              f"`multi_objective_aggregation` must be one of {', '.join(rules)} for {type(self).__name__}",
              did_you_mean(self.multi_objective_aggregation, rules)
              + ("Pick one of these." if rules == RULES else "Pick one of these; `APEXConfig` has more.")),
+            (self.dead_prompt_rate > 1, self.dead_prompt_rate, "`dead_prompt_rate` must be at most 1", "Lower it."),
             (self.max_steps == 0 or self.max_steps < -1, self.max_steps,
              "`max_steps` must be positive, or -1 for `num_train_epochs`", "To evaluate only, call `evaluate()`."),
             (flow and self.guidance_scale != 1.0, self.guidance_scale,

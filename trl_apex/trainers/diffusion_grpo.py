@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback as TqdmCallback
 from trl import GRPOTrainer
 
-from ..aggregation.normalize import group_rows
+from ..aggregation.normalize import group_moments, group_rows
 from ..aggregation.options import checked_weights
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
 from ..diffusion import losses
@@ -261,19 +261,18 @@ class DiffusionGRPOTrainer(RunTrainer):
         )
         self.updates_per_iteration = self.updates_per_pass * args.num_iterations
         self.steps_per_iteration = self.updates_per_iteration * args.gradient_accumulation_steps
-        self._group_sampler(args, dataset)  # raises where prompts are too few
-
-    def _group_sampler(self, args: DiffusionGRPOConfig, dataset: Any) -> GroupSampler:
-        group, repeats = args.num_generations, self.steps_per_iteration
+        group, repeats, rate = args.num_generations, self.steps_per_iteration, args.dead_prompt_rate
         groups = args.generation_batch_size // group
         mix: Any = args.prompt_mix  # a dictionary by now
         kinds = None if mix is None else dataset[args.prompt_mix_column][:]
         sizes: list | None = self._train_sizes(args, dataset)
         sizes = sizes if len(set(sizes or ())) > 1 else None
-        return GroupSampler(len(dataset), groups, group, repeats, args.shuffle_dataset, args.seed, kinds, mix, sizes)
+        self._prompts = GroupSampler(
+            len(dataset), groups, group, repeats, args.shuffle_dataset, args.seed, kinds, mix, sizes, rate
+        )
 
     def _get_train_sampler(self, dataset=None) -> GroupSampler:
-        return self._group_sampler(self.args, self.train_dataset if dataset is None else dataset)
+        return self._prompts
 
     def _add_callbacks(self, names: list[str]) -> None:
         args = self.args
@@ -295,8 +294,12 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     def _stateful(self) -> dict[str, Any]:
         """What a checkpoint keeps in `apex_state.json`: objects with `state_dict` and `load_state_dict`, by name."""
-        objects = {"monitor": self._watch, "detectors": self._detectors}
-        return objects if self._step_size is None else objects | {"step_size": self._step_size}
+        objects: dict[str, Any] = {"monitor": self._watch, "detectors": self._detectors}
+        if self._step_size is not None:
+            objects["step_size"] = self._step_size
+        if self.args.dead_prompt_rate < 1:
+            objects["prompts"] = self._prompts
+        return objects
 
     # One iteration
 
@@ -367,6 +370,10 @@ class DiffusionGRPOTrainer(RunTrainer):
         rewards = collect_dealt(numbers, own_rewards) if dealt else gather_rows(own_rewards.to(device)).cpu()
         group_ids = torch.arange(len(rewards)) // self.num_generations
         advantages, normalized = self._compute_advantages(rewards, group_ids)
+        if self.args.dead_prompt_rate < 1:
+            moments = group_moments(rewards.double(), rewards.isfinite(), group_rows(group_ids))
+            self._prompts.see(self._iteration, moments.dead.all(1), (moments.count > 1).any(1))
+            metrics["dead_prompts"].append(len(self._prompts.dead) / self._prompts.num_prompts)
         self._log_rollout(rewards, advantages, prompts, rollouts)
         self._detectors.see_rollout(rollouts, advantages)
         here = local_slice(len(inputs), self.accelerator.process_index)
