@@ -109,7 +109,7 @@ class Shapes:
         if pipeline not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
             tokens += max_sequence_length
         shapes: dict[str, tuple[int, ...]] = {"encoder_hidden_states": (tokens, width)}
-        if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        if pipeline in ("StableDiffusion3Pipeline", "FluxPipeline", "FluxKontextPipeline"):
             shapes["pooled_projections"] = (config.pooled_projection_dim,)
         elif pipeline == "StableDiffusionXLPipeline":
             size = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -125,6 +125,8 @@ class Shapes:
         """Operations of the denoiser's forward over one image; a multiplication and an addition count as two."""
         latents = torch.empty(1, *self.policy.latent_shape(height, width), device="meta", dtype=torch.bfloat16)
         embeddings = self.embeddings(1, max_sequence_length, torch.bfloat16)
+        if self.policy.edits:
+            embeddings["source"] = latents
         denoiser = nn.Module.to(self.policy.denoiser, torch.bfloat16)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.policy.predict(denoiser, latents, torch.empty(1, device="meta"), embeddings, 1.0)
@@ -278,6 +280,7 @@ def measure_rows(shapes: Shapes, settings: PlanSettings) -> PerRow:
     vae = shapes.policy.pipeline.vae.config
     channels = vae.base_dim * vae.dim_mult[1] if "dim_mult" in vae else vae.block_out_channels[:2][-1]
     embeddings = shapes.embeddings(1, config.max_sequence_length, torch.bfloat16 if s.half else torch.float32)
+    source = torch.Size(shapes.policy.latent_shape(*s.size(shapes.policy))).numel() * shapes.policy.edits
     probes = bool(getattr(config, "gradient_probe", False)) and s.lora_r > 0 and autocast
     return PerRow(
         saved=width * sum(kept),
@@ -285,7 +288,7 @@ def measure_rows(shapes: Shapes, settings: PlanSettings) -> PerRow:
         block=width * max(kept),
         inference=width * max(live),
         decode=width * DECODING * channels * pixels,
-        embedding=sum(value.nbytes for value in embeddings.values()),
+        embedding=sum(value.nbytes for value in embeddings.values()) + width * source,
         probed=probes * 4 * PROBED * (max(hidden) if config.activation_checkpointing else sum(hidden)),
     )
 
@@ -297,6 +300,7 @@ def _blocks(shapes: Shapes, settings: PlanSettings, kind: str) -> list[tuple[int
     kept = {layer: tensors[kind] for layer, tensors in KEPT.items()}
     if "cross_attention_dim" not in config:  # a transformer
         image = height * width // (policy.size_multiple() // policy.vae_scale_factor) ** 2
+        image *= 1 + policy.edits  # a source as large as what is drawn
         prompt = next(iter(shapes.embeddings(1, settings.config.max_sequence_length, torch.float32).values()))
         channels = config.get("dim") or config.num_attention_heads * config.attention_head_dim
         one, second = (image + prompt.shape[1]) * channels, image * channels * kept["second attention"]

@@ -1,5 +1,6 @@
 """Pipelines of every supported family at toy size, with random weights and real classes."""
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -10,6 +11,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -22,6 +24,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
@@ -39,6 +42,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from trl_apex.prompts.datasets import edits_of
 from trl_apex.tiny.pipeline import PROMPT_VOCABULARY, build_tokenizer
 
 
@@ -138,7 +142,7 @@ def sd3(dual: bool = True) -> StableDiffusion3Pipeline:
     )
 
 
-def flux() -> FluxPipeline:
+def flux(cls=FluxPipeline) -> FluxPipeline | FluxKontextPipeline:
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -151,7 +155,7 @@ def flux() -> FluxPipeline:
         guidance_embeds=True,
         axes_dims_rope=(4, 4, 8),
     )
-    return FluxPipeline(
+    return cls(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae(4, 0.1),
@@ -323,6 +327,7 @@ FAMILIES = {
     "sd3.5-medium": sd3,
     "sd3": lambda: sd3(dual=False),
     "flux": flux,
+    "flux-kontext": lambda: flux(FluxKontextPipeline),
     "flux2": lambda: flux2(klein=False),
     "flux2-klein": flux2,
     "flux2-klein-distilled": lambda: flux2(distilled=True),
@@ -332,6 +337,18 @@ FAMILIES = {
     "sd2-v": lambda: stable_diffusion("v_prediction"),
     "sdxl": stable_diffusion_xl,
 }
+
+
+def sources(size: int = 16) -> list[Image.Image]:
+    """Two images to edit, of random pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+    return [Image.fromarray(image) for image in pixels]
+
+
+def conditions(policy, prompts: list[str], negative: str | None = None) -> list[str]:
+    """What a policy encodes: the prompts, of a model that edits with an image each."""
+    rows = [{"prompt": prompt, "source_image": image} for prompt, image in zip(prompts, sources(), strict=True)]
+    return edits_of(rows, [(16, 16)] * len(rows), negative) if policy.edits else prompts
 
 
 def build(name: str, seed: int = 0):
@@ -352,6 +369,18 @@ def plain_call(pipeline, noise: torch.Tensor | None = None, guidance_scale: floa
         call |= {"negative_prompt": ["", ""]} if guidance_scale > 1 else {}
     if name == "ZImagePipeline":
         call["guidance_scale"] -= 1
-    if noise is not None and name in ("FluxPipeline", "QwenImagePipeline"):
+    if name == "FluxKontextPipeline":
+        call |= {"image": sources(), "max_area": 16 * 16, "_auto_resize": False}
+    if noise is not None and name in ("FluxPipeline", "FluxKontextPipeline", "QwenImagePipeline"):
         noise = pipeline._pack_latents(noise, len(noise), *noise.shape[1:])
     return call if noise is None else {**call, "latents": noise}
+
+
+def draw(
+    pipeline, prompts: list[str], steps: int, noise: torch.Tensor, guidance_scale: float = 1.0, width: int = 16
+) -> torch.Tensor:
+    """The pipeline's own images of two prompts, 16 pixels high."""
+    call = plain_call(pipeline, noise, guidance_scale) | {"width": width}
+    if "max_area" in call:
+        call["max_area"] = 16 * width
+    return pipeline(prompt=prompts, num_inference_steps=steps, **call).images

@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
 )
-from families import FAMILIES, build, plain_call
+from families import FAMILIES, build, conditions, draw, plain_call
 
 from trl_apex.diffusion.families import FAMILIES as REGISTERED
 from trl_apex.diffusion.families import base, load_policy
@@ -35,11 +35,10 @@ def test_deterministic_sampling_equals_the_pipeline(name, guidance, width):
     policy = load_policy(pipeline)
     shape = policy.latent_shape(SIZE, width)
     noise = keyed_noise([(0,), (1,)], shape)
-    call = {**plain_call(pipeline, noise, guidance), "width": width}
-    expected = pipeline(prompt=PROMPTS, num_inference_steps=4, **call).images
+    expected = draw(pipeline, PROMPTS, 4, noise, guidance, width)
     sampler = Sampler(policy.schedule(4, SIZE, width), policy.transitions[0], 0.7)
-    embeddings = policy.encode(PROMPTS, 12)
-    negative = policy.encode_negative("", 12) if policy.batched_guidance else None
+    embeddings = policy.encode(conditions(policy, PROMPTS, negative=""), 12)
+    negative = policy.encode_negative("", 12) if policy.batched_guidance and not policy.edits else None
 
     def predict(latents, timesteps, rows):
         return guided_prediction(policy, policy.denoiser, latents, timesteps, embeddings, negative, guidance)
@@ -153,7 +152,7 @@ def test_a_family_is_one_short_file():
     ],
 )
 def test_flow_models_refuse_other_schedulers_by_name(other, found):
-    for name in ("sd3", "flux", "flux2", "flux2-klein", "qwen-image", "z-image"):
+    for name in ("sd3", "flux", "flux-kontext", "flux2", "flux2-klein", "qwen-image", "z-image"):
         pipeline = build(name)
         pipeline.scheduler = other
         with pytest.raises(ValueError, match=f"must be a FlowMatchEulerDiscreteScheduler.*Found {found}"):

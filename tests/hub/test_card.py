@@ -53,6 +53,10 @@ def test_example_code_is_valid_python(run_dir: Path) -> None:
         code = card.text.split("```python\n")[1].split("```")[0]
         compile(code, "card", "exec")
     assert "AutoModel" in code and card.data.tags == ["trl"]
+    card = written(run_dir, tags=["trl", "image-to-image"])
+    code = card.text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert "import load_image\n" in code and "image=source" in code and card.data.pipeline_tag == "image-to-image"
 
 
 def test_static_rules_are_not_called_apex(run_dir: Path) -> None:

@@ -65,7 +65,7 @@ def settings(lora_r=32, gpus=1, zero_stage=0, rewards_gb=0.0, **changes):
     ("name", "denoiser", "encoders"),
     [
         ("sd3.5-medium", 2243.2, [124, 695, 4762]), ("sd3.5-large", 8056.6, [124, 695, 4762]),
-        ("flux.1-dev", 11_901.4, [123, 4762]), ("qwen-image", 20_430.4, [8292]),
+        ("flux.1-dev", 11_901.4, [123, 4762]), ("flux.1-kontext-dev", 11_901.4, [123, 4762]), ("qwen-image", 20_430.4, [8292]),
         ("flux.2-dev", 32_223.3, [24_011]), ("flux.2-klein-4b", 3875.5, [4022]), ("flux.2-klein-9b", 9078.6, [8191]),
         ("z-image", 6154.9, [4022]),
         ("sd1.5", 859.5, [123]), ("sdxl", 2567.5, [123, 695]),
@@ -145,6 +145,9 @@ def test_other_families_are_of_the_size_of_their_layers():
     flux = measure_rows(load_shapes("flux.1-dev"), settings())
     assert flux.saved_checkpointed == (19 + 38) * (1024 + 256) * 3072 * 2
     assert measure_rows(load_shapes("qwen-image"), settings()).saved == 60 * 22 * (1024 + 256) * 3072 * 2
+    kontext = measure_rows(load_shapes("flux.1-kontext-dev"), settings())
+    assert kontext.saved_checkpointed == (19 + 38) * (2 * 1024 + 256) * 3072 * 2, "the source is as large as the image"
+    assert kontext.embedding == flux.embedding + 16 * 64 * 64 * 2
     klein = measure_rows(load_shapes("flux.2-klein-4b"), settings())
     assert klein.saved == (5 * 27 + 20 * 20) * (1024 + 256) * 3072 * 2 and klein.embedding == 256 * 3 * 2560 * 2
     assert measure_rows(load_shapes("z-image"), settings()).saved == (30 + 2) * 27 * (1024 + 256) * 3840 * 2

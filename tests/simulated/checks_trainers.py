@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from families import build
+from families import build, sources
 from simulated_device import SimTensor
 from tiny_language_models import tiny_causal_lm, tiny_tokenizer
 from tiny_runs import PROMPTS, contrast, redness, tiny_pipeline, tiny_trainer, weights_of
@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trl_apex import APEXGRPOConfig, APEXGRPOTrainer, APEXTrainer, DiffusionGRPOTrainer
 from trl_apex.aggregation.options import RULES
+from trl_apex.diffusion.families import load_policy
 from trl_apex.evaluation.run import run_evaluation
 
 
@@ -144,11 +145,15 @@ def test_an_evaluation_before_training_an_average_a_checkpoint_a_resume_and_an_e
     assert "redness" in str(result)
 
 
-@pytest.mark.parametrize("family", ["sd3.5-medium", "flux", "flux2-klein", "qwen-image", "z-image", "sd1.5", "sdxl"])
+@pytest.mark.parametrize(
+    "family",
+    ["sd3.5-medium", "flux", "flux-kontext", "flux2-klein", "qwen-image", "z-image", "sd1.5", "sdxl"],
+)
 def test_every_family_trains_and_evaluates(make_trainer, family, monkeypatch):
     if "flux" in family:  # diffusers knows by name which devices have no float64
         monkeypatch.setattr(SimTensor, "has_float64", True)
-    trainer = make_trainer(pipeline=build(family), max_steps=1, height=16, width=16)
+    columns = {"source_image": sources() * (len(PROMPTS) // 2)} if load_policy(build(family)).edits else None
+    trainer = make_trainer(pipeline=build(family), columns=columns, max_steps=1, height=16, width=16)
     train(trainer)
     assert trainer.evaluate()["eval_reward"] > 0
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
-from families import build, plain_call  # noqa: F401
+from families import build, draw, plain_call, sources  # noqa: F401
 
 PROMPTS = Dataset.from_dict({"prompt": ['a red circle with "CAT"', 'a blue star with "HUT"']})
 
@@ -17,7 +17,7 @@ def redness(images, **columns):
     return images[:, 0].mean((1, 2)).tolist()
 
 
-def make(pipeline, output_dir, peft_config=None, adapter=None, **overrides):
+def make(pipeline, output_dir, peft_config=None, adapter=None, dataset=PROMPTS, rewards=(redness,), **overrides):
     values = {
         "output_dir": str(output_dir), "use_cpu": True, "per_device_train_batch_size": 4, "num_generations": 2,
         "num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16, "max_sequence_length": 12,
@@ -25,7 +25,9 @@ def make(pipeline, output_dir, peft_config=None, adapter=None, **overrides):
         "eval_num_inference_steps": 2, "gradient_accumulation_steps": 1, "logging_steps": 1,
     }  # fmt: skip
     args = DiffusionGRPOConfig(**{**values, **overrides})
-    return DiffusionGRPOTrainer(pipeline, [redness], args, PROMPTS, PROMPTS, peft_config=peft_config, adapter=adapter)
+    return DiffusionGRPOTrainer(
+        pipeline, list(rewards), args, dataset, dataset, peft_config=peft_config, adapter=adapter
+    )
 
 
 def distance(first, second):

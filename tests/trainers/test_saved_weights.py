@@ -5,7 +5,7 @@ import dataclasses
 import adapter_trainers
 import pytest
 import torch
-from adapter_trainers import PROMPTS, build, distance, plain_call
+from adapter_trainers import PROMPTS, build, distance, draw
 from diffusers import AutoModel
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 from safetensors.torch import load_file
@@ -50,7 +50,7 @@ def plain(folder, trainer, name="sd3", lora=True):
         if isinstance(component, torch.nn.Module):
             component.eval()
     noise = evaluation_noise(5, [0, 1], trainer.latent_shape)
-    return pipeline(prompt=PROMPTS["prompt"][:], num_inference_steps=2, **plain_call(pipeline, noise)).images
+    return draw(pipeline, PROMPTS["prompt"][:], 2, noise)
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

@@ -60,10 +60,16 @@ def guided_prediction(
 
 
 def _branches(embeddings: Embeddings, negative: Embeddings | None, guidance_scale: float) -> Embeddings:
-    """Embeddings `[2R, ...]` of both branches, the unconditional one first; `[R, ...]` where there is only one."""
+    """Embeddings `[2R, ...]` of both branches, the unconditional one first; `[R, ...]` where there is only one.
+
+    What the unconditional branch has no value of its own for is the same in both, such as a source image.
+    """
+    own = {k.removeprefix("negative_"): v for k, v in embeddings.items() if k.startswith("negative_")}
+    embeddings = {k: v for k, v in embeddings.items() if not k.startswith("negative_")}
+    negative = own or negative
     if guidance_scale == 1.0 or negative is None:
         return embeddings
-    return {k: torch.cat([negative[k].expand(len(v), *v.shape[1:]), v]) for k, v in embeddings.items()}
+    return {k: torch.cat([negative.get(k, v).expand(len(v), *v.shape[1:]), v]) for k, v in embeddings.items()}
 
 
 def _predict(policy, model, latents: Tensor, timesteps: Tensor, branches: Embeddings, guidance_scale: float) -> Tensor:

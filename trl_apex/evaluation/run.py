@@ -14,7 +14,7 @@ from ..diffusion.families import dtype_argument, load_policy
 from ..diffusion.rollout import evaluation_noise, sample
 from ..diffusion.schedule import Sampler
 from ..prompts import PromptEmbeddings, load_prompts
-from ..prompts.embeddings import unload_encoders
+from ..prompts.embeddings import encoding, unload_encoders
 from ..report.figures import image_grid, save_samples
 from ..rewards.base import default_device
 from ..rewards.registry import load_rewards
@@ -22,7 +22,7 @@ from ..rewards.scoring import RewardScorer, reward_name
 from ..tiny.world import load_tiny_pipeline
 from ..trainers.adapters import adapted, check_adapter
 from ..trainers.evaluation import batches_of_one_size, draw_and_score, reward_means
-from ..trainers.inputs import as_list, image_sizes, submit
+from ..trainers.inputs import as_list, check_images, image_sizes, submit
 from .measures import compare, joint_hypervolume
 
 BASE = "base"
@@ -120,29 +120,27 @@ def run_evaluation(
         check_adapter(policy, source, ema)
     policy.move_frozen(device)
     policy.denoiser.to(device)
-    sizes = [
-        size for size in image_sizes(policy, dataset, "prompts", (height, width)) for _ in range(images_per_prompt)
-    ]
+    own_sizes = image_sizes(policy, dataset, "prompts", (height, width))
+    sizes = [size for size in own_sizes for _ in range(images_per_prompt)]
     samplers = {
         size: Sampler(policy.schedule(num_inference_steps, *size), policy.transitions[0], 0.7) for size in set(sizes)
     }
+    check_images(policy, "prompts", dataset)
     embeddings = PromptEmbeddings(
-        lambda texts: policy.encode(texts, max_sequence_length),
-        encode_negative=lambda: policy.encode_negative(negative_prompt, max_sequence_length),
-        device=device,
+        **encoding(policy, max_sequence_length, negative_prompt, guided=guidance_scale != 1.0), device=device
     )
-    embeddings.precompute(dataset["prompt"][:])
-    negative = embeddings.negative(guidance_scale) if policy.batched_guidance else None
+    keys = embeddings.keys(dataset, own_sizes)
+    embeddings.precompute(keys)
+    negative = embeddings.negative(guidance_scale)
     unload_encoders(policy, own_pipeline=False)
     rows = [row for row in dataset for _ in range(images_per_prompt)]
     pictures = grid_prompts * images_per_prompt  # the files show no more
 
-    def draw(texts: list[str], numbers: list[int]) -> Tensor:
+    def draw(_: list[Record], numbers: list[int]) -> Tensor:
         size = sizes[numbers[0]]
         noise = evaluation_noise(seed, numbers, policy.latent_shape(*size))
-        return sample(
-            policy, policy.denoiser, samplers[size], embeddings(texts), negative, guidance_scale, noise
-        ).images
+        own = embeddings([keys[number // images_per_prompt] for number in numbers])
+        return sample(policy, policy.denoiser, samplers[size], own, negative, guidance_scale, noise).images
 
     def evaluate(name: str) -> list[Record]:
         """Draw and score every row with the policy as it is now."""
@@ -150,6 +148,8 @@ def run_evaluation(
             found = draw_and_score(
                 rows, batches_of_one_size(sizes, batch_size), draw, partial(submit, scorer), names, pictures
             )
+        for record in found:
+            record["key"] = str(keys[record["row"] // images_per_prompt])
         means = reward_means(_by_prompt(found, names), names)
         report(f"{name}: " + ", ".join(f"{k} {_plus_minus(v['mean'], v['se'])}" for k, v in means.items()))
         return found
@@ -194,7 +194,8 @@ def _by_prompt(records: list[Record], names: list[str]) -> Tensor:
     """Rewards `[P, K]`, averaged over the images of a prompt."""
     rows: dict[str, list[list[float]]] = {}
     for record in records:
-        rows.setdefault(record["prompt"], []).append([record["rewards"][name] for name in names])
+        key = record["key"] if "key" in record else record["prompt"]  # one instruction may come with several images
+        rows.setdefault(key, []).append([record["rewards"][name] for name in names])
     return torch.stack([torch.tensor(values, dtype=torch.float64).nanmean(0) for values in rows.values()])
 
 

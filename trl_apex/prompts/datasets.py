@@ -1,14 +1,21 @@
-"""Datasets of prompts: from files, from text, from a prompt function."""
+"""Datasets of prompts: from files, from text, from a prompt function; instructions with an image to edit."""
 
+import hashlib
+import io
 import json
+import reprlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+SOURCE_COLUMN = "source_image"
+"""The column with the image that an instruction is about."""
 
 
 def load_prompts(
@@ -102,6 +109,94 @@ def check_dataset(dataset: Any, name: str) -> None:
                 f"`prompt` must be a string in every row of `{name}`. Found {type(prompt).__name__} in row {row}. "
                 "Text-to-image models take plain text, not conversations. Correct or remove that row."
             )
+
+
+class Edit(str):
+    """An instruction with its image, as a string that differs for every pair, so that it can stand where a prompt stands.
+
+    Args:
+        prompt (`str`): the instruction.
+        load (`Callable[[], PIL.Image.Image]`): gives the image, at the size that the model sees; called when it is needed, so
+            that images need not stay in memory.
+        negative (`str`, *optional*): instruction of the unconditional branch, where guidance has one.
+
+    Example:
+        >>> edit = Edit("make it red", lambda: Image.new("RGB", (8, 8)))
+        >>> edit.prompt, edit == Edit("make it red", lambda: Image.new("RGB", (8, 8), "white"))
+        ('make it red', False)
+    """
+
+    prompt: str
+    size: tuple[int, int]
+    negative: str | None
+    _load: Callable[[], Image.Image]
+
+    def __new__(cls, prompt: str, load: Callable[[], Image.Image], negative: str | None = None) -> "Edit":
+        image = load()
+        digest = hashlib.sha256(f"{image.mode} {image.size} {negative}".encode() + image.tobytes()).hexdigest()
+        edit = super().__new__(cls, f"{prompt} [{digest[:32]}]")
+        edit.prompt, edit.size, edit.negative, edit._load = prompt, image.size, negative, load
+        return edit
+
+    @property
+    def image(self) -> Image.Image:
+        return self._load()
+
+
+def prompts_of(rows: Any, _: Any = None) -> list[str]:
+    """The prompts of a dataset or of a list of rows; they do not depend on sizes."""
+    return list(rows["prompt"]) if hasattr(rows, "column_names") else [row["prompt"] for row in rows]
+
+
+def edits_of(rows: Any, sizes: list[tuple[int, int]], negative: str | None = None) -> list[Edit]:
+    """An [`Edit`] for each row of a dataset or a list, its `source_image` resized to its size, height and width."""
+
+    def load(row: int) -> Image.Image:
+        image = open_image(rows[row][SOURCE_COLUMN])
+        return image.resize(sizes[row][::-1], Image.Resampling.LANCZOS)  # as in diffusers
+
+    return [Edit(prompt, partial(load, row), negative) for row, prompt in enumerate(prompts_of(rows))]
+
+
+def open_image(value: Any) -> Image.Image:
+    """The image, in RGB, that a column holds as a PIL image or a path."""
+    from diffusers.utils import load_image
+
+    return load_image(value if isinstance(value, Image.Image) else Image.open(value))
+
+
+def undecoded(dataset: Any) -> Any:
+    """The dataset with its columns of images as `{"bytes": ..., "path": ...}`; `dataset.features.decode_example(row)` decodes."""
+    from datasets import Image as ImageFeature
+
+    for name, kind in dataset.features.items():
+        if isinstance(kind, ImageFeature):
+            dataset = dataset.cast_column(name, ImageFeature(mode=kind.mode, decode=False))
+    return dataset
+
+
+def check_sources(dataset: Any, name: str) -> None:
+    """Raise unless `dataset` has an image in the column `source_image` of every row; files are opened, not read.
+
+    Raises:
+        ValueError: says which row has none.
+    """
+    if SOURCE_COLUMN not in dataset.column_names:
+        raise ValueError(
+            f"A model that edits images needs the column `{SOURCE_COLUMN}` in `{name}`: PIL images, or paths of files. Found "
+            f"columns {dataset.column_names}. Add it, or rename the one that holds the images."
+        )
+    for row, value in enumerate(undecoded(dataset)[SOURCE_COLUMN]):
+        file = (
+            value if not isinstance(value, dict) else io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
+        )
+        try:
+            Image.open(file).close()
+        except (OSError, AttributeError) as error:  # of what is no path at all
+            raise ValueError(
+                f"`{SOURCE_COLUMN}` must be an image, or the path of one, in every row of `{name}`. Found "
+                f"{reprlib.repr(value)} in row {row}: {error}. Correct or remove that row."
+            ) from error
 
 
 def _load(source: Any, split: str, config: str | None, prompt_column: str) -> Any:

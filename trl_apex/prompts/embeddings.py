@@ -8,6 +8,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ..diffusion.families.base import DiffusionPolicy
 from ..diffusion.nouns import Embeddings
 from ..distributed import failing_together, num_ranks, this_rank, wait_for_all
+from .datasets import edits_of, prompts_of
 
 LARGE = 2e9
 """Bytes of embeddings in memory, over all processes of a node, above which they go to disk."""
@@ -29,18 +31,29 @@ LARGE = 2e9
 def open_embeddings(policy: DiffusionPolicy, args: Any) -> "PromptEmbeddings":
     """The embeddings of a policy's encoders: in `args.prompt_cache_dir` if there is one, else in memory or, if they would
     take more than 2 GB on a node, in `output_dir/prompt_embeddings`."""
-    length = args.max_sequence_length
+    guided = any(scale not in (None, 1.0) for scale in (args.guidance_scale, args.eval_guidance_scale))
     return PromptEmbeddings(
-        lambda prompts: policy.encode(prompts, length),
+        **encoding(policy, args.max_sequence_length, args.negative_prompt, guided),
         cache_dir=args.prompt_cache_dir,
-        fingerprint=lambda: encoder_fingerprint(policy.pipeline, policy.encoder_names, length),
         overflow_dir=Path(args.output_dir) / "prompt_embeddings",
         budget=LARGE / int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks())),
-        encode_negative=(
-            (lambda: policy.encode_negative(args.negative_prompt, length)) if policy.batched_guidance else None
-        ),
         device=args.device,
     )
+
+
+def encoding(policy: DiffusionPolicy, max_sequence_length: int, negative_prompt: str, guided: bool) -> dict[str, Any]:
+    """What [`PromptEmbeddings`] needs of a policy. An edit holds its own negative prompt, which is encoded with its image."""
+    names = (*policy.encoder_names, "vae") if policy.edits else policy.encoder_names
+    found: dict[str, Any] = {
+        "encode": lambda prompts: policy.encode(prompts, max_sequence_length),
+        "fingerprint": lambda: encoder_fingerprint(policy.pipeline, names, max_sequence_length),
+    }
+    if policy.edits:
+        own_negative = negative_prompt if policy.batched_guidance and guided else None
+        return found | {"keys": partial(edits_of, negative=own_negative)}
+    if policy.batched_guidance:
+        found["encode_negative"] = lambda: policy.encode_negative(negative_prompt, max_sequence_length)
+    return found
 
 
 def prepare_embeddings(
@@ -63,10 +76,9 @@ def precompute(embeddings: "PromptEmbeddings", datasets: list[Any]) -> None:
 
     Args:
         embeddings ([`PromptEmbeddings`]): filled here.
-        datasets (`list`): of `datasets.Dataset`, dicts of them, or None.
+        datasets (`list`): of pairs: a `datasets.Dataset`, and the size of each row's image.
     """
-    parts = [part for one in datasets for part in (one.values() if isinstance(one, dict) else [one])]
-    prompts = sorted({prompt for part in parts if part is not None for prompt in part["prompt"]})
+    prompts = sorted({prompt for dataset, sizes in datasets for prompt in embeddings.keys(dataset, sizes)})
     with failing_together("the prompt embeddings"):
         if not embeddings.on_disk:  # the first batch tells how large all will be
             embeddings.precompute(prompts[: embeddings.batch_size], total=len(prompts))
@@ -107,6 +119,8 @@ class PromptEmbeddings:
         budget (`float`, *optional*): bytes in memory; `LARGE` by default.
         encode_negative (`Callable[[], Embeddings]`, *optional*): embeddings `[1, ...]` of the negative prompt.
         device (`torch.device` or `str`): where embeddings are returned.
+        keys (`Callable`): from rows of a dataset, and the sizes of their images, to what is encoded of them: their prompts, or
+            each an [`Edit`].
 
     Example:
         >>> cache = PromptEmbeddings(lambda prompts: {"x": torch.tensor([[float(len(p))] for p in prompts])})
@@ -124,8 +138,9 @@ class PromptEmbeddings:
         budget: float | None = None,
         encode_negative: Callable[[], Embeddings] | None = None,
         device: torch.device | str = "cpu",
+        keys: Callable[[Any, list[tuple[int, int]]], list[str]] = prompts_of,
     ):
-        self._encode, self._encode_negative = encode, encode_negative
+        self._encode, self._encode_negative, self.keys = encode, encode_negative, keys
         self.batch_size, self.device = batch_size, device
         self._rows: dict[str, Embeddings] = {}
         self._negative: Embeddings | None = None
@@ -159,16 +174,20 @@ class PromptEmbeddings:
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
         if self._store is not None:
             missing = self._store.find(missing)
-        for start in range(0, len(missing), self.batch_size):
-            chunk = missing[start : start + self.batch_size]
+        of_size: dict[Any, list[str]] = {}  # images of one size can be encoded together
+        for prompt in missing:
+            of_size.setdefault(getattr(prompt, "size", None), []).append(prompt)
+        size = self.batch_size
+        chunks = [own[start : start + size] for own in of_size.values() for start in range(0, len(own), size)]
+        for number, chunk in enumerate(chunks):
             encoded = {name: value.cpu() for name, value in self._encode(chunk).items()}
-            if self._store is None and start == 0:
+            if self._store is None and number == 0:
                 self._keep_within_budget(encoded, len(chunk), max(len(missing), total))
             if self._store is not None:
                 self._store.add(chunk, encoded)
                 continue
             for i, prompt in enumerate(chunk):
-                self._rows[prompt] = {name: value[i].clone() for name, value in encoded.items()}
+                self._rows[str(prompt)] = {name: value[i].clone() for name, value in encoded.items()}  # not an `Edit`
 
     def close(self, reason: str) -> None:
         """From now on, a prompt that is not known yet is an error, which starts with `reason`."""
@@ -301,15 +320,17 @@ def encoder_fingerprint(pipeline: Any, encoder_names: tuple[str, ...], max_seque
     """A hash of everything that decides what a prompt's embeddings are, after the name of the pipeline's class.
 
     Of each encoder: class, configuration, and name, shape, dtype and 16 evenly spaced values of every parameter. Of
-    each tokenizer: class, longest text, vocabulary and chat template. And `max_sequence_length`, in tokens.
+    each tokenizer: class, longest text, vocabulary and chat template. And `max_sequence_length`, in tokens. A source image
+    has the VAE for an encoder.
     """
     digest = hashlib.sha256(f"{type(pipeline).__name__} {max_sequence_length}".encode())
     for name in encoder_names:
         encoder = getattr(pipeline, name, None)
-        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"), None)
+        tokenizer = None if name == "vae" else getattr(pipeline, name.replace("text_encoder", "tokenizer"), None)
         digest.update(f"{name} {type(encoder).__name__} {type(tokenizer).__name__}".encode())
         if encoder is not None:
-            config = {key: value for key, value in encoder.config.to_dict().items() if key not in VOLATILE}
+            config = dict(encoder.config) if name == "vae" else encoder.config.to_dict()
+            config = {key: value for key, value in config.items() if key not in VOLATILE}
             digest.update(json.dumps(config, sort_keys=True, default=str).encode())
             for key, parameter in sorted(encoder.named_parameters()):
                 digest.update(f"{key} {tuple(parameter.shape)} {parameter.dtype}".encode())

@@ -103,7 +103,7 @@ class LearningDetectors(TrainerCallback):
         shape = trainer.policy.latent_shape(*trainer._size_of(first))
         noise = keyed_noise([(trainer.args.seed, INITIAL_NOISE, 0, 0)], shape)
         timestep = trainer.sampler.timesteps(torch.zeros(1, dtype=torch.long)).to(device)
-        embeddings = trainer._conditions([first["prompt"]])
+        embeddings = trainer._conditions(trainer._conditions.keys([first], [trainer._size_of(first)]))
         return trainer.policy.scale_initial_noise(noise).to(device), timestep, embeddings
 
     # Is the first update on-policy?

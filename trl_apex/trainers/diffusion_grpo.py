@@ -39,7 +39,7 @@ from ..distributed import (
     local_slice,
     whole_models,
 )
-from ..prompts.datasets import load_prompts
+from ..prompts.datasets import load_prompts, undecoded
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
 from ..redact import redacted
@@ -53,7 +53,19 @@ from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallbac
 from .checkpoint import save_before_failing
 from .config import DiffusionGRPOConfig
 from .detectors import LearningDetectors
-from .inputs import Sources, as_list, check_inputs, check_whole, image_size, image_sizes, load_model, submit, upgraded
+from .inputs import (
+    Sources,
+    as_list,
+    check_images,
+    check_inputs,
+    check_whole,
+    image_size,
+    image_sizes,
+    load_model,
+    named_parts,
+    submit,
+    upgraded,
+)
 from .logs import (
     COLUMNS,
     ROWS,
@@ -93,7 +105,8 @@ class DiffusionGRPOTrainer(RunTrainer):
             `log_metric` and `log_extra`; return one number, or None, per image. May be async. A string names a built-in
             reward, as in `["ocr", "pickscore", my_function]`.
         args ([`DiffusionGRPOConfig`] or `trl.GRPOConfig`, *optional*): a plain GRPOConfig is upgraded field by field.
-        train_dataset (`datasets.Dataset` or `str`): with a `prompt` column, or a name for [`load_prompts`].
+        train_dataset (`datasets.Dataset` or `str`): with a `prompt` column, or a name for [`load_prompts`]. A model that edits
+            needs `source_image` beside it: PIL images, or paths.
         eval_dataset (`datasets.Dataset`, dict of them or `str`, *optional*): likewise. Without `eval_strategy`, training
             evaluates it at the end.
         processing_class, reward_processing_classes: accepted for compatibility; a pipeline brings its own.
@@ -128,6 +141,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     args: DiffusionGRPOConfig
     model: nn.Module
     num_generations: int
+    train_dataset: Any
     _logs: dict[str, Any]
 
     def __init__(
@@ -169,7 +183,10 @@ class DiffusionGRPOTrainer(RunTrainer):
             args = copy.copy(args)
             args.model_init_kwargs = redacted(args.model_init_kwargs)
         check_whole(self.policy.pipeline)
-        self._plan_rollout(args, train_dataset, eval_dataset)
+        evaluated = named_parts(eval_dataset)
+        for name, dataset in [("train_dataset", train_dataset), *evaluated]:
+            check_images(self.policy, name, dataset)
+        self._plan_rollout(args, train_dataset, [part for _, part in evaluated])
         self._plan_updates(args, train_dataset)
         start = take_adapter(self.policy, adapter)
         denoiser, self._reference = prepare_denoiser(self.policy, args, peft_config, start)
@@ -180,7 +197,9 @@ class DiffusionGRPOTrainer(RunTrainer):
         self._conditions = open_embeddings(self.policy, args)
         # Before the denoiser moves to the device: it and the text encoders need not fit there together.
         own_pipeline = isinstance(model, str)
-        prepare_embeddings(self._conditions, self.policy, args, [train_dataset, eval_dataset], own_pipeline)
+        sized = [(train_dataset, self._train_sizes(args, train_dataset))]
+        sized += [(part, self._eval_sizes(args, part)) for _, part in evaluated]
+        prepare_embeddings(self._conditions, self.policy, args, sized, own_pipeline)
 
         super(GRPOTrainer, self).__init__(
             model=denoiser,
@@ -204,7 +223,7 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     # Set-up
 
-    def _plan_rollout(self, args: DiffusionGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    def _plan_rollout(self, args: DiffusionGRPOConfig, train_dataset: Any, evaluated: list) -> None:
         self.transition = args.transition or self.policy.transitions[0]
         if self.transition not in self.policy.transitions:
             raise ValueError(
@@ -221,9 +240,8 @@ class DiffusionGRPOTrainer(RunTrainer):
                 f"loss_type={args.loss_type!r} needs a model that predicts a flow's velocity. Found "
                 f"{type(self.policy.pipeline).__name__}, which predicts noise. Use loss_type='grpo'."
             )
-        for part in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-            if part is not None:
-                self._eval_sizes(args, part)
+        for part in evaluated:
+            self._eval_sizes(args, part)
         for size in dict.fromkeys(reversed(self._train_sizes(args, train_dataset))):
             self._use_size(args, size)
             if args.flow_matching:
@@ -273,6 +291,14 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     def _get_train_sampler(self, dataset=None) -> GroupSampler:
         return self._prompts
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's own, of rows whose images are not decoded: it draws them for every micro-batch of an iteration."""
+        dataset, self.train_dataset = self.train_dataset, undecoded(self.train_dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
 
     def _add_callbacks(self, names: list[str]) -> None:
         args = self.args
@@ -328,6 +354,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Rollout, rewards and advantages of this rank's share of one iteration."""
         started = time.perf_counter()
+        inputs = [self.train_dataset.features.decode_example(row) for row in inputs]
         device, metrics = self.accelerator.device, self._metrics["train"]
         chunk = self.args.rollout_batch_size or len(inputs)
         first = self.accelerator.process_index * len(inputs)
@@ -339,7 +366,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         policy = self._anchor.applied() if self.args.loss_type == "nft" else nullcontext()
         with policy, self._rollout_weights(), self._failing_together_unless_sharded():
             self._detectors.probe_velocity()
-            embeddings, prompt_of = self._conditions.distinct(prompts)
+            keys = self._conditions.keys(inputs, [(self.height, self.width)] * len(inputs))
+            embeddings, prompt_of = self._conditions.distinct(keys)
             for start in range(0, len(inputs), chunk):
                 rows = slice(start, start + chunk)
                 own = {name: value[prompt_of[rows]] for name, value in embeddings.items()}

@@ -16,7 +16,7 @@ from ..diffusion.rollout import evaluation_noise
 from ..distributed import gather_list
 from ..prompts.datasets import check_dataset
 from ..rewards.base import to_pil
-from .inputs import check_calls, reward_names
+from .inputs import check_calls, check_images, reward_names
 from .logs import PICTURES, weighted_sum
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
             "Evaluation needs a dataset. Found none. Pass `eval_dataset` to the trainer or to `evaluate`."
         )
     check_dataset(dataset, "eval_dataset")
+    check_images(trainer.policy, "eval_dataset", dataset)
     started = time.perf_counter()
     funcs = [*trainer.reward_funcs, *trainer.monitor_funcs]
     names = reward_names(funcs)
@@ -82,10 +83,11 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple
     samplers = {size: trainer._sampler_of(args, args.eval_num_inference_steps, size) for size in set(sizes)}
     guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
 
-    def draw(prompts: list[str], numbers: list[int]) -> Tensor:
+    def draw(rows: list[dict[str, Any]], numbers: list[int]) -> Tensor:
         size = sizes[numbers[0]]
         initial = evaluation_noise(args.seed, numbers, trainer.policy.latent_shape(*size))
-        return trainer._sample(trainer._conditions(prompts), initial, samplers[size], guidance).images
+        embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
+        return trainer._sample(embeddings, initial, samplers[size], guidance).images
 
     scorer = trainer._open_scorer(funcs, names)
     with trainer._ema.applied(), closing(scorer):
@@ -139,7 +141,7 @@ def batches_of_one_size(sizes: Sequence[Any], batch_size: int, rank: int = 0, wo
 def draw_and_score(
     dataset: Any,
     batches: Sequence[list[int]],
-    draw: Callable[[list[str], list[int]], Tensor],
+    draw: Callable[[list[dict[str, Any]], list[int]], Tensor],
     submit: Callable[[list[dict[str, Any]], Tensor, list], Any],
     names: list[str],
     pictures: int,
@@ -149,7 +151,7 @@ def draw_and_score(
     Args:
         dataset: a sequence of rows with a `prompt`.
         batches (`Sequence[list[int]]`): the numbers of rows to draw together.
-        draw: `(prompts, numbers of their rows) -> images [B, 3, H, W]`.
+        draw: `(rows, their numbers) -> images [B, 3, H, W]`.
         submit: `(rows, images, PIL images) -> future of a ScoredBatch`.
         names (`list[str]`): of the rewards.
         pictures (`int`): how many images to keep, those of the first rows.
@@ -161,7 +163,7 @@ def draw_and_score(
     records: list[dict[str, Any]] = []
     for numbers in batches:
         batch = [dataset[i] for i in numbers]
-        images = draw([row["prompt"] for row in batch], numbers)
+        images = draw(batch, numbers)
         drawn = to_pil(images)
         scored = submit(batch, images, drawn).result().rewards.tolist()
         for number, row, image, rewards in zip(numbers, batch, drawn, scored, strict=True):

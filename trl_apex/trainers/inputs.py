@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from ..diffusion.families import dtype_argument, load_policy
 from ..diffusion.families.base import DiffusionPolicy
-from ..prompts.datasets import check_dataset
+from ..prompts.datasets import check_dataset, check_sources
 from ..rewards.base import KEYWORDS, reward_columns, to_pil, wants_whole_groups
 from ..rewards.scoring import numbered_names, reward_name, takes_images
 from ..tiny.world import load_tiny_pipeline, weights_path
@@ -119,13 +119,23 @@ def check_inputs(
         )
     check_calls(reward_funcs, names[: len(reward_funcs)], train_dataset)
     _warn_of_hidden_columns(train_dataset, "train_dataset")
-    for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-        if dataset is not None:
-            where = f"eval_dataset{name and '.' + name}"
-            check_dataset(dataset, where)
-            check_calls([*reward_funcs, *monitor_funcs], names, dataset)
-            _warn_of_hidden_columns(dataset, where)
+    for where, dataset in named_parts(eval_dataset):
+        check_dataset(dataset, where)
+        check_calls([*reward_funcs, *monitor_funcs], names, dataset)
+        _warn_of_hidden_columns(dataset, where)
     return names
+
+
+def check_images(policy: DiffusionPolicy, where: str, dataset: Any) -> None:
+    """Raise where a model that edits images gets a dataset without them, of the name `where`."""
+    if policy.edits:
+        check_sources(dataset, where)
+
+
+def named_parts(eval_dataset: Any) -> list[tuple[str, Any]]:
+    """The datasets of an evaluation, with names for messages."""
+    parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    return [(f"eval_dataset{name and '.' + name}", part) for name, part in parts.items() if part is not None]
 
 
 def check_calls(funcs: list[Callable], names: list[str], dataset: Dataset) -> None:

@@ -116,7 +116,10 @@ def create_model_card(
             {"name": name, "weight": weight, "licence": getattr(reward, "weights_licence", None)}
             for name, weight, reward in rewards
         ],
-        tags=list(dict.fromkeys([*trainer._tag_names, "lora", *further])),
+        tags=[
+            "image-to-image" if trainer.policy.edits and tag == "text-to-image" else tag
+            for tag in dict.fromkeys([*trainer._tag_names, "lora", *further])
+        ],
         trainer=type(trainer).__name__,
         adapter=adapter,
         denoiser=trainer.policy.denoiser_name,
@@ -343,7 +346,7 @@ def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None 
         base_model=hub_model,
         library_name="diffusers",
         license=facts.licence,
-        pipeline_tag="text-to-image",
+        pipeline_tag="image-to-image" if "image-to-image" in facts.tags else "text-to-image",
         tags=[tag for tag in facts.tags if facts.adapter or tag != "lora"],
         datasets=facts.datasets or None,
         widget=[{"text": s["prompt"], "output": {"url": s["image"]}} for s in samples[:6]] or None,

@@ -8,7 +8,7 @@ import torch
 from packaging.version import Version
 
 from .base import DiffusionPolicy
-from .flux import FluxPolicy
+from .flux import FluxKontextPolicy, FluxPolicy
 from .flux2 import Flux2KleinPolicy, Flux2Policy
 from .qwen_image import QwenImagePolicy
 from .sd3 import SD3Policy
@@ -18,6 +18,7 @@ from .z_image import ZImagePolicy
 FAMILIES: dict[str, type[DiffusionPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
+    "FluxKontextPipeline": FluxKontextPolicy,
     "Flux2Pipeline": Flux2Policy,
     "Flux2KleinPipeline": Flux2KleinPolicy,
     "QwenImagePipeline": QwenImagePolicy,

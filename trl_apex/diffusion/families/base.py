@@ -33,6 +33,8 @@ class DiffusionPolicy(ABC):
     """Kinds of stochastic step that suit the schedule; the first is the default."""
     training_size: ClassVar[int | None] = None
     """Default height and width in pixels where the model's own size is larger; None for the model's own."""
+    edits: ClassVar[bool] = False
+    """Whether the model edits a source image: `encode` then gets instructions that hold one, `trl_apex.prompts.datasets.Edit`."""
     batched_guidance: bool = True
     """Whether `guidance_scale > 1` means a second, unconditional prediction (False: the model is told the scale)."""
 
@@ -133,7 +135,11 @@ class DiffusionPolicy(ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
-        """Encode prompts; tensors of shape `[B, ...]` keyed by what [`predict`] passes on."""
+        """Encode prompts; tensors of shape `[B, ...]` keyed by what [`predict`] passes on.
+
+        Of a model that edits, `"source"` is the latents of the image, and a name that begins with `negative_` holds what
+        the unconditional branch gets of the same image.
+        """
 
     def encode_negative(self, prompt: str, max_sequence_length: int) -> Embeddings:
         """Encode the prompt of the unconditional branch; tensors of shape `[1, ...]`."""

@@ -1,6 +1,6 @@
-"""FLUX.1 (dev and schnell): packed latents, guidance told to the model."""
+"""FLUX.1 (dev, schnell and Kontext): packed latents, guidance told to the model."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,20 +40,51 @@ class FluxPolicy(DiffusionPolicy):
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float
     ) -> Tensor:
-        patches = pixel_unshuffle(latents, 2)  # [R, 4 C, H / 2, W / 2]
-        packed = patches.flatten(2).transpose(1, 2)
-        places = torch.cartesian_prod(*map(torch.arange, patches.shape[2:]))
+        embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
+        patches, tokens = patched(latents.to(self.dtype), embeddings.pop("source", None))
+        places = [torch.cartesian_prod(*map(torch.arange, part.shape[2:])) for part in patches]
+        ids = [
+            pad(place, (1, 0), value=number) for number, place in enumerate(places)
+        ]  # 0 what is drawn, 1 the source
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.full((len(latents),), guidance_scale, device=latents.device)
-        embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
         prediction = model(
-            hidden_states=packed.to(self.dtype),
+            hidden_states=tokens,
             timestep=timesteps / 1000,
             guidance=guidance,
             txt_ids=torch.zeros(embeddings["encoder_hidden_states"].shape[1], 3, device=latents.device),
-            img_ids=pad(places, (1, 0)).float().to(latents.device),
+            img_ids=torch.cat(ids).float().to(latents.device),
             return_dict=False,
             **embeddings,
         )[0]
-        return pixel_shuffle(prediction.transpose(1, 2).reshape(patches.shape), 2)
+        return unpatched(prediction, patches[0])
+
+
+def patched(latents: Tensor, source: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """Patches of 2 x 2 `[R, 4 C, H / 2, W / 2]` of the latents and, if there is one, of the source; all as tokens `[R, S, 4 C]`."""
+    patches = [pixel_unshuffle(part, 2) for part in (latents, source) if part is not None]
+    return patches, torch.cat([part.flatten(2).transpose(1, 2) for part in patches], 1)
+
+
+def unpatched(tokens: Tensor, patches: Tensor) -> Tensor:
+    """The latents of the first tokens, as many as there are `patches`."""
+    own = tokens[:, : patches.shape[2] * patches.shape[3]]
+    return pixel_shuffle(own.transpose(1, 2).reshape(patches.shape), 2)
+
+
+class FluxKontextPolicy(FluxPolicy):
+    """`FluxKontextPipeline`: the latents of a source image join the sequence."""
+
+    edits = True
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
+        edits: list[Any] = list(prompts)
+        found = super().encode([edit.prompt for edit in edits], max_sequence_length)
+        return found | {"source": torch.cat([self.encode_by_vae(edit.image) for edit in edits])}
+
+    def encode_by_vae(self, image: Any) -> Tensor:
+        vae = self.pipeline.vae
+        pixels = self.pipeline.image_processor.preprocess(image).to(vae.device, vae.dtype)
+        return (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
