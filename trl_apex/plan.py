@@ -413,7 +413,12 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
     before = s.own_reference + old  # predictions kept from before the updates
     kept = latent * (1 + c.rows_per_image * (1 + before)) + 12 * pixels
     add(ALWAYS, "trajectories and images", s.images * kept, f"{s.images} images x {kept / 1e6:.1f} MB")
-    add(ALWAYS, "reward networks", s.rewards_gb * 1e9, "by the rewards' names, or as given")
+    add(
+        ROLLOUT if c.offload_rewards else ALWAYS,
+        "reward networks",
+        s.rewards_gb * 1e9,
+        "by the rewards' names, or as given",
+    )
 
     branches = 2 if policy.batched_guidance and c.guidance_scale != 1.0 else 1
     sampled, decoded = s.chunk * branches, min(s.chunk, max(1, base.DECODE_PIXELS // pixels))
@@ -503,6 +508,7 @@ def _changes(settings: PlanSettings) -> list[dict[str, Any]]:
         (not c.activation_checkpointing, {"activation_checkpointing": True}),
         *batches,
         (s.own_reference and not c.offload_reference, {"offload_reference": True}),
+        (s.rewards_gb > 0 and not c.offload_rewards, {"offload_rewards": True}),
         (s.gpus > 1 and s.zero_stage < 3, {"zero_stage": 3}),
         (s.zero_stage == 3 and c.gather_for_rollout, {"gather_for_rollout": False}),
     ]

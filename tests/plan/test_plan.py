@@ -309,6 +309,8 @@ def test_parts_of_a_plan(estimate):
     plain, kl = estimate(base), estimate(base.but(beta=0.1))
     assert kl.always["reference"] == pytest.approx(2.2432 * 2, abs=0.01)  # in half precision
     assert "reference" not in estimate(base.but(beta=0.1, offload_reference=True)).always
+    offloaded = estimate(base.but(rewards_gb=5, offload_rewards=True))
+    assert offloaded.phases["rollout"]["reward networks"] == 5 and "reward networks" not in offloaded.always
     assert estimate(base.but(lora_r=0, zero_stage=0, beta=0.1)).always["reference"] == kl.always["reference"]
     gathered = estimate(base.but(zero_stage=3)).phases["rollout"]["gathered weights"]
     assert gathered == pytest.approx(2.2432 * 2 * 7 / 8, abs=0.01)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import redness, tiny_trainer
 
-from trl_apex.rewards import Reward, RewardFunction
+from trl_apex.rewards import RankReward, Reward, RewardFunction
 from trl_apex.rewards.base import to_arrays, to_pil, to_uint8
 from trl_apex.rewards.clip import EmbeddingCache
 
@@ -39,6 +40,47 @@ def test_batches_loading_and_unloading():
     reward.unload()
     reward(prompts=["a"], completions=[Image.new("RGB", (2, 2))])
     assert reward.loads == 2
+
+
+class Travelling(torch.nn.Linear):
+    """A network that notes where it is sent."""
+
+    def to(self, device):
+        self.journey.append(torch.device(device).type)
+        return self
+
+
+class Networked(Reward):
+    default_name = "networked"
+
+    def _load(self):
+        self.network = Travelling(1, 1)
+        self.network.journey = []
+        return self.network, "tokenizer"
+
+    def _score(self, loaded, images, prompts, columns):
+        loaded[0].journey.append("score")
+        return images.mean((1, 2, 3)).tolist()
+
+
+def test_an_offloaded_network_is_on_the_cpu_until_the_next_call():
+    reward = Networked(device="meta")
+    reward.offload()  # nothing is loaded yet
+    for _ in range(2):
+        reward(prompts=["a"], images=torch.rand(1, 3, 4, 4))
+        reward(prompts=["a"], images=torch.rand(1, 3, 4, 4))
+        RankReward(reward).offload()
+    assert reward.network.journey == ["score", "score", "cpu", "meta", "score", "score", "cpu"]
+
+
+def test_with_offload_rewards_networks_leave_after_each_rollout_and_evaluation(tmp_path):
+    reward = Networked(device="meta")
+    trainer = tiny_trainer(
+        tmp_path, [reward, redness], offload_rewards=True, max_steps=2, rollout_batch_size=2, evaluate=True
+    )
+    trainer.train()
+    rollout, evaluation = ["score", "score", "cpu"], ["meta", "score", "cpu"]
+    assert reward.network.journey == [*rollout, "meta", *rollout, *evaluation]
 
 
 def test_one_samples_trouble_stays_its_own():

@@ -52,6 +52,28 @@ def test_health_tells_model_version_and_readiness(url):
     }
 
 
+class Movable(JPEGCompressibilityReward):
+    moved = 0
+
+    def offload(self):
+        self.moved += 1
+
+
+def test_a_client_has_the_network_offloaded():
+    reward = Movable(name="a b")
+    with running([reward, zero]) as url:
+        wait_for(url, "ready")
+        RemoteReward(url, "a b").offload()
+        assert reward.moved == 1
+        RemoteReward(url, "zero").offload()  # has no network
+        with pytest.warns(
+            UserWarning, match="does not offload the reward `one`: it answers 404: there is no such reward"
+        ):
+            RemoteReward(url, "one").offload()
+    with pytest.warns(UserWarning, match="does not offload the reward `zero`: ConnectError"):
+        RemoteReward(url, "zero").offload()
+
+
 def test_pictures_are_scored(url):
     answer = post(url, "jpeg_compressibility", ["a", "b"])
     assert answer.status_code == 200, answer.text
@@ -75,7 +97,8 @@ def test_openapi_document_describes_the_request(url):
     document = http.get(f"{url}/openapi.json").json()
     content = document["paths"]["/v1/rewards/{name}"]["post"]["requestBody"]["content"]
     assert list(content) == [MEDIA_TYPE]
-    assert sorted(document["paths"]) == ["/health", "/metrics", "/v1/rewards", "/v1/rewards/{name}"]
+    scored = ["/v1/rewards", "/v1/rewards/{name}"]
+    assert sorted(document["paths"]) == ["/health", "/metrics", "/v1/offload/{name}", *scored]
 
 
 def test_strangers_hear_states_and_not_causes():

@@ -2,6 +2,7 @@
 
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +24,7 @@ KEYWORDS = ("prompts", "completions", "completion_ids", *OF_TRAINING)
 
 # Loading sets PyTorch's default dtype for a moment, for the whole process: one network at a time.
 _LOADING = threading.RLock()
+_OFFLOADED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # networks, which rewards may share
 
 
 @runtime_checkable
@@ -139,6 +141,9 @@ class Reward:
                         f"The reward `{self.__name__}` must be able to load its weights. "
                         f"Found {type(error).__name__}: {error}. Check the model id or path and the connection."
                     ) from error
+            for network in _OFFLOADED.intersection(self._networks()):
+                network.to(self.device)
+                _OFFLOADED.discard(network)
             return self._loaded
 
     def check(self) -> None:
@@ -149,8 +154,23 @@ class Reward:
         """Free the memory of the network; the next call loads it again."""
         with self._lock:
             self._loaded = None
-            if self.device.type != "cpu":
-                torch.accelerator.empty_cache()
+            self._empty_cache()
+
+    def offload(self) -> None:
+        """Keep the network in the CPU's memory until the next call."""
+        with self._lock:
+            for network in self._networks():
+                _OFFLOADED.add(network.to("cpu"))
+            self._empty_cache()
+
+    def _networks(self) -> list[torch.nn.Module]:
+        parts = self._loaded if isinstance(self._loaded, tuple | list) else [self._loaded]
+        parts = [part if isinstance(part, torch.nn.Module) else getattr(part, "model", None) for part in parts]
+        return [part for part in parts if isinstance(part, torch.nn.Module)]
+
+    def _empty_cache(self) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     def _load(self) -> Any:
         return True  # nothing to hold in memory

@@ -36,6 +36,10 @@ class _Comparison(Reward):
         if hasattr(self.asked, "unload"):
             self.asked.unload()
 
+    def offload(self) -> None:
+        if hasattr(self.asked, "offload"):
+            self.asked.offload()
+
     def _ask(self, size: int, **keywords: Any) -> RewardList:
         """What the reward or judge, blocking or async, returns: `size` numbers, NaN for missing."""
         returned = self.asked(**own_copies(keywords))

@@ -174,6 +174,12 @@ class RewardScorer:
                 found = describe(error)
                 raise RewardLoadError(f"The reward `{name}` must pass its `check()`. Found {found}.") from error
 
+    def offload(self) -> None:
+        """Call the `offload()` of every reward that has one, unless a call of it that was given up still runs."""
+        for func, caller in zip(self.reward_funcs, self._callers, strict=True):
+            if callable(offload := getattr(func, "offload", None)) and not caller.stuck:
+                offload()
+
     def close(self) -> None:
         """Stop the background threads; batches under way are cancelled. Closing twice is harmless."""
         if self._closed:

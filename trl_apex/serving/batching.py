@@ -101,6 +101,11 @@ class ServedReward:
         except Exception as error:
             self._state = f"failed: {describe(error)}"
 
+    async def offload(self) -> None:
+        """Keep the network in the CPU's memory until the next call."""
+        if callable(offload := getattr(self.func, "offload", None)) and self.state == "ready":
+            await self.caller.run(offload)
+
     async def close(self) -> None:
         """Free the memory, unless a call still runs."""
         unload = getattr(self.func, "unload", None)

@@ -211,6 +211,20 @@ class RemoteReward:
                     )
                 time.sleep(0.2)
 
+    def offload(self) -> None:
+        """Have the servers keep the reward's network in their CPUs' memory until the next call; a failure is a warning."""
+        import httpx
+
+        for url in self._urls:
+            try:
+                with httpx.Client(timeout=self.timeout, **self._client_options()) as client:
+                    answer = client.post(f"{url}/v1/offload/{quote(self.__name__, safe='')}")
+                found = "" if answer.status_code == 204 else f"it answers {answer.status_code}: {detail(answer)}"
+            except httpx.HTTPError as error:
+                found = describe(error)
+            if found:
+                warnings.warn(f"{redacted(url)} does not offload the reward `{self.__name__}`: {found}", stacklevel=2)
+
     def close(self) -> None:
         """Stop the server that `command` started; the next call starts it again."""
         if self._server is not None:

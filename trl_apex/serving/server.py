@@ -264,6 +264,13 @@ def build_app(
         """The rewards that this server has."""
         return [reward.describe(True) for reward in served.values()]
 
+    @app.post("/v1/offload/{name:path}", status_code=204, responses=refusals(401, 403, 404))
+    async def offload(name: str) -> None:
+        """Move a reward's network to the CPU until the next request."""
+        if name not in served:
+            raise refuse(404, f"there is no such reward; there are {', '.join(served)}")
+        await served[name].offload()
+
     @app.post("/v1/rewards/{name:path}", responses=refusals(*REFUSALS), openapi_extra={"requestBody": BODY})
     async def score(name: str, request: Request) -> RewardAnswer:
         """Score images against their prompts."""

@@ -327,6 +327,9 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
     ema_update_steps: int = _field(1, "Optimizer steps between two updates of the average.")
     reward_overlap: bool = _field(True, "Score a rollout batch while the next is sampled. Changes no result.")
+    offload_rewards: bool = _field(
+        False, "Keep the rewards' networks in the CPU's memory between rollouts; those of a reward server in its own."
+    )
     reward_timeout: float | None = _field(
         None, "Seconds after which a reward function's call counts as failed; None for no limit."
     )

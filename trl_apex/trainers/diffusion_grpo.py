@@ -396,6 +396,8 @@ class DiffusionGRPOTrainer(RunTrainer):
 
         own_rewards = torch.cat([torch.empty(0, len(self.reward_funcs)), *(s.rewards for s in scored)])
         rewards = collect_dealt(numbers, own_rewards) if dealt else gather_rows(own_rewards.to(device)).cpu()
+        if self.args.offload_rewards and self._scorer:  # every rank has its rewards by now
+            self._scorer.offload()
         group_ids = torch.arange(len(rewards)) // self.num_generations
         advantages, normalized = self._compute_advantages(rewards, group_ids)
         if self.args.dead_prompt_rate < 1:

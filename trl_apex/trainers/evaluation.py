@@ -98,6 +98,8 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple
     own_images = {record["row"]: record["image"] for record in own}  # pictures are not gathered
     by_row = {record["row"]: record for record in gather_list([{**record, "image": None} for record in own])}
     failed = set(gather_list(sorted(scorer.failed)))
+    if args.offload_rewards:
+        scorer.offload()
     return [by_row[i] | {"image": own_images.get(i)} for i in range(len(dataset))], failed
 
 
