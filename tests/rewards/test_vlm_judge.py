@@ -155,6 +155,8 @@ def test_unified_reward_scores_an_image_and_judges_a_pair(url):
         2.0,
         3.0,
     ]  # mean of r, r + 1, r + 2
+    columns = {"first": ["x", "y"], "second": ["x", "y"]}  # of a dataset
+    assert asyncio.run(judge(["a cat", "a dog"], pictures(50, 100), **columns)) == [2.0, 3.0]
     wins = PairwiseReward(judge)
     assert wins.__name__ == "wins_by_unified_reward"
     # Shares of 50 against 150 and 200, of 150 against 50 and 200, of 200 against 50 and 150.

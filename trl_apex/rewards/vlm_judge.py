@@ -138,7 +138,7 @@ class VLMJudgeReward:
         import httpx
 
         asked: Sequence[Images]
-        if first is not None and second is not None:
+        if completions is None and images is None and first is not None and second is not None:
             asked = [list(pair) for pair in zip(first, second, strict=True)]
         else:
             batch = one_per_prompt(self.__name__, prompts, completions, images)
@@ -241,10 +241,10 @@ def parse_share(text: str) -> float | None:
     """
     found = SHARE.findall(unicodedata.normalize("NFKC", text))
     pairs = list(zip(found[::2], found[1::2], strict=False))
-    shares = [
-        (float(a), float(b)) for (one, a), (two, b) in pairs if (one, two) == ("1", "2") and float(a) + float(b) > 0
-    ]
-    return sum(a / (a + b) for a, b in shares) / len(shares) if shares and 2 * len(shares) == len(found) else None
+    shares = [(float(a), float(b)) for (one, a), (two, b) in pairs if (one, two) == ("1", "2")]
+    if not shares or 2 * len(shares) != len(found) or not all(map(sum, shares)):
+        return None
+    return sum(a / (a + b) for a, b in shares) / len(shares)
 
 
 def data_url(image: Image.Image) -> str:
