@@ -156,8 +156,10 @@ def test_mistakes_are_named(tmp_path):
         run(tmp_path / "none" / "such")
     with pytest.raises(ValueError, match="at least one reward function"):
         run((), [])
-    with pytest.raises(ValueError, match="must differ"):
-        run((), [redness, redness])
+    with pytest.raises(ValueError, match="missing a required argument: 'answer'"):
+        run((), lambda prompts, answer, **others: [0.0] * len(prompts))
+    with pytest.warns(UserWarning, match="named .'redness', 'redness_2'. here"):
+        assert list(run((), [redness, redness])["models"]["base"]) == ["redness", "redness_2"]
     with pytest.raises(ValueError, match="No adapter may be called 'base'"):
         run({"base": tmp_path / "empty"})
     with pytest.raises(ValueError, match="multiples of 4 pixels"):

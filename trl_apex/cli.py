@@ -492,10 +492,9 @@ def _train(rest: list[str]) -> None:
     main_process = trainer.is_world_process_zero()
     output_dir, command = Path(config.output_dir), "trl-apex train " + shlex.join(rest)
     trainer.sources, trainer.command = given, command
-    resume = config.resume_from_checkpoint
     with recorded_warnings(output_dir if main_process else None, trainer), interrupt.listening():
         try:
-            trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+            trainer.train()
         except RuntimeError:
             if not interrupt.requested:
                 raise
@@ -618,6 +617,10 @@ def _recorded(run: Path) -> dict[str, Any]:
         if found["prompts"] and not held_out:
             logger.warning("The run names no `eval_dataset`: these are its training prompts, %s.", found["prompts"])
     for kind in ("rewards", "monitors"):
+        if not isinstance(found[kind] or [], list):
+            raise ValueError(
+                f"`{kind}` in {run}/config.json must be a list of names. Found {found[kind]!r}. Pass --{kind}, or restore the file."
+            )
         if None in (found[kind] or ()):
             logger.warning("config.json does not name all %s: some were made in the script.", kind)
             found[kind] = None

@@ -39,6 +39,14 @@ def test_a_reward_that_never_applied_is_none_and_valid_json():
     json.dumps(result, allow_nan=False)
 
 
+def test_prompts_without_any_score_do_not_count_as_equal():
+    base = torch.tensor([[0.0, 1.0], [math.nan, math.nan], [0.0, math.nan]])
+    result = compare(["ocr", "score"], base, base + 1)
+    assert result["domination"] == {"all_at_least_as_good": 1.0, "all_at_most_as_good": 0.0}
+    nothing = compare(["ocr", "score"], torch.full((2, 2), math.nan), torch.zeros(2, 2))
+    assert nothing["domination"] == {"all_at_least_as_good": None, "all_at_most_as_good": None}
+
+
 def test_two_models_together_dominate_more_than_either():
     first, second = {"a": 2.0, "b": 1.0}, {"a": 1.0, "b": 2.0}
     assert [joint_hypervolume([g]) for g in (first, second)] == [2.0, 2.0]

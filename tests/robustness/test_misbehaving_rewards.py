@@ -219,3 +219,19 @@ def test_a_reward_that_always_fails_stops_the_run_with_a_checkpoint(tmp_path, fi
 def test_a_tensor_on_a_gpu_is_read(tmp_path, sound):
     on_gpu = run(tmp_path, Misbehaves(lambda scores: torch.tensor(scores, device="cuda")))
     assert_as_if_masked(on_gpu, sound)
+
+
+def test_a_reward_that_writes_into_the_trainer_state_changes_nothing(tmp_path):
+    def meddles(images, trainer_state, **others):
+        trainer_state.max_steps = 1
+        trainer_state.log_history.clear()
+        return contrast(images)
+
+    trainer = run(tmp_path / "run", meddles, steps=3)
+    assert trainer.state.global_step == 3 and len(history(trainer, "reward")) == 3
+
+
+def test_a_reward_that_returns_pictures_is_told_so_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="must return numbers or None. Found .* of type list") as caught:
+        run(tmp_path / "run", lambda images, **others: images)
+    assert len(str(caught.value)) < 3000

@@ -1,5 +1,6 @@
 """What cannot work is refused before any compute, with what was expected, what was found and what to do."""
 
+import copy
 import dataclasses
 import functools
 
@@ -13,6 +14,7 @@ from toy_rewards import contrast, redness
 from trl import GRPOConfig
 
 from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex.tiny.world import weights_path
 from trl_apex.trainers.config import HARMLESS_FIELDS, HONOURED_FIELDS, REFUSED_FIELDS
 
 
@@ -233,6 +235,31 @@ def test_a_pipeline_that_cannot_be_trained(pipeline, dataset, lora, make_args, c
     setattr(pipeline, component, other)
     with pytest.raises(ValueError, match=message):
         constructed(pipeline, dataset, lora, make_args())
+
+
+def test_projections_that_are_fused_or_cast_are_refused_where_they_would_not_train(pipeline, dataset, lora, make_args):
+    cast = copy.deepcopy(pipeline)
+    cast.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(ValueError, match="Found layerwise_casting. Undo it before training"):
+        constructed(cast, dataset, None, make_args())
+    constructed(cast, dataset, lora, make_args())  # the adapter's own weights are not cast
+    pipeline.transformer.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="Found fused_projections. Undo it before training .`unfuse_qkv_projections"):
+        constructed(pipeline, dataset, lora, make_args())
+    pipeline.transformer.unfuse_qkv_projections()
+    constructed(pipeline, dataset, lora, make_args())
+
+
+def test_an_optimizer_of_the_base_is_refused_where_an_adapter_trains(pipeline, dataset, lora, make_args):
+    optimizer = torch.optim.SGD(pipeline.transformer.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="Found a SGD of others: a new adapter's weights do not exist"):
+        constructed(pipeline, dataset, lora, make_args(), optimizers=(optimizer, None))
+
+
+def test_a_pipeline_may_be_a_path_and_an_evaluation_set_a_name_among_several(dataset, lora, make_args):
+    path = weights_path("pipeline")
+    trainer = constructed(path, dataset, lora, make_args(), eval_dataset={"own": dataset, "held_out": "tiny"})
+    assert trainer.sources.model == "tiny" and len(trainer.eval_dataset["held_out"]) > len(dataset)
 
 
 def test_a_distilled_model_is_warned_of(tmp_path):

@@ -66,7 +66,7 @@ def test_the_latest_step_counts_not_the_alphabet(tmp_path):
 def test_nothing_to_resume_from(tmp_path):
     with pytest.raises(ValueError, match="Found none. Start anew"):
         to_resume_from(True, tmp_path / "absent")
-    with pytest.raises(ValueError, match="There is no valid one beside it"):
+    with pytest.raises(ValueError, match="There is no valid one; start anew"):
         to_resume_from(tmp_path / "checkpoint-1", tmp_path)
 
 

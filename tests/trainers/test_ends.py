@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import equal_weights, weights_of
 from toy_rewards import contrast, redness
@@ -218,3 +219,52 @@ def test_fields_that_a_plain_config_leaves_at_trls_default_are_named_once(caplog
     caplog.clear()
     APEXConfig.from_grpo_config(DiffusionGRPOConfig(output_dir="run", use_cpu=True))
     assert not caplog.messages
+
+
+def test_a_run_goes_on_with_the_optimizer_of_its_checkpoint(build, tmp_path, caplog):
+    build(max_steps=2).train()
+    with pytest.raises(ValueError, match="with the `optim` that its checkpoint was saved with.*Found 'sgd'"):
+        build(max_steps=4, optim="sgd").train(resume_from_checkpoint=True)
+    later = build(max_steps=4, learning_rate=5e-3)
+    with caplog.at_level(logging.WARNING):
+        later.train(resume_from_checkpoint=True)
+    assert "goes on with the settings of" in caplog.text and "learning_rate 0.01 instead of 0.005" in caplog.text
+    assert later.state.log_history[-2]["learning_rate"] == 0.01
+
+
+def test_the_checkpoint_may_be_named_in_the_configuration(build, tmp_path):
+    build(max_steps=2).train()
+    for wanted in ("true", str(tmp_path / "run" / "checkpoint-2")):
+        later = build(max_steps=4, resume_from_checkpoint=wanted, save_strategy="no")
+        later.train()
+        assert later.resumed_from == str(tmp_path / "run" / "checkpoint-2") and later.state.global_step == 4
+    with pytest.raises(
+        ValueError, match=r"Found .*run: manifest.json is missing.*Resume from .*checkpoint-2, the last"
+    ):
+        build(max_steps=4).train(resume_from_checkpoint=str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("optimizer.pt", [1]),
+        ("optimizer.pt", "hello"),
+        ("scheduler.pt", {}),
+        ("rng_state.pth", {}),
+        ("ema.safetensors", None),
+    ],
+)
+def test_a_state_of_another_form_is_refused_by_the_name_of_its_file(build, tmp_path, file, content):
+    build(max_steps=2, ema_decay=0.9).train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    if content == "hello":
+        (checkpoint / file).write_text(content)
+    elif content is None:
+        average = load_file(checkpoint / file)
+        average[next(name for name in average if "lora" in name)] = torch.zeros(1, 1)
+        save_file(average, checkpoint / file)
+    else:
+        torch.save(content, checkpoint / file)
+    finalize(checkpoint.rename(tmp_path / "staged"), checkpoint, engine="ddp", world_size=1)
+    with pytest.raises(ValueError, match=file.replace(".", r"\.")):
+        build(max_steps=4, ema_decay=0.9).train(resume_from_checkpoint=True)

@@ -31,11 +31,11 @@ def compare(
     """
     split = len(names) if objectives is None else objectives
     rows = {name: _gain(base[:, k], tuned[:, k]) for k, name in enumerate(names)}
-    better, worse = domination_rates(base[:, :split], tuned[:, :split])
+    rates = (share if math.isfinite(share) else None for share in domination_rates(base[:, :split], tuned[:, :split]))
     return {
         "objectives": {name: rows[name] for name in names[:split]},
         "held_out": {name: rows[name] for name in names[split:]},
-        "domination": {"all_at_least_as_good": better, "all_at_most_as_good": worse},
+        "domination": dict(zip(("all_at_least_as_good", "all_at_most_as_good"), rates, strict=True)),
         "hypervolume": joint_hypervolume([{name: rows[name]["gain"] for name in names[:split]}]),
     }
 
@@ -92,14 +92,17 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def domination_rates(base: Float[Tensor, "B K"], tuned: Float[Tensor, "B K"]) -> tuple[float, float]:
-    """Share of prompts where no objective fell and one rose (JDR), and the reverse (JCR); missing values count as equal.
+    """Share of prompts where no objective fell and one rose (JDR), and the reverse (JCR).
+
+    Missing values count as equal; prompts without any pair of values do not count. NaN if none is left.
 
     Example:
         >>> tuned = torch.tensor([[1.0, 0.0], [1.0, -1.0], [-1.0, -1.0], [0.0, 0.0]])
         >>> domination_rates(torch.zeros(4, 2), tuned)
         (0.25, 0.25)
     """
-    difference = (tuned - base).nan_to_num(nan=0.0)
+    difference = tuned - base
+    difference = difference[difference.isfinite().any(1)].nan_to_num(nan=0.0)
     rose, fell = (difference > 0).any(1), (difference < 0).any(1)
     return (rose & ~fell).double().mean().item(), (fell & ~rose).double().mean().item()
 

@@ -1,6 +1,7 @@
 """The evaluate run: a base model against its adapters, on the same prompts and noise."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
@@ -16,14 +17,16 @@ from ..diffusion.schedule import Sampler
 from ..prompts import PromptEmbeddings, load_prompts
 from ..prompts.embeddings import encoding, unload_encoders
 from ..report.figures import image_grid, save_samples
-from ..rewards.base import default_device
+from ..rewards.base import KEYWORDS, OF_TRAINING, default_device
 from ..rewards.registry import load_rewards
-from ..rewards.scoring import RewardScorer, reward_name
+from ..rewards.scoring import RewardScorer
 from ..tiny.world import load_tiny_pipeline
 from ..trainers.adapters import adapted, check_adapter
 from ..trainers.evaluation import batches_of_one_size, draw_and_score, reward_means
-from ..trainers.inputs import as_list, check_images, image_sizes, submit
+from ..trainers.inputs import as_list, check_calls, check_images, image_sizes, reward_names, submit
 from .measures import compare, joint_hypervolume
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 Record = dict[str, Any]
@@ -61,7 +64,7 @@ def run_evaluation(
     `evaluate` at the same seed. The prompt is the unit of all statistics: the rewards of its images are averaged first.
 
     Args:
-        model (`str` or `diffusers.DiffusionPipeline`): the base; "tiny" for the one of the package.
+        model (`str`, `Path` or `diffusers.DiffusionPipeline`): the base; "tiny" for the one of the package.
         adapters (path, list of them or dict of name to path): run directories or hub ids with
             `pytorch_lora_weights.safetensors`, or with a fully trained denoiser in its own folder.
         prompts (`str`, `Path` or `datasets.Dataset`): as in [`load_prompts`], with `split`, `prompt_column` and
@@ -85,26 +88,26 @@ def run_evaluation(
         `dict`: what `results.json` holds: `settings`, and what [`summarize_models`] returns.
 
     Raises:
-        ValueError: if there are no rewards or prompts, an adapter does not load, or names collide.
+        ValueError: if there are no rewards or prompts, an adapter does not load, or a reward cannot be called.
 
     Note:
         Writes `results.json`, `results.md`, `grid.png` (a row a prompt, a column a model), `{name}_grid.png` for each model,
         and with one adapter also `summary.json` and `samples/`, which `trl-apex report` reads.
     """
     rewards, monitors = load_rewards(as_list(rewards)), load_rewards(as_list(monitors))
+    model = str(model) if isinstance(model, Path) else model
     base_name = model if isinstance(model, str) else type(model).__name__
-    names = [reward_name(func) for func in [*rewards, *monitors]]
-    named = _named(adapters)
+    names, named = reward_names([*rewards, *monitors], warn=True), _named(adapters)
     if not rewards:
         raise ValueError("`rewards` must hold at least one reward function. Found none. Pass e.g. `[OCRReward()]`.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"Reward names must differ. Found {names}. Give each its own `name=`.")
     if images_per_prompt < 1 or batch_size < 1:
         raise ValueError(
             "`images_per_prompt` and `batch_size` must be at least 1. "
             f"Found {images_per_prompt} and {batch_size}. Use e.g. 1 and 8."
         )
     dataset = load_prompts(prompts, split, prompt_column, limit=max_prompts)
+    outside_training = [keyword for keyword in KEYWORDS if keyword not in OF_TRAINING]
+    check_calls([*rewards, *monitors], names, dataset, outside_training)
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -151,6 +154,8 @@ def run_evaluation(
         for record in found:
             record["key"] = str(keys[record["row"] // images_per_prompt])
         means = reward_means(_by_prompt(found, names), names)
+        for unscored in [key for key, value in means.items() if not value["n"] and name == BASE]:
+            logger.warning("The reward %r scored none of the %d images.", unscored, len(found))
         report(f"{name}: " + ", ".join(f"{k} {_plus_minus(v['mean'], v['se'])}" for k, v in means.items()))
         return found
 
@@ -215,10 +220,10 @@ def markdown_table(results: dict[str, Any]) -> str:
     text = "\n".join(lines)
     for name, part in comparisons.items():
         volume = "-" if part["hypervolume"] is None else f"{part['hypervolume']:.3g}"
+        better, worse = ("-" if share is None else f"{share:.1%}" for share in part["domination"].values())
         text += (
-            f"\n\n{name}: every objective at least as good and one better on {part['domination']['all_at_least_as_good']:.1%} "
-            f"of the prompts (JDR), the reverse on {part['domination']['all_at_most_as_good']:.1%} (JCR); hypervolume of the "
-            f"gains above the base {volume}."
+            f"\n\n{name}: every objective at least as good and one better on {better} of the prompts (JDR), the reverse on "
+            f"{worse} (JCR); hypervolume of the gains above the base {volume}."
         )
     settings = results["settings"]
     size = "each of its own size" if settings["width"] is None else "{width} x {height} pixels".format(**settings)
@@ -230,7 +235,7 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 def _write(output: Path, results: dict[str, Any], records: dict[str, list[Record]], pictures: int) -> None:
     (output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False))
-    (output / "results.md").write_text(markdown_table(results))
+    (output / "results.md").write_text(markdown_table(results), encoding="utf-8")
     shown = {name: [record["image"] for record in rows[:pictures]] for name, rows in records.items()}
     side_by_side = [image for row in zip(*shown.values(), strict=True) for image in row]
     image_grid(side_by_side, len(shown)).save(output / "grid.png")

@@ -182,7 +182,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     """What the run was, for the head of the page."""
     config, history, versions = run.config, run.history, run.environment.get("versions") or {}
     steps = run.state.get("global_step") or max((entry.get("step", 0) for entry in history), default=0)
-    group, batch = config.get("num_generations"), config.get("generation_batch_size")
+    group, batch = (finite(config.get(name)) for name in ("num_generations", "generation_batch_size"))
     logged, means = run.series("step_time")  # of all parts of a resumed run, where Trainer's own time is of the last
     seconds = (run.summary.get("seconds") or {}).get("train")
     seconds = seconds or sum((b - a) * mean for a, b, mean in zip([0.0, *logged], logged, means, strict=False))
@@ -193,8 +193,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "test prompts": max((n for n in counts if isinstance(n, int)), default=None),
         "aggregation": config.get("multi_objective_aggregation"),
         "optimizer steps": f"{steps:,}" if steps else None,
-        "images an iteration": f"{batch // group} prompts × {group}" if group and batch else None,
-        "images per prompt": group if group and not batch else None,
+        "images an iteration": f"{batch // group:.0f} prompts × {group:.0f}" if group and batch else None,
+        "images per prompt": f"{group:.0f}" if group and not batch else None,
         "learning rate": config.get("learning_rate"),
         "seed": config.get("seed"),
         "training time": timedelta(seconds=round(seconds)) if seconds else None,

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,15 @@ def read_run(path: Path) -> Run:
         )
     missing: list[str] = []
     states = [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
-    found = [_read_json(state) for state in states if state.is_file()]
-    state = max(found, key=lambda content: content.get("global_step") or 0, default={})
+    kinds: dict[str, type] = {"global_step": int, "log_history": list}
+    found = [_read_json(state, kinds=kinds) for state in states if state.is_file()]
+    state = max(found, key=lambda content: content.get("global_step", 0), default={})
     if not state:
-        _read_json(states[0], missing, "the training curves")
-    summary = _read_json(path / "summary.json", missing, "the results on held-out prompts")
+        _read_json(states[0], missing, "the training curves", kinds)
+    kinds = dict.fromkeys(("objectives", "held_out", "domination", "seconds"), dict)
+    summary = _read_json(path / "summary.json", missing, "the results on held-out prompts", kinds)
+    for part in {"objectives", "held_out"} & summary.keys():
+        summary[part] = {name: entry for name, entry in summary[part].items() if isinstance(entry, dict)}
     config = _read_json(path / "config.json", missing, "the arguments of the run")
     if {"_class_name", "architectures", "model_type"} & set(config):  # a model's configuration, not the run's
         config = {}
@@ -95,13 +100,19 @@ def read_run(path: Path) -> Run:
     )
 
 
-def _read_json(path: Path, missing: list[str] | None = None, gives: str = "") -> dict[str, Any]:
-    """The object in a file; without one, a sentence for `missing` about what it would give."""
+def _read_json(
+    path: Path, missing: list[str] | None = None, gives: str = "", kinds: Mapping[str, type] = {}
+) -> dict[str, Any]:
+    """The object in a file, with entries of these kinds; without one, a sentence for `missing` about what it would give."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
-            return content
-        problem = "holds no JSON object"
+            wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key, kind()), kind)]
+            if not wrong:
+                return content
+            problem = f"has no proper {', '.join(wrong)}"
+        else:
+            problem = "holds no JSON object"
     except FileNotFoundError:
         problem = "was not found"
     except (OSError, ValueError) as error:

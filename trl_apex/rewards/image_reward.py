@@ -286,7 +286,9 @@ def published_instruction() -> str:
             "HPSv3 needs the instruction that it was trained with. Found no package that has it. Run "
             "`pip install --no-deps hpsv3`, or pass the text as `instruction`."
         )
-    source = Path(package.submodule_search_locations[0], "dataset", "data_collator_qwen.py").read_text()
+    source = Path(package.submodule_search_locations[0], "dataset", "data_collator_qwen.py").read_text(
+        encoding="utf-8"
+    )
     lines = [line for line in ast.parse(source).body if isinstance(line, ast.Assign)]
     texts = {ast.unparse(line.targets[0]): line.value for line in lines}
     return "".join(ast.literal_eval(texts[name]) for name in ("INSTRUCTION", "prompt_with_special_token"))

@@ -9,6 +9,7 @@ import inspect
 import logging
 import math
 import queue
+import reprlib
 import sys
 import threading
 import time
@@ -462,7 +463,7 @@ def _as_number(value: Any, name: str) -> float:
     except Exception:  # `__float__` may raise anything
         pass
     raise ValueError(
-        f"The reward `{name}` must return numbers or None. Found {value!r} of type {type(value).__name__}. "
+        f"The reward `{name}` must return numbers or None. Found {reprlib.repr(value)} of type {type(value).__name__}. "
         "Convert it, or return None for a sample without a reward."
     )
 

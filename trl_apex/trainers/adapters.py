@@ -62,6 +62,7 @@ def prepare_denoiser(
     switched off, and one that starts elsewhere is copied once it lies on its device.
     """
     denoiser = policy.denoiser
+    _check_computation(denoiser, adapter=peft_config is not None or start is not None)
     if policy.distilled:
         warnings.warn(
             f"The configuration of this {type(policy.pipeline).__name__} says that the model is distilled (`is_distilled`). "
@@ -85,6 +86,20 @@ def prepare_denoiser(
     warn_of_all_weights(denoiser)
     denoiser.float()  # trained weights are float32; autocast does the rest
     return denoiser.requires_grad_(True), reference
+
+
+def _check_computation(denoiser: nn.Module, adapter: bool) -> None:
+    """Raise ValueError for a denoiser that does not compute each step from the weights that train."""
+    found = {name for m in denoiser.modules() for name in getattr(getattr(m, "_diffusers_hook", None), "hooks", ())}
+    if adapter:  # its own weights are not cast
+        found -= {"layerwise_casting", "peft_autocast_disable"}
+    found |= {"fused_projections" for m in denoiser.modules() if getattr(m, "fused_projections", False)}
+    if found:
+        raise ValueError(
+            f"The {type(denoiser).__name__} must compute each step from the weights that train. Found "
+            f"{', '.join(sorted(found))}. Undo it before training (`unfuse_qkv_projections()`, `disable_cache()`), or load "
+            "the pipeline anew."
+        )
 
 
 @dataclasses.dataclass

@@ -42,7 +42,10 @@ PROGRESS: dict[str, Any] = {
     "best_global_step": int | None,
     "best_model_checkpoint": str | None,
     "stateful_callbacks": dict | None,
+    "train_batch_size": int | None,
 }
+SETTINGS = ("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+"""Of the optimizer, whose state brings them along."""
 ADAPTER, FULL = "adapter_model.safetensors", "model.safetensors"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin", "optimizer.bin")
 
@@ -89,7 +92,7 @@ def save(trainer: Any, directory: str | Path, *, for_resume: bool) -> None:
 
 def load(trainer: Any, checkpoint: str) -> None:
     """Give a run the state that [`save`] wrote. Trainer loads weights, scaler, random state and `trainer_state.json`."""
-    with refusing_pickles(checkpoint):
+    with refusing_other_states(checkpoint, "optimizer.pt", "scheduler.pt"):
         Trainer._load_optimizer_and_scheduler(trainer, checkpoint)
     restore(trainer._stateful(), checkpoint)
     for copy in trainer._copies:
@@ -140,14 +143,19 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def refusing_pickles(checkpoint: str | Path) -> Iterator[None]:
-    """While PyTorch reads states: a ValueError instead of its advice to unpickle more than tensors and numbers."""
+def refusing_other_states(checkpoint: str | Path, *files: str) -> Iterator[None]:
+    """While PyTorch and Trainer read states: a ValueError that names the files, also for what would have to be unpickled."""
+    where = f"{' and '.join(files)} in {checkpoint}"
     try:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"A checkpoint must hold tensors and numbers only. Found something else in {checkpoint}, which was not run: "
+            f"A checkpoint must hold tensors and numbers only. Found something else in {where}, which was not run: "
             f"{str(error).splitlines()[0]}. The file was not written by this trainer: do not use the checkpoint."
+        ) from error
+    except (KeyError, TypeError, AttributeError, IndexError, EOFError) as error:
+        raise ValueError(
+            f"{where} must hold what this run saves there. Found {type(error).__name__}: {error}. Take another checkpoint."
         ) from error
 
 
@@ -185,7 +193,8 @@ def save_checkpoint(trainer: Any) -> None:
     wait_for_all()
     with failing_together(f"saving {name}"), saving(name, run):
         if trainer.args.should_save:
-            manifest.finalize(partial, final, engine=trainer._engine, world_size=trainer.accelerator.num_processes)
+            world_size, settings = trainer.accelerator.num_processes, {n: getattr(trainer.args, n) for n in SETTINGS}
+            manifest.finalize(partial, final, engine=trainer._engine, world_size=world_size, settings=settings)
             clear_partial(run)
             manifest.rotate(run, trainer.args.save_total_limit, state.best_model_checkpoint)
     if trainer.args.push_to_hub:
@@ -254,6 +263,7 @@ def resume_point(trainer: Any, wanted: str | bool | None) -> str | None:
                 check_weights_match(found, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
             for copy in trainer._copies:
                 copy.check(found)
+            check_settings(found, trainer.args)
             clear_partial(trainer.args.output_dir)
     return gather_list([found])[0]
 
@@ -269,6 +279,20 @@ def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
             f'adapter with `adapter="{checkpoint}"`, or from the fully trained weights that `save_model` wrote, loaded into '
             "the pipeline."
         )
+
+
+def check_settings(checkpoint: str | Path, args: Any) -> None:
+    """ValueError for another kind of optimizer than the checkpoint's; a warning for what its optimizer's settings replace."""
+    saved = (manifest.read(checkpoint) or {}).get("settings", {})
+    changed = {name: value for name, value in saved.items() if getattr(args, name, value) != value}
+    if "optim" in changed:
+        raise ValueError(
+            f"A run resumes with the `optim` that its checkpoint was saved with, {saved['optim']!r}. Found {args.optim.value!r}. "
+            f'Correct it, or start a new run from the adapter with `adapter="{checkpoint}"`.'
+        )
+    if changed:
+        names = ", ".join(f"{name} {value} instead of {getattr(args, name)}" for name, value in changed.items())
+        logger.warning("The optimizer goes on with the settings of %s: %s.", checkpoint, names)
 
 
 def check_state(stateful: dict[str, Any], checkpoint: str | Path) -> None:

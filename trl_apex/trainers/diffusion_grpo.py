@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ from .inputs import (
     as_list,
     check_images,
     check_inputs,
+    check_optimizer,
     check_whole,
     image_size,
     image_sizes,
@@ -98,7 +100,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     distributed training are those of `trl.GRPOTrainer`.
 
     Args:
-        model (`str` or `diffusers.DiffusionPipeline`): hub id, folder or loaded pipeline; "tiny" for the small one that
+        model (`str`, `Path` or `diffusers.DiffusionPipeline`): hub id, folder or loaded pipeline; "tiny" for the small one that
             ships with the package.
         reward_funcs (callable or `list`): called with keywords `prompts`, `completions` (PIL images), `images` (float
             tensor `[B, 3, H, W]` in [0, 1], where the signature takes it), every dataset column, `trainer_state`,
@@ -164,11 +166,17 @@ class DiffusionGRPOTrainer(RunTrainer):
         if args is None:
             args = self.config_class(output_dir=f"{type(self).__name__}-output")
         args, self._hub_token = without_token(upgraded(args, self.config_class))
+        model = str(model) if isinstance(model, Path) else model
         self.sources = Sources.of(model, train_dataset, eval_dataset, reward_funcs, monitor_funcs)
         if isinstance(train_dataset, str):
             train_dataset = load_prompts(train_dataset, "train")
         if isinstance(eval_dataset, str):
             eval_dataset = load_prompts(eval_dataset, "test")
+        elif isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: load_prompts(part, "test") if isinstance(part, str) else part
+                for name, part in eval_dataset.items()
+            }
         reward_funcs, self.monitor_funcs = (load_rewards(as_list(funcs)) for funcs in (reward_funcs, monitor_funcs))
         every_name = check_inputs(
             args, reward_funcs, self.monitor_funcs, train_dataset, eval_dataset, callbacks, quantization_config
@@ -190,6 +198,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         self._plan_updates(args, train_dataset)
         start = take_adapter(self.policy, adapter)
         denoiser, self._reference = prepare_denoiser(self.policy, args, peft_config, start)
+        check_optimizer(optimizers[0], denoiser)
         if args.learning_rate is None:
             args = copy.copy(args)
             args.learning_rate = ADAPTER_RATE if isinstance(denoiser, PeftModel) else FULL_RATE
@@ -465,9 +474,11 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     def _submit(self, scorer: Any, rows: list, images: Tensor, completions: list | None = None, **keywords: Any):
         """Have images scored, with what TRL gives to rewards beside; the result is a future of a `ScoredBatch`."""
+        state = copy.copy(self.state)  # what a reward changes in it is not the run's
+        state.log_history = list(state.log_history)
         return submit(
             scorer, rows, images, completions, **keywords,
-            trainer_state=self.state, log_metric=self._log_metric, log_extra=self._log_completion_extra,
+            trainer_state=state, log_metric=self._log_metric, log_extra=self._log_completion_extra,
         )  # fmt: skip
 
     def _stop_if_rewards_fail(self, failures: dict[str, int], samples: int) -> None:

@@ -3,7 +3,7 @@
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,9 +138,9 @@ def named_parts(eval_dataset: Any) -> list[tuple[str, Any]]:
     return [(f"eval_dataset{name and '.' + name}", part) for name, part in parts.items() if part is not None]
 
 
-def check_calls(funcs: list[Callable], names: list[str], dataset: Dataset) -> None:
-    """Raise where a reward function cannot be called with the keywords that it will get for rows of `dataset`."""
-    keywords = dict.fromkeys([*KEYWORDS, *reward_columns(dataset.column_names)])
+def check_calls(funcs: list[Callable], names: list[str], dataset: Dataset, keywords: Sequence[str] = KEYWORDS) -> None:
+    """Raise where a reward function cannot be called with `keywords` and the columns of `dataset`."""
+    passed = dict.fromkeys([*keywords, *reward_columns(dataset.column_names)])
     for func, name in zip(funcs, names, strict=True):
         if isinstance(func, type):
             raise ValueError(
@@ -148,7 +148,7 @@ def check_calls(funcs: list[Callable], names: list[str], dataset: Dataset) -> No
             )
         if check := getattr(func, "check_dataset", None):
             check(dataset)
-        own = keywords | ({"images": None} if takes_images(func) else {})
+        own = passed | ({"images": None} if takes_images(func) else {})
         own |= {"group_ids": None} if wants_whole_groups(func) else {}
         try:
             inspect.signature(func).bind(**own)
@@ -233,6 +233,17 @@ def _check_best_metric(args: Any, names: list[str], eval_dataset: Any, callbacks
         raise ValueError(
             f"`metric_for_best_model` must be a number that evaluation reports. Found {args.metric_for_best_model!r}. Use "
             f"one of {', '.join(known)}."
+        )
+
+
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuse an optimizer that was made of other weights than those that train, such as the base under an adapter."""
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if optimizer is not None and not any(id(p) in trained for g in optimizer.param_groups for p in g["params"]):
+        raise ValueError(
+            "`optimizers` must hold an optimizer of the weights that train. Found a "
+            f"{type(optimizer).__name__} of others: a new adapter's weights do not exist before the trainer. Use `optim` and "
+            "`optim_args` of the configuration."
         )
 
 

@@ -134,10 +134,8 @@ def to_resume_from(wanted: str | Path | Literal[True], run: str | Path) -> Path:
     wanted = Path(wanted)
     broken = defects(wanted)
     if broken:
-        valid = last_valid(wanted.parent)
-        remedy = (
-            f"Resume from {valid}, the last valid one." if valid else "There is no valid one beside it; start anew."
-        )
+        valid = last_valid(wanted) or last_valid(wanted.parent) or last_valid(run)
+        remedy = f"Resume from {valid}, the last valid one." if valid else "There is no valid one; start anew."
         raise ValueError(
             f"A checkpoint to resume from must be valid. Found {wanted}: {'; '.join(broken[:3])}. {remedy}"
         )
@@ -203,7 +201,7 @@ def read(checkpoint: str | Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint; None where it has none that can be read."""
     try:
         content = json.loads(Path(checkpoint, MANIFEST).read_text())
-        facts = {"engine": str, "world_size": int, "sha256": str}
+        facts = {"engine": str, "world_size": int, "settings": dict, "sha256": str}
         known = all(isinstance(content.get(name, kind()), kind) for name, kind in facts.items())
         entries = [(entry["size"], entry["sha256"]) for entry in content["files"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -57,13 +57,18 @@ class RunTrainer(GRPOTrainer):
         `trl-apex evaluate` and `trl-apex report`.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or True for the run's last valid one.
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or True for the run's last valid one; by
+                default that of the configuration. False starts anew.
             trial, ignore_keys_for_eval: as in `transformers.Trainer`.
 
         Raises:
             ValueError: if the checkpoint is not valid or of other settings, before anything is loaded.
             RuntimeError: if the run was stopped by [`request_stop`], with a checkpoint saved.
         """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        if str(resume_from_checkpoint).lower() in ("true", "false"):  # of YAML and the command line
+            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
         self.resumed_from = resume_from_checkpoint = checkpoint.resume_point(self, resume_from_checkpoint)
         if self.args.should_save:
             if resume_from_checkpoint is None and (there := checkpoints(self.args.output_dir)):
@@ -133,7 +138,7 @@ class RunTrainer(GRPOTrainer):
             checkpoint.load(self, checkpoint_dir)
 
     def _load_rng_state(self, checkpoint_dir) -> None:
-        with checkpoint.refusing_pickles(checkpoint_dir):
+        with checkpoint.refusing_other_states(checkpoint_dir, "rng_state.pth"):
             super()._load_rng_state(checkpoint_dir)
 
     def _load_best_model(self) -> None:

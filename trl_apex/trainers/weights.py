@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers import TrainerCallback
 from ..diffusion.families.base import DiffusionPolicy
 from ..diffusion.losses import Decay
 from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
+
+logger = logging.getLogger(__name__)
 
 LORA_FILE, EMA_FILE, ANCHOR_FILE = "pytorch_lora_weights.safetensors", "ema.safetensors", "anchor.safetensors"
 ADAPTER_RATE, FULL_RATE = 3e-4, 1e-5  # default learning rates
@@ -245,7 +248,10 @@ class WeightCopy:
         """Take the copy that a checkpoint holds, or start one from the weights; every rank must call it."""
         self.start()
         file = Path(checkpoint, self.file)
-        if self.copy is None or not file.is_file():
+        if self.copy is None:
+            return
+        if not file.is_file():
+            logger.warning("%s holds no %s: the copy starts from the checkpoint's weights.", checkpoint, self.file)
             return
         with self.applied():
             set_trainable_weights(self.trainer.model, load_file(file))
@@ -255,12 +261,12 @@ class WeightCopy:
         file = Path(checkpoint, self.file)
         if self.decay is None or not file.is_file():
             return
-        expected = {n.removeprefix("module.") for n, p in self.trainer.model.named_parameters() if p.requires_grad}
-        names = sorted((expected | {"optimization_step"}) ^ stored_shapes(file).keys())
-        if names:
+        trained = [(n.removeprefix("module."), p) for n, p in self.trainer.model.named_parameters() if p.requires_grad]
+        expected = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained} | {"optimization_step": []}
+        differs = difference(stored_shapes(file), expected)
+        if differs:
             raise ValueError(
-                f"{file} must hold a copy of each trained weight, and its step. Found {len(names)} names in one of the "
-                f"file and the model alone, e.g. {names[0]}. Take another checkpoint."
+                f"{file} must hold a copy of each trained weight, and its step. Found {differs}. Take another checkpoint."
             )
 
     def _weights(self) -> list[Tensor]:

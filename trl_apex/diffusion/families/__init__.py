@@ -41,8 +41,8 @@ def load_policy(model: Any, **from_pretrained_kwargs: Any) -> DiffusionPolicy:
         ValueError: if the pipeline is of no supported family, or lacks a component or a suitable scheduler.
         FileNotFoundError: if `model` looks like a folder and there is none.
     """
-    if isinstance(model, str):
-        path = Path(model)
+    if isinstance(model, str | Path):
+        path, model = Path(model), str(model)
         is_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or path.parent.is_dir()
         if is_path and not path.is_dir():
             raise FileNotFoundError(f"The folder of a model must exist. Found no {model}. Pass a path, or a hub id.")
