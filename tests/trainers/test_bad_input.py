@@ -240,11 +240,11 @@ def test_a_pipeline_that_cannot_be_trained(pipeline, dataset, lora, make_args, c
 def test_projections_that_are_fused_or_cast_are_refused_where_they_would_not_train(pipeline, dataset, lora, make_args):
     cast = copy.deepcopy(pipeline)
     cast.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    with pytest.raises(ValueError, match="Found layerwise_casting. Undo it before training"):
+    with pytest.raises(ValueError, match="Found layerwise_casting. Undo it"):
         constructed(cast, dataset, None, make_args())
     constructed(cast, dataset, lora, make_args())  # the adapter's own weights are not cast
     pipeline.transformer.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="Found fused_projections. Undo it before training .`unfuse_qkv_projections"):
+    with pytest.raises(ValueError, match="Found fused projections. Undo it .`unfuse_qkv_projections"):
         constructed(pipeline, dataset, lora, make_args())
     pipeline.transformer.unfuse_qkv_projections()
     constructed(pipeline, dataset, lora, make_args())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -93,13 +94,19 @@ def _check_computation(denoiser: nn.Module, adapter: bool) -> None:
     found = {name for m in denoiser.modules() for name in getattr(getattr(m, "_diffusers_hook", None), "hooks", ())}
     if adapter:  # its own weights are not cast
         found -= {"layerwise_casting", "peft_autocast_disable"}
-    found |= {"fused_projections" for m in denoiser.modules() if getattr(m, "fused_projections", False)}
+    if any(map(_is_fused, denoiser.modules())):
+        found.add("fused projections")
     if found:
         raise ValueError(
             f"The {type(denoiser).__name__} must compute each step from the weights that train. Found "
-            f"{', '.join(sorted(found))}. Undo it before training (`unfuse_qkv_projections()`, `disable_cache()`), or load "
-            "the pipeline anew."
+            f"{', '.join(sorted(found))}. Undo it (`unfuse_qkv_projections()`, `disable_cache()`), or load the pipeline anew."
         )
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether an attention computes with one matrix for query, key and value, beside which their own layers lie idle."""
+    flag = isinstance(module, AttentionModuleMixin) and module.fused_projections
+    return flag or "Fused" in type(getattr(module, "processor", None)).__name__
 
 
 @dataclasses.dataclass
