@@ -53,11 +53,6 @@ def shown_condition(conditions: Iterable[str]) -> str:
     return "long" if "long" in found else found[0]
 
 
-def objectives(row: dict[str, Any]) -> list[str]:
-    """The objectives of a run, in order."""
-    return [name.removeprefix("gain/") for name, gain in row.items() if name.startswith("gain/") and gain is not None]
-
-
 def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         (x, x_error), (y, y_error) = line["mean_gain"], line["worst_gain"]
@@ -82,8 +77,8 @@ def _courses(axes: Any, condition: str, runs: dict[str, list[dict[str, Any]]]) -
     means = {method: torch.tensor([row["curve"] for row in mine]).mean(0) for method, mine in runs.items()}
     reach = [bound for curves in means.values() for bound in (float(curves.min()) - 0.1, float(curves.max()) + 0.1)]
     for axis, (method, curves) in zip(axes, means.items(), strict=False):
-        for values, name in zip(curves.T, objectives(runs[method][0]), strict=True):
-            axis.plot([step * every for step in range(len(values))], values, label=name)
+        for values, name in zip(curves.T, runs[method][0]["gains"], strict=True):
+            axis.plot([step * every // 2 for step in range(len(values))], values, label=name)
         axis.axhline(0, color="black", linewidth=0.6)
         title = f"{method}, {condition}"
         axis.set(title=title, xlabel="iteration", ylabel="gain (base stds)", ylim=(min(reach), max(reach)))

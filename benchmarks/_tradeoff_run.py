@@ -2,66 +2,69 @@
 
 import json
 import logging
+import math
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
 
 from trl_apex import APEXConfig, APEXTrainer
+from trl_apex.aggregation import GRADIENT_RULES
 from trl_apex.demo import HELD_OUT, held_out_monitors, quiet
-from trl_apex.evaluation import compare, hypervolume, seesaw_rate
+from trl_apex.evaluation import compare, seesaw_rate
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward
-from trl_apex.tiny.prompts import tiny_prompts
+from trl_apex.tiny.prompts import COLOURS, SHAPES, tiny_prompts
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
 
 OBJECTIVES = ("ocr", "pickscore", "deqa", "aesthetic")
-JPEG = "jpeg_compressibility"
-MEASURED = (*OBJECTIVES, JPEG, *HELD_OUT)
+JPEG, COLOUR = "jpeg_compressibility", "right_colour"
+MEASURED = (*OBJECTIVES, JPEG, COLOUR, *HELD_OUT)
 
+# By condition: `objectives`, `factors` on their rewards, `mixed` prompts, and other values for the configuration.
 CONDITIONS: dict[str, dict[str, Any]] = {
     "natural": {},
+    "conflict": {"objectives": (*OBJECTIVES, JPEG)},
     "field_units": {"factors": {"pickscore": 1 / 26, "deqa": 1 / 5}},  # as Flow-GRPO's users sum them
     "scaled": {"factors": {"aesthetic": 100.0}},
-    "conflict": {"objectives": (*OBJECTIVES, JPEG)},
-    "kl": {"beta": 0.04},
-    "long": {"max_steps": 90, "eval_steps": 30},  # three times the budget
+    "mixed": {"objectives": (*OBJECTIVES, COLOUR), "mixed": True, "prompt_mix": {"word": 1, "colour": 1}},
+    "few_prompts": {"num_generations": 8},  # four prompts an iteration
+    "long": {"max_steps": 384, "eval_steps": 96},  # three times the budget
 }
 
-# The budget of every run: 30 iterations of 8 prompts x 4 images, one update each, all weights trained. The images of a
-# group share their initial noise, so that they differ by the two trained steps alone; that makes so small a budget enough.
+# The budget of every run: 64 iterations of 8 prompts x 4 images, two updates each, all weights trained.
 BUDGET: dict[str, Any] = {
     "use_cpu": True,
     "per_device_train_batch_size": 32,
     "generation_batch_size": 32,
+    "rollout_batch_size": 32,
     "num_generations": 4,
-    "num_inference_steps": 4,
+    "num_inference_steps": 6,
     "guidance_scale": 1.0,
     "max_sequence_length": 12,
-    "sde_window_size": 2,
-    "sde_window_range": [0, 3],
-    "share_initial_noise": True,
-    "timestep_batch_size": 2,
-    "learning_rate": 6e-5,
-    "epsilon": 1e-3,
-    "max_steps": 30,
-    "logging_steps": 1,
+    "max_steps": 128,
+    "gradient_checkpointing": False,
+    "logging_steps": 2,
     "save_strategy": "no",
     "eval_strategy": "steps",
-    "eval_steps": 10,
-    "eval_num_inference_steps": 4,
-    "per_device_eval_batch_size": 64,
+    "eval_steps": 32,
+    "eval_num_inference_steps": 6,
+    "per_device_eval_batch_size": 96,
     "disable_tqdm": True,
-    "reward_overlap": False,
-    "gradient_probe": True,
-    "probe_every": 5,
-    "probe_layers": [r"attn\.to_out", r"attn\.to_add_out"],
 }
-APEX = {"need_coef": 2.0, "warmup_iterations": 2, "ramp_iterations": 1, "priority_ema": 0.5}  # quick, for a short run
+UPDATES = 2  # of an iteration
+# Four noise levels an image, the images' final latents alone.
+FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": UPDATES}
+LOSS = {"loss_type": "nft", **FINAL}  # by the comparison of the losses
+APEX = {"need_coef": 4.0, "warmup_iterations": 1, "ramp_iterations": 1}  # quick, for a short run
+PROBED = [r"attn\.to_out", r"attn\.to_add_out"]  # layers of the gradient probe
 TARGETS = [0.75, 18.8, 3.4, 7.1]  # of OBJECTIVES, about one standard deviation above the base
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -72,18 +75,61 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without_potential": {"potential_coef": 0.0},
     "without_conflict": {"conflict_coef": 0.0},
     "without_need": {"need_coef": 0.0},
-    "conflict_gradient": {"conflict_source": "gradient"},
-    "conflict_population": {"conflict_source": "population"},
     "need_target": {"need_mode": "target", "reward_targets": TARGETS},
+    "need_largest": {"need_scale": "largest"},
+    "need_coef_2": {"need_coef": 2.0},
     "need_coef_1": {"need_coef": 1.0},
 }
 
 
 @cache
 def production_rewards() -> dict[str, Any]:
-    """The production reward classes on the tiny networks, loaded once a process."""
+    """The production reward classes on the tiny networks, loaded once a process, and the colour of an image."""
     ocr = OCRReward(confidence=True, workers=1, engine_params={"Rec.rec_img_shape": [3, 48, 96]})
-    return {reward.__name__: reward for reward in (ocr, *tiny_rewards()[1:], JPEGCompressibilityReward())}
+    rewards = (ocr, *tiny_rewards()[1:], JPEGCompressibilityReward(), right_colour)
+    return {reward.__name__: reward for reward in rewards}
+
+
+RGB = dict(zip(COLOURS, ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (1, 0.5, 0)), strict=True))
+
+
+def right_colour(images, wanted=None, **kwargs):
+    """Cosine of the mean colour, without its grey, with the `wanted` one; None where the prompt wants a word instead."""
+    scores: list[float | None] = []
+    for image, name in zip(images, wanted or [None] * len(images), strict=True):
+        if name is None:
+            scores.append(None)
+            continue
+        mean, goal = image.mean((1, 2)), torch.tensor(RGB[name], dtype=image.dtype)
+        scores.append(float(torch.nn.functional.cosine_similarity(mean - mean.mean(), goal - goal.mean(), dim=0)))
+    return scores
+
+
+def prompts_of(kind: str, split: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Prompts of the kind "word" (OCR has a target, no colour is wanted) or "colour" (the reverse, no word)."""
+    if kind == "word":
+        rows = tiny_prompts(split, count, seed)
+        return [{**row, "kind": kind, "target": row["word"], "wanted": None} for row in rows]
+    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES][:count]
+    own = {"kind": kind, "target": None, "word": None}
+    return [{"prompt": f"a {c} {s}", "colour": c, "shape": s, "wanted": c, **own} for c, s in pairs]
+
+
+def of_words(monitor: Any) -> Any:
+    """The same monitor on the prompts that have a word; None elsewhere."""
+
+    def score(images, word, **columns):
+        at = [i for i, one in enumerate(word) if one is not None]
+        there = {name: [values[i] for i in at] for name, values in columns.items() if isinstance(values, list)}
+        shown = images[at] if isinstance(images, torch.Tensor) else [images[i] for i in at]
+        found = monitor(images=shown, word=[word[i] for i in at], **there) if at else []
+        scores: list[float | None] = [None] * len(word)
+        for i, value in zip(at, found, strict=True):
+            scores[i] = float(value)
+        return scores
+
+    score.__name__ = monitor.__name__
+    return score
 
 
 def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -100,7 +146,8 @@ def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str
     if method.startswith("apex"):
         part = ABLATIONS[method.partition(":")[2] or "apex"]
         return objectives, {"aggregation_options": {**APEX, **part}}
-    return objectives, {"multi_objective_aggregation": method}
+    probe = {"gradient_probe": True, "probe_layers": PROBED} if method in GRADIENT_RULES else {}
+    return objectives, {"multi_objective_aggregation": method, **probe}
 
 
 def scaled(reward: Any, factor: float) -> Any:
@@ -122,76 +169,97 @@ def build_trainer(
     quiet()
     options = dict(CONDITIONS[condition])
     objectives, own = method_settings(method, options.pop("objectives", OBJECTIVES))
-    factors = options.pop("factors", {})
-    config = APEXConfig(output_dir=output_dir, seed=seed, **{**BUDGET, **options, **own, **changes})
-    rewards = production_rewards()
-    held_out = {monitor.__name__: monitor for monitor in held_out_monitors()}
+    factors, mixed = options.pop("factors", {}), options.pop("mixed", False)
+    kinds = ("word", "colour") if mixed else ("word",)
+    config = APEXConfig(output_dir=output_dir, seed=seed, **{**BUDGET, **LOSS, **options, **own, **changes})
+    measured = production_rewards() | {monitor.__name__: of_words(monitor) for monitor in held_out_monitors()}
+    train, test = (
+        Dataset.from_list([row for kind in kinds for row in prompts_of(kind, split, count // len(kinds), own_seed)])
+        for split, count, own_seed in (("train", 1024, seed), ("test", prompts, 0))
+    )
+    pipeline = load_tiny_pipeline()
+    pipeline.transformer.float()
     trainer = APEXTrainer(
-        load_tiny_pipeline(),
-        [scaled(rewards[name], factors.get(name, 1.0)) for name in objectives],
+        pipeline,
+        [scaled(measured[name], factors.get(name, 1.0)) for name in objectives],
         config,
-        tiny_prompts("train", 512, seed),
-        eval_dataset=tiny_prompts("test", prompts),
-        monitor_funcs=[{**rewards, **held_out}[name] for name in MEASURED if name not in objectives],
+        train,
+        eval_dataset=test,
+        monitor_funcs=[measured[name] for name in MEASURED if name not in objectives and (name != COLOUR or mixed)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
-def base_table(seed: int, prompts: int, folder: Path, **changes: Any) -> torch.Tensor:
-    """Rewards `[P, M]` of the untrained model with this seed's evaluation noise; kept in a file, as all methods share it."""
-    path = folder / f"base_{seed}_{prompts}.json"
-    if not path.exists():
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = build_trainer("natural", "apex", seed, prompts, scratch, **changes)
-            trainer.evaluate()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(table_of(trainer).tolist()))
-    return torch.tensor(json.loads(path.read_text()), dtype=torch.float64)
-
-
 def table_of(trainer: APEXTrainer, factors: dict[str, float] | None = None) -> torch.Tensor:
-    """Rewards `[P, M]` of the trainer's last evaluation, in their natural units."""
-    rows = [[record["rewards"][name] for name in MEASURED] for record in trainer.eval_records]
+    """Rewards `[P, M]` of the trainer's last evaluation, in their natural units; NaN where there is none."""
+    found = [record["rewards"] for record in trainer.eval_records]
+    rows = [[math.nan if row.get(name) is None else row[name] for name in MEASURED] for row in found]
     units = torch.tensor([(factors or {}).get(name, 1.0) for name in MEASURED], dtype=torch.float64)
     return torch.tensor(rows, dtype=torch.float64) / units
 
 
-def run(condition: str, method: str, seed: int, prompts: int, folder: Path, **changes: Any) -> dict[str, Any]:
+class Cost(transformers.TrainerCallback):
+    """What training had cost at each evaluation: images, processor time and denoiser rows; evaluations do not count."""
+
+    def __init__(self, trainer: APEXTrainer) -> None:
+        self.points: list[tuple[int, float, int]] = []
+        self._images = trainer.args.generation_batch_size
+        self._rows = 0  # a row with a gradient counts as three: its backward pass costs two
+        self._seconds, self._since = 0.0, time.process_time()
+        trainer.policy.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+        self._rows += len(inputs["hidden_states"]) * (3 if torch.is_grad_enabled() else 1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.process_time()
+        self._seconds, self._since = self._seconds + now - self._since, now
+        self._spent = state.global_step // UPDATES * self._images, round(self._seconds, 1), self._rows
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.points.append(self._spent)
+        self._since, self._rows = time.process_time(), self._spent[2]
+
+
+def run(condition: str, method: str, rate: float, seed: int, prompts: int, **changes: Any) -> dict[str, Any]:
     """Train once with a method (see [`method_settings`]) and measure it on so many test prompts, one image each.
 
     The seed is that of prompts, weights and all noise, evaluation's too; all methods share it, so differences are paired.
-    `folder` keeps the base's evaluation; `changes` are other values for the configuration.
+    `changes` are other values for the configuration. Of `curve`, each point is the gains at an evaluation, and of `cost` what
+    [`Cost`] says.
     """
     logging.disable(logging.WARNING)
-    base = base_table(seed, prompts, folder, **changes)
     factors = CONDITIONS[condition].get("factors", {})
     judged = CONDITIONS[condition].get("objectives", OBJECTIVES)
-    started = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = build_trainer(condition, method, seed, prompts, scratch, **changes)
+        trainer = build_trainer(condition, method, seed, prompts, scratch, learning_rate=rate, **changes)
+        trainer.evaluate()
+        base = table_of(trainer, factors)
+        cost = Cost(trainer)
+        trainer.add_callback(cost)
         trainer.train()
-        seconds = time.process_time() - started
         tuned = table_of(trainer, factors)
     order = [MEASURED.index(name) for name in (*judged, *(name for name in MEASURED if name not in judged))]
     names = [MEASURED[i] for i in order]
     result = compare(names, base[:, order], tuned[:, order], len(judged))
     gains = {name: row["gain"] for name, row in result["objectives"].items()}
-    history = trainer.state.log_history
+    differences = {name: (row["base"], row["tuned"]) for name, row in result["held_out"].items()}
     return {
         "condition": condition,
         "method": method,
+        "rate": rate,
         "seed": seed,
-        **{f"gain/{name}": gain for name, gain in gains.items()},
+        "gains": gains,
+        "errors": {name: row["gain_se"] for name, row in result["objectives"].items()},
         "worst_gain": min(gains.values()),
         "mean_gain": statistics.mean(gains.values()),
         "hypervolume": result["hypervolume"],
-        "hypervolume_below_base": hypervolume(torch.tensor([list(gains.values())]), -torch.ones(len(gains))),
+        "specialist_share": None,
+        "held_out": {name: tuned - base for name, (base, tuned) in differences.items() if base is not None},
         "jdr": result["domination"]["all_at_least_as_good"],
-        "jcr": result["domination"]["all_at_most_as_good"],
-        **{f"held_out/{name}": row["tuned"] - row["base"] for name, row in result["held_out"].items()},
-        **dynamics(history, list(gains), base, factors),
-        "cpu_seconds": round(seconds, 1),
+        "cost": cost.points,
+        **dynamics(trainer.state.log_history, list(gains), base, factors),
     }
 
 
@@ -200,29 +268,35 @@ def dynamics(
 ) -> dict[str, Any]:
     """What the logs of a run say of its course."""
     evaluations = [entry for entry in history if f"eval_rewards/{objectives[0]}/mean" in entry]
-    columns = [MEASURED.index(name) for name in objectives]
-    units = base[:, columns].std(0)
-    start, start_se = base[:, columns].mean(0), units / len(base) ** 0.5
-    means, errors = [start], [start_se]
-    for entry in evaluations:
-        for kind, values in (("mean", means), ("se", errors)):
-            row = [entry[f"eval_rewards/{name}/{kind}"] / factors.get(name, 1.0) for name in objectives]
-            values.append(torch.tensor(row, dtype=torch.float64))
-    harmony = logged(history, "gradient_harmony")
-    priorities = {name: logged(history, f"priority/{name}") for name in objectives}
+    columns = [base[:, MEASURED.index(name)] for name in objectives]
+    columns = [column[column.isfinite()] for column in columns]
+    units = torch.stack([column.std() for column in columns])
+    points = {"mean": [[column.mean().item() for column in columns]]}
+    points["se"] = [[(column.std() / len(column) ** 0.5).item() for column in columns]]
+    for kind, rows in points.items():
+        keys = {name: f"eval_rewards/{name}/{kind}" for name in objectives}
+        rows += [[entry[key] / factors.get(name, 1.0) for name, key in keys.items()] for entry in evaluations]
+    means, errors = (torch.tensor(rows, dtype=torch.float64) for rows in points.values())
+    curve = (means - means[0]) / units
+    priorities = {name: [e[f"priority/{name}"] for e in history if f"priority/{name}" in e] for name in objectives}
     return {
-        "seesaw_rate": seesaw_rate(torch.stack(means), torch.stack(errors)),
-        "conflict_rate": sum(value < 0 for value in harmony) / len(harmony) if harmony else None,
-        "hijack_index": mean_of(logged(history, "hijack_index")),
-        **{f"hijack_share/{name}": mean_of(logged(history, f"hijack_share/{name}")) for name in objectives},
-        "priorities": {name: [round(v, 3) for v in values] for name, values in priorities.items() if values},
-        "curve": [[round(v, 3) for v in ((mean - start) / units).tolist()] for mean in means],
+        "seesaw_rate": seesaw_rate(means, errors),
+        "curve": [[round(value, 3) for value in point] for point in curve.tolist()],
+        "priorities": {name: [round(value, 3) for value in values] for name, values in priorities.items() if values},
     }
 
 
-def logged(history: list[dict[str, Any]], key: str) -> list[float]:
-    return [entry[key] for entry in history if key in entry and entry[key] == entry[key]]
-
-
-def mean_of(values: list[float]) -> float | None:
-    return statistics.mean(values) if values else None
+def execute(jobs: dict[str, tuple[tuple, dict[str, Any]]], workers: int, folder: Path) -> list[dict[str, Any]]:
+    """Rows of all jobs in order: by name, positional arguments and changes of [`run`]; those that have a file are read from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.json" for name in jobs}
+    left = [name for name, path in paths.items() if not path.exists()]
+    context = get_context("forkserver")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(run, *jobs[name][0], **jobs[name][1]): name for name in left}
+        for done, future in enumerate(as_completed(futures), start=1):
+            row, name = future.result(), futures[future]
+            paths[name].write_text(json.dumps(row))
+            gains = ", ".join(f"{objective} {gain:+.2f}" for objective, gain in row["gains"].items())
+            print(f"[{done}/{len(left)}] {name}: {gains} ({row['cost'][-1][1]} s)", flush=True)
+    return [json.loads(path.read_text()) for path in paths.values()]

@@ -10,71 +10,36 @@ docs/benchmarks.md, "The losses against each other".
 """
 
 import json
-import statistics
-import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from _bench import arguments, machine, mean_and_error, table, write
-from _tradeoff_run import MEASURED, OBJECTIVES, production_rewards, table_of
+from _tradeoff_run import BUDGET, FINAL, OBJECTIVES, UPDATES, execute
 
-from trl_apex import APEXConfig, APEXTrainer
-from trl_apex.demo import HELD_OUT, held_out_monitors, quiet
-from trl_apex.evaluation import compare
-from trl_apex.tiny.prompts import tiny_prompts
-from trl_apex.tiny.world import load_tiny_pipeline
+from trl_apex.demo import HELD_OUT
 
 GOAL = 0.25  # base standard deviations
-PROMPTS = 96
+PROMPTS = 192
 DEVELOPMENT, FRESH = (0, 100), (1, 2, 3, 4, 5)
 
-# Every run: 40 iterations of 8 prompts x 4 images, two updates each, all weights trained.
-BUDGET: dict[str, Any] = {
-    "use_cpu": True,
-    "per_device_train_batch_size": 32,
-    "generation_batch_size": 32,
-    "rollout_batch_size": 32,
-    "num_generations": 4,
-    "num_inference_steps": 6,
-    "guidance_scale": 1.0,
-    "max_sequence_length": 12,
-    "max_steps": 80,
-    "gradient_checkpointing": False,
-    "logging_steps": 2,
-    "save_strategy": "no",
-    "eval_strategy": "steps",
-    "eval_steps": 20,
-    "eval_num_inference_steps": 6,
-    "per_device_eval_batch_size": PROMPTS,
-    "disable_tqdm": True,
-}
-APEX = {"aggregation_options": {"need_coef": 4.0, "warmup_iterations": 1, "ramp_iterations": 1}}
-SDE = {"loss_type": "grpo", "epsilon": 1e-3, "noise_level": 0.7}
-FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": 2, **APEX}
-METHODS: dict[str, dict[str, Any]] = {
+SDE = {"loss_type": "grpo", "epsilon": 1e-3, "noise_level": 0.7, "num_iterations": UPDATES}
+# By name: the rule of the aggregator, and the loss. The budget is that of the comparison of the rules.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     # Flow-GRPO's loop: every step stochastic and trained, rewards summed and normalized.
-    "plain": {
-        **SDE,
-        "timestep_batch_size": 5,
-        "num_iterations": 2,
-        "multi_objective_aggregation": "sum_then_normalize",
-    },
-    "grpo": {
-        **SDE,
-        "timestep_batch_size": 2,
-        "num_iterations": 2,
-        "sde_window_size": 2,
-        "sde_window_range": [0, 4],
-        **APEX,
-    },
-    "awm": {"loss_type": "awm", **FINAL},
-    "nft": {"loss_type": "nft", **FINAL},
-    "fpo": {"loss_type": "fpo", **FINAL},
+    "plain": ("sum_then_normalize", {**SDE, "timestep_batch_size": 5, "timesteps_per_image": None}),
+    "grpo": (
+        "apex",
+        {
+            **SDE,
+            "timestep_batch_size": 2,
+            "timesteps_per_image": None,
+            "sde_window_size": 2,
+            "sde_window_range": [0, 4],
+        },
+    ),
+    "awm": ("apex", {"loss_type": "awm", **FINAL}),
+    "nft": ("apex", {"loss_type": "nft", **FINAL}),
+    "fpo": ("apex", {"loss_type": "fpo", **FINAL}),
 }
 SCANNED = {name: (1e-4, 3e-4) if name in ("plain", "grpo") else (1e-4, 2e-4) for name in METHODS}
 CHOSEN = dict.fromkeys(METHODS, 1e-4)  # by the scan
@@ -82,108 +47,42 @@ CHOSEN = dict.fromkeys(METHODS, 1e-4)  # by the scan
 Row = dict[str, Any]
 
 
-class Course(transformers.TrainerCallback):
-    """What training had cost at each evaluation; the evaluations themselves do not count."""
-
-    def __init__(self, trainer: APEXTrainer) -> None:
-        self.trainer, self.points = trainer, []
-        self.rows = 0  # a row with a gradient counts as three: its backward pass costs two
-        self._start = self._before = time.process_time()
-        self._rows_before = 0
-        trainer.policy.denoiser.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, module: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> None:
-        self.rows += len(inputs["hidden_states"]) * (3 if torch.is_grad_enabled() else 1)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._before, self._rows_before = time.process_time(), self.rows
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        images = state.global_step // 2 * args.generation_batch_size
-        spent = {"images": images, "cpu_seconds": self._before - self._start, "rows": self._rows_before}
-        self.points.append({**spent, "rewards": table_of(self.trainer)})
-        self._start += time.process_time() - self._before
-        self.rows = self._rows_before
-
-
-def run(method: str, rate: float, seed: int, folder: Path, prompts: int = PROMPTS, **changes: Any) -> Row:
-    """Train once; the gains over the base at each evaluation, and what they had cost.
-
-    Args:
-        method (`str`): a key of `METHODS`.
-        rate (`float`): learning rate.
-        seed (`int`): of prompts and all noise, evaluation's too.
-        folder (`Path`): for the file of this run.
-        prompts (`int`): test prompts, one image each.
-        changes: other values for the configuration.
-    """
-    quiet()
-    rewards, pipeline = production_rewards(), load_tiny_pipeline()
-    pipeline.transformer.float()
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = APEXTrainer(
-            pipeline,
-            [rewards[name] for name in OBJECTIVES],
-            APEXConfig(output_dir=scratch, seed=seed, learning_rate=rate, **{**BUDGET, **METHODS[method], **changes}),
-            tiny_prompts("train", 1024, seed),
-            eval_dataset=tiny_prompts("test", prompts),
-            monitor_funcs=[rewards[name] for name in MEASURED if name in rewards and name not in OBJECTIVES]
-            + held_out_monitors(),
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.evaluate()
-        base = table_of(trainer)
-        course = Course(trainer)
-        trainer.add_callback(course)
-        trainer.train()
-    columns = [MEASURED.index(name) for name in (*OBJECTIVES, *HELD_OUT)]
-    for point in course.points:
-        tuned = point.pop("rewards")
-        found = compare([*OBJECTIVES, *HELD_OUT], base[:, columns], tuned[:, columns], len(OBJECTIVES))
-        point["gains"] = {name: row["gain"] for name, row in found["objectives"].items()}
-        point["held_out"] = {name: row["tuned"] - row["base"] for name, row in found["held_out"].items()}
-    row = {"method": method, "rate": rate, "seed": seed, "course": course.points}
-    path = folder / f"{method}-{rate:g}-{seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(row))
-    return row
-
-
 def cost(row: Row, names: tuple[str, ...], kind: str) -> float | None:
     """What it had cost until the worst of `names` was `GOAL` above the base, between evaluations by a line; None if never."""
-    before, low = {"images": 0, "cpu_seconds": 0.0, "rows": 0}, 0.0
-    for point in row["course"]:
-        worst = min(point["gains"][name] for name in names)
+    column = ("images", "cpu_seconds", "rows").index(kind)
+    before, low = 0.0, 0.0
+    for gains, spent in zip(row["curve"][1:], row["cost"], strict=True):
+        worst = min(gains[OBJECTIVES.index(name)] for name in names)
         if worst >= GOAL:
             share = (GOAL - low) / (worst - low)
-            return before[kind] + share * (point[kind] - before[kind])
-        before, low = point, worst
+            return before + share * (spent[column] - before)
+        before, low = spent[column], worst
     return None
 
 
-def jobs_of(part: str, seeds: list[int] | None) -> list[tuple[str, float, int]]:
+def jobs_of(
+    part: str, seeds: list[int] | None, prompts: int = PROMPTS, **changes: Any
+) -> dict[str, tuple[tuple, dict[str, Any]]]:
     """Seed by seed, so that a run that is stopped early holds whole seeds."""
     if part == "scan":
-        return [(m, rate, seed) for seed in seeds or DEVELOPMENT for m in METHODS for rate in SCANNED[m]]
-    return [(method, CHOSEN[method], seed) for seed in seeds or FRESH for method in METHODS]
-
-
-def execute(jobs: list[tuple[str, float, int]], workers: int, folder: Path, **changes: Any) -> list[Row]:
-    """Rows of all jobs in order; those that have a file are read from it."""
+        jobs = [(m, rate, seed) for seed in seeds or DEVELOPMENT for m in METHODS for rate in SCANNED[m]]
+        prompts, changes = min(prompts, 96), {"max_steps": 80, "eval_steps": 20, **changes}
+    else:
+        jobs = [(method, CHOSEN[method], seed) for seed in seeds or FRESH for method in METHODS]
     found = {}
-    for path in folder.glob("*.json"):
-        row = json.loads(path.read_text())
-        found[row["method"], row["rate"], row["seed"]] = row
-    left = [job for job in jobs if job not in found]
-    context = get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(run, *job, folder, **changes): job for job in left}
-        for done, future in enumerate(as_completed(futures), start=1):
-            found[futures[future]] = row = future.result()
-            last = row["course"][-1]
-            gains = ", ".join(f"{name} {gain:+.2f}" for name, gain in last["gains"].items())
-            print(f"[{done}/{len(left)}] {futures[future]}: {gains} ({last['cpu_seconds']:.0f} s)", flush=True)
-    return [found[job] for job in jobs if job in found]
+    for method, rate, seed in jobs:
+        rule, loss = METHODS[method]
+        found[f"{method}-{rate}-{seed}"] = ("natural", rule, rate, seed, prompts), {**loss, **changes}
+    return found
+
+
+def rows_of(jobs: dict[str, tuple[tuple, dict[str, Any]]], workers: int, folder: Path) -> list[Row]:
+    """The finished runs, by the name of their loss."""
+    dropped = ("condition", "specialist_share", "priorities")
+    rows = zip(jobs, execute(jobs, workers, folder), strict=True)
+    return [
+        {**{k: v for k, v in row.items() if k not in dropped}, "method": name.partition("-")[0]} for name, row in rows
+    ]
 
 
 def cell(values: list[float | None], digits: int = 2, sign: str = "+") -> str:
@@ -201,13 +100,16 @@ def summary(rows: list[Row]) -> str:
     lines = []
     for key in dict.fromkeys((row["method"], row["rate"]) for row in rows):
         mine = [row for row in rows if (row["method"], row["rate"]) == key]
-        last = [row["course"][-1] for row in mine]
-        worst = [min(point["gains"].values()) for point in last]
-        mean = [statistics.mean(point["gains"].values()) for point in last]
         lines.append(
-            [key[0], f"{key[1]:g}", str(len(mine)), cell(worst), cell(mean)]
-            + [cell([point["gains"][name] for point in last]) for name in OBJECTIVES]
-            + [cell([point["held_out"][name] for point in last]) for name in HELD_OUT]
+            [
+                key[0],
+                f"{key[1]:g}",
+                str(len(mine)),
+                cell([r["worst_gain"] for r in mine]),
+                cell([r["mean_gain"] for r in mine]),
+            ]
+            + [cell([row["gains"][name] for row in mine]) for name in OBJECTIVES]
+            + [cell([row["held_out"][name] for row in mine]) for name in HELD_OUT]
             + [cell([cost(row, names, "cpu_seconds") for row in mine], 0, "") for names in (("ocr",), OBJECTIVES)]
             + [cell([cost(row, OBJECTIVES, kind) for row in mine], 0, "") for kind in ("images", "rows")]
         )
@@ -234,11 +136,12 @@ def main() -> None:
     if given.redraw:
         found = json.loads(path.read_text())
     elif given.smoke:
-        small = {"max_steps": 4, "eval_steps": 2, "prompts": 8}
-        jobs = [("plain", 1e-4, 0), ("fpo", 1e-4, 0)]
-        found = {"settings": small, "rows": execute(jobs, 1, given.out / "runs", **small)}
+        small = {"max_steps": 4, "eval_steps": 2, "per_device_train_batch_size": 8, "generation_batch_size": 8}
+        jobs = jobs_of("scan", [0], 8, **small)
+        jobs = {name: job for name, job in jobs.items() if name.startswith(("plain-0.0001", "fpo-0.0001"))}
+        found = {"settings": small, "rows": rows_of(jobs, 1, given.out / "runs")}
     else:
-        rows = execute(jobs_of(given.part, given.seeds), given.workers, given.runs)
+        rows = rows_of(jobs_of(given.part, given.seeds), given.workers, given.runs)
         found = {"machine": machine(), "budget": BUDGET, "methods": METHODS, "rows": rows}
     write(path, found, summary(found["rows"]), digits=4)
     if given.part == "compare":

@@ -20,14 +20,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from _bench import arguments, machine, mean_and_error, table, write
-from _tradeoff_run import APEX, BUDGET, production_rewards
+from _tradeoff_run import APEX, BUDGET, LOSS, production_rewards, prompts_of, right_colour
 from datasets import Dataset
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.demo import quiet
-from trl_apex.tiny.prompts import COLOURS, SHAPES, tiny_prompts
+from trl_apex.tiny.prompts import COLOURS, SHAPES
 from trl_apex.tiny.world import load_tiny_pipeline
 
 KINDS = ("word", "colour")
@@ -42,34 +41,6 @@ MEASURES = {
     "pickscore, words": "eval_word_rewards/pickscore",
     "pickscore, colours": "eval_colour_rewards/pickscore",
 }
-RGB = {
-    "red": (1, 0, 0),
-    "green": (0, 1, 0),
-    "blue": (0, 0, 1),
-    "yellow": (1, 1, 0),
-    "purple": (1, 0, 1),
-    "orange": (1, 0.5, 0),
-}
-
-
-def right_colour(images, colour, **kwargs):
-    """Cosine of the mean colour, without its grey, with the colour that the prompt asks for; None where it asks for a word."""
-    scores: list[float | None] = []
-    for image, name in zip(images, colour, strict=True):
-        if name is None:
-            scores.append(None)
-            continue
-        mean, wanted = image.mean((1, 2)), torch.tensor(RGB[name], dtype=image.dtype)
-        scores.append(float(torch.nn.functional.cosine_similarity(mean - mean.mean(), wanted - wanted.mean(), dim=0)))
-    return scores
-
-
-def prompts_of(kind: str, split: str, count: int, seed: int) -> list[dict[str, Any]]:
-    if kind == "word":
-        rows = tiny_prompts(split, count, seed)
-        return [{"prompt": row["prompt"], "kind": kind, "target": row["word"], "colour": None} for row in rows]
-    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES][:count]
-    return [{"prompt": f"a {c} {s}", "kind": kind, "target": None, "colour": c} for c, s in pairs]
 
 
 def stage(pipeline: Any, kinds: tuple[str, ...], seed: int, count: int, folder: str, **changes: Any) -> APEXTrainer:
@@ -78,7 +49,10 @@ def stage(pipeline: Any, kinds: tuple[str, ...], seed: int, count: int, folder: 
     rows = [row for kind in kinds for row in prompts_of(kind, "train", 512, seed)]
     mix = {"prompt_mix": dict.fromkeys(kinds, 1)} if len(kinds) > 1 else {}
     config = APEXConfig(
-        output_dir=folder, seed=seed, aggregation_options=APEX, **{**BUDGET, "eval_strategy": "no", **mix, **changes}
+        output_dir=folder,
+        seed=seed,
+        aggregation_options=APEX,
+        **{**BUDGET, **LOSS, "eval_strategy": "no", **mix, **changes},
     )
     return APEXTrainer(
         pipeline,
@@ -96,7 +70,7 @@ def run(arm: str, seed: int, iterations: int, count: int, **changes: Any) -> dic
     base: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for kinds in stages:
-            trainer = stage(pipeline, kinds, seed, count, folder, max_steps=iterations // len(stages), **changes)
+            trainer = stage(pipeline, kinds, seed, count, folder, max_steps=2 * iterations // len(stages), **changes)
             base = base or trainer.evaluate()
             trainer.train()
         tuned = trainer.evaluate()
