@@ -43,7 +43,7 @@ def named(name):
         ({"eval_dataset": Dataset.from_dict({"text": ["a"]})}, "`eval_dataset` must have a `prompt` column"),
         ({"peft_config": LoraConfig(target_modules=["to_q", "nowhere"])}, "must match.*nowhere.*to_q"),
         ({"peft_config": LoraConfig(lora_dropout=0.1)}, "`lora_dropout` must be 0"),
-        ({"quantization_config": object()}, "`quantization_config` must be None"),
+        ({"quantization_config": object()}, "`quantization_config` must be one that diffusers knows"),
         ({"callbacks": object()}, "`callbacks` must be a list. Found object"),
     ],
 )

@@ -25,10 +25,12 @@ from .weights import (
     EMA_FILE,
     LORA_FILE,
     answer_as_transformers,
+    choose_attention,
     compile_blocks,
     difference,
     frozen_copy,
     lora_layers,
+    one_kernel,
     plain_name,
     stored_shapes,
     warn_of_all_weights,
@@ -74,6 +76,13 @@ def prepare_denoiser(
         for module in denoiser.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
+    if policy.quantized and peft_config is None and start is None:
+        raise ValueError(
+            "A quantized base must stay frozen, with an adapter on it. Found neither `peft_config` nor `adapter`. Pass e.g. "
+            "peft_config=LoraConfig(r=32, lora_alpha=64), or load the model without quantization."
+        )
+    if args.attention_backend is not None:
+        choose_attention(denoiser, args.attention_backend)
     if args.compile_denoiser:
         compile_blocks(denoiser)
     answer_as_transformers(denoiser)
@@ -184,6 +193,7 @@ def _add_adapter(policy: DiffusionPolicy, peft_config: Any, start: Adapter | Non
     elif not isinstance(config.target_modules, str):
         _check_targets(denoiser, config.target_modules)
     denoiser.requires_grad_(False)
+    one_kernel(denoiser)
     model = get_peft_model(denoiser, config)
     if start is None:
         return model

@@ -321,6 +321,14 @@ class DiffusionGRPOConfig(GRPOConfig):
     gather_for_rollout: bool = _field(
         True, "Under ZeRO-3 and FSDP2, gather all weights once a rollout; False gathers each layer in each forward."
     )
+    quantization_config: dict[str, Any] | str | None = _field(
+        None,
+        "How diffusers quantizes the denoiser when it loads it, for an adapter on a frozen base: a dictionary as in a model's "
+        "config.json; JSON on the command line.",
+    )
+    attention_backend: str | None = _field(
+        None, "Attention kernel of the denoiser, by diffusers' name for it, such as 'flash'. None: PyTorch's choice."
+    )
     compile_denoiser: bool = _field(False, "Compile the denoiser's repeated blocks, for rollout and update alike.")
     ema_decay: float | None = _field(
         None, "Decay of an exponential moving average of the trained weights; None for none."
@@ -346,6 +354,8 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        example = '{"quant_method": "bitsandbytes", "load_in_4bit": true}'
+        self.quantization_config = read_json("quantization_config", self.quantization_config, example)
         self.prompt_mix = read_json("prompt_mix", self.prompt_mix, '{"ocr": 1, "plain": 1}')
         self._check_fields()
         updates, accumulation = self.updates_per_iteration, self.gradient_accumulation_steps

@@ -113,7 +113,8 @@ class DiffusionGRPOTrainer(RunTrainer):
             evaluates it at the end.
         processing_class, reward_processing_classes: accepted for compatibility; a pipeline brings its own.
         callbacks, optimizers: as in `transformers.Trainer`.
-        quantization_config: must be None.
+        quantization_config (*optional*): how the denoiser is quantized when it is loaded: diffusers' `BitsAndBytesConfig`,
+            `TorchAoConfig` or another, its dictionary, or a `PipelineQuantizationConfig`. Instead of the field of `args`.
         peft_config (`peft.LoraConfig`, *optional*): train an adapter instead of all weights.
         monitor_funcs (callable or `list`, *optional*): reward functions that evaluation reports and training never sees.
         adapter (`str` or `Path`, *optional*): run folder or hub id of an adapter to go on from. An adapter that is on
@@ -178,15 +179,13 @@ class DiffusionGRPOTrainer(RunTrainer):
                 for name, part in eval_dataset.items()
             }
         reward_funcs, self.monitor_funcs = (load_rewards(as_list(funcs)) for funcs in (reward_funcs, monitor_funcs))
-        every_name = check_inputs(
-            args, reward_funcs, self.monitor_funcs, train_dataset, eval_dataset, callbacks, quantization_config
-        )
+        every_name = check_inputs(args, reward_funcs, self.monitor_funcs, train_dataset, eval_dataset, callbacks)
         names = every_name[: len(reward_funcs)]
         self.reward_weights = checked_weights(names, args.reward_weights, args.multi_objective_aggregation)
         train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
 
         with whole_models():
-            self.policy = load_model(model, args)
+            self.policy = load_model(model, args, quantization_config)
         if args.model_init_kwargs:  # may hold a token, and every checkpoint holds the arguments
             args = copy.copy(args)
             args.model_init_kwargs = redacted(args.model_init_kwargs)
@@ -220,6 +219,11 @@ class DiffusionGRPOTrainer(RunTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.policy.quantized and self._engine != "ddp":
+            raise ValueError(
+                f"A quantized base trains on one GPU or with DDP: engines do not shard or cast its weights. Found {self._engine}. "
+                "Launch without DeepSpeed and FSDP, or leave out `quantization_config`."
+            )
         self._set_inherited_attributes(reward_funcs, names)
         self._prepare_reference(starts_from_adapter=start is not None)
         self._scorer: RewardScorer | None = None  # while training

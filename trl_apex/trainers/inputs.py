@@ -57,10 +57,40 @@ def _importable(func: Any) -> str | None:
     return f"{module}:{name}" if found is func and module != "__main__" else None
 
 
-def load_model(model: Any, args: Any) -> DiffusionPolicy:
+def load_model(model: Any, args: Any, quantization_config: Any = None) -> DiffusionPolicy:
     """The policy of a pipeline, or of one that is named: a hub id, a folder, or "tiny"."""
+    quantization_config = quantization_config or args.quantization_config
     keywords = loading_arguments(model, args)
-    return load_policy(load_tiny_pipeline() if model == "tiny" else model, **keywords)
+    if quantization_config is not None:
+        # Without a dtype diffusers takes float16 for the rest of a model that bitsandbytes quantizes.
+        keywords = {
+            **dtype_argument(torch.float32),
+            **keywords,
+            "quantization_config": _of_pipeline(quantization_config),
+        }
+    policy = load_policy(load_tiny_pipeline() if model == "tiny" else model, **keywords)
+    if quantization_config is not None and not policy.quantized:
+        raise ValueError(
+            "`quantization_config` quantizes the `transformer` of a model that is loaded by name. Found a "
+            f"{type(policy.denoiser).__name__} that is not quantized. Quantize a pipeline when you load it, and leave this out."
+        )
+    return policy
+
+
+def _of_pipeline(config: Any) -> Any:
+    """What a pipeline's `from_pretrained` takes, from its like, or from the configuration of a model or its dictionary."""
+    from diffusers import PipelineQuantizationConfig
+    from diffusers.quantizers import DiffusersAutoQuantizer
+
+    if isinstance(config, PipelineQuantizationConfig):
+        return config
+    try:
+        config = DiffusersAutoQuantizer.from_dict(config) if isinstance(config, dict) else config
+        return PipelineQuantizationConfig(quant_mapping={"transformer": config})
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"`quantization_config` must be one that diffusers knows. Found {config!r}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def reward_names(reward_funcs: list[Callable], warn: bool = False) -> list[str]:
@@ -95,16 +125,10 @@ def check_inputs(
     train_dataset: Any,
     eval_dataset: Any,
     callbacks: Any,
-    quantization_config: Any,
 ) -> list[str]:
     """Raise for what a constructor cannot work with; returns the names of all rewards, monitored ones last."""
     if not reward_funcs:
         raise ValueError("`reward_funcs` must hold at least one reward function. Found none. Pass e.g. `OCRReward()`.")
-    if quantization_config is not None:
-        raise ValueError(
-            "`quantization_config` must be None: quantized denoisers are not supported. Found "
-            f"{type(quantization_config).__name__}. Use bf16 with a LoRA adapter to save memory."
-        )
     if callbacks is not None and not isinstance(callbacks, list):
         raise ValueError(f"`callbacks` must be a list. Found {type(callbacks).__name__}. Pass [callback].")
     names = reward_names([*reward_funcs, *monitor_funcs], warn=True)

@@ -4,7 +4,9 @@ import copy
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..aggregation.options import did_you_mean
 from ..diffusion.families.base import DiffusionPolicy
 from ..diffusion.losses import Decay
 from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
@@ -60,6 +63,50 @@ def frozen_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
     """
     frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()] if share_frozen else []
     return copy.deepcopy(model, {id(tensor): tensor for tensor in frozen}).eval().requires_grad_(False)
+
+
+def choose_attention(denoiser: Any, backend: str) -> None:
+    """Let every attention of a denoiser call a kernel, by diffusers' name for it.
+
+    Raises:
+        ValueError: for an unknown kernel, one without a backward pass or a package, and a model that calls PyTorch's always.
+    """
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = [name.value for name in AttentionBackendName if "sage" not in name.value]  # those only infer
+    if backend not in known:
+        raise ValueError(
+            f"`attention_backend` must be one of {', '.join(known)}. Found {backend!r}. "
+            f"{did_you_mean(backend, known)}None leaves the choice to PyTorch."
+        )
+    if not any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in denoiser.modules()):
+        raise ValueError(
+            f"`attention_backend` needs a model whose attention diffusers can direct, such as FLUX, Qwen-Image or Z-Image. Found "
+            f"{type(denoiser).__name__}, which always calls PyTorch's. Leave it out."
+        )
+    try:
+        denoiser.set_attention_backend(backend)
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(
+            f"`attention_backend` must name a kernel that is installed. Found {backend!r}: {error}"
+        ) from error
+
+
+def one_kernel(denoiser: nn.Module) -> None:
+    """Let layers of 4 bits compute without gradients as they do with them, in place.
+
+    bitsandbytes multiplies by another kernel where no gradient is needed, so rollout and update would be different policies.
+    """
+
+    def with_gradients(own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return own(x)
+        with torch.enable_grad():
+            return own(x.detach().requires_grad_()).detach()
+
+    for layer in denoiser.modules():
+        if type(layer).__name__ == "Linear4bit":
+            layer.forward = partial(with_gradients, layer.forward)
 
 
 def compile_blocks(denoiser: nn.Module, backend: Any = "inductor") -> int:

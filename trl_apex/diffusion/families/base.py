@@ -86,11 +86,16 @@ class DiffusionPolicy(ABC):
     @property
     def dtype(self) -> torch.dtype:
         """What the denoiser's own weights are in, and so its inputs."""
-        return next(self.denoiser.parameters()).dtype
+        return next(p.dtype for p in self.denoiser.parameters() if p.is_floating_point())  # quantized ones are not
 
     @property
     def vae_scale_factor(self) -> int:
         return self.pipeline.vae_scale_factor
+
+    @property
+    def quantized(self) -> bool:
+        """Whether diffusers quantized the denoiser's weights when it loaded them."""
+        return getattr(self.denoiser, "is_quantized", False)
 
     @property
     def distilled(self) -> bool:
