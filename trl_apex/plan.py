@@ -7,6 +7,7 @@ classes, without weights, to count their parameters. Activations are tensors per
 import copy
 import inspect
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -363,6 +364,12 @@ class Memory:
         return self.total(self.peak_phase)
 
 
+def _quantized_bytes(config: Any) -> float | None:
+    """Of one weight, all taken as quantized: 4 bits and a float32 for each 64, or 8 bits; None where it is neither."""
+    text = str(config or "").lower()
+    return 4 / 8 + 4 / 64 if re.search("4bit|int4", text) else 1.0 if re.search("8bit|int8|float8", text) else None
+
+
 def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
     """What one GPU holds: every part with its phase and its formula."""
     s, c, policy, row = settings, settings.config, shapes.policy, measure_rows(shapes, settings)
@@ -381,7 +388,11 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
     n, model = f"{trained / 1e6:,.1f} M trained", f"{shapes.parameters / 1e6:,.1f} M x {half}"
     by = [f" / {gpus} GPUs" if zero >= stage and gpus > 1 else "" for stage in range(4)]
     state = state_bytes(trained, frozen, s.half, zero, gpus)
-    weights = f"{n} x {own} bytes" + (f" + {frozen / 1e6:,.1f} M frozen x {half}" if lora else "")
+    stored = _quantized_bytes(c.quantization_config) if lora else None
+    if stored:  # in the type of the other weights, where they were counted
+        state["weights"] += frozen * (stored - half)
+        add(ENCODING, "denoiser weights", frozen * stored, "")  # diffusers quantizes on the device
+    weights = f"{n} x {own} bytes" + (f" + {frozen / 1e6:,.1f} M frozen x {stored or half}" if lora else "")
     add(ALWAYS, "denoiser weights", state["weights"], weights + by[3])
     add(ALWAYS, "denoiser gradients", state["gradients"], f"{n} x {own}" + by[2])
     add(ALWAYS, "denoiser master + Adam", state["master + Adam"], f"{n} x {12 if own == 2 else 8}" + by[1])

@@ -89,7 +89,11 @@ def prepare_denoiser(
     if peft_config is not None or start is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)  # equal on all ranks, also where an engine does not broadcast
-            return _add_adapter(policy, peft_config, start), None
+            model = _add_adapter(policy, peft_config, start)
+        if policy.quantized:  # DDP would send all weights to every rank, and not every quantized tensor can be sent
+            frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        return model, None
     reference = frozen_copy(denoiser) if args.beta > 0 else None
     if reference is not None and (args.bf16 or args.fp16):  # autocast would compute in half precision anyway
         reference.to(torch.bfloat16 if args.bf16 else torch.float16)
