@@ -116,7 +116,7 @@ class Shapes:
             size = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             shapes["text_embeds"] = (size,)
         found = {name: torch.empty(rows, *shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-        if pipeline == "QwenImagePipeline":
+        if pipeline in ("QwenImagePipeline", "QwenImageEditPlusPipeline"):
             found["encoder_hidden_states_mask"] = torch.empty(rows, tokens, dtype=torch.bool, device="meta")
         elif pipeline == "ZImagePipeline":
             found = {"cap_feats": found["encoder_hidden_states"], "lengths": torch.full((rows,), tokens)}

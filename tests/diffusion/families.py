@@ -1,5 +1,7 @@
 """Pipelines of every supported family at toy size, with random weights and real classes."""
 
+from unittest.mock import patch
+
 import numpy as np
 import torch
 from diffusers import (
@@ -14,6 +16,7 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -24,6 +27,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -35,6 +39,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -81,9 +87,9 @@ def t5(width: int):
     return T5EncoderModel(T5Config(vocab_size=40, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
 
 
-def chat_tokenizer() -> PreTrainedTokenizerFast:
+def chat_tokenizer(*images: str) -> PreTrainedTokenizerFast:
     """Words, single capitals and line ends, so that Qwen-Image's instruction has its 34 tokens; a chat is the user's words."""
-    special = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>")
+    special = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>", *images)
     ids = {token: index for index, token in enumerate((*special, "\n", *PROMPT_VOCABULARY))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words = Regex(r"\n|[A-Z](?![a-z])|[A-Z]?[a-z]+|\S")
@@ -92,7 +98,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         unk_token="<unk>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", *images],
         chat_template="{% set words = messages[-1].content %}{{ words if words is string else words[0].text }}",
         padding_side="right",
     )
@@ -166,8 +172,10 @@ def flux(cls=FluxPipeline) -> FluxPipeline | FluxKontextPipeline:
     )
 
 
-def qwen_image() -> QwenImagePipeline:
+def qwen_image(edits: bool = False) -> QwenImagePipeline | QwenImageEditPlusPipeline:
     """The scheduler stretches its shifted grid to end at a given noise level, as the published one."""
+    vision_tokens = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+    tokenizer = chat_tokenizer(*vision_tokens) if edits else chat_tokenizer()
     text = {**LANGUAGE_MODEL, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     transformer = QwenImageTransformer2DModel(
@@ -179,7 +187,14 @@ def qwen_image() -> QwenImagePipeline:
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
     )
-    return QwenImagePipeline(
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    extra = {}
+    if edits:
+        config.vision_start_token_id, config.image_token_id, config.vision_end_token_id = 4, 5, 6
+        images = Qwen2VLImageProcessorPil(min_pixels=28**2, max_pixels=56**2)
+        with patch.object(Qwen2VLProcessor, "check_argument_for_proper_class"):  # of videos, which needs torchvision
+            extra["processor"] = Qwen2VLProcessor(images, tokenizer)
+    return (QwenImageEditPlusPipeline if edits else QwenImagePipeline)(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, time_shift_type="exponential", shift_terminal=0.02
@@ -193,8 +208,9 @@ def qwen_image() -> QwenImagePipeline:
             latents_mean=[-0.7, 0.1, 0.3, 0.0],
             latents_std=[1.5, 0.8, 1.2, 1.0],
         ),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
-        tokenizer=chat_tokenizer(),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        **extra,
     )
 
 
@@ -332,6 +348,7 @@ FAMILIES = {
     "flux2-klein": flux2,
     "flux2-klein-distilled": lambda: flux2(distilled=True),
     "qwen-image": qwen_image,
+    "qwen-image-edit": lambda: qwen_image(edits=True),
     "z-image": z_image,
     "sd1.5": stable_diffusion,
     "sd2-v": lambda: stable_diffusion("v_prediction"),
@@ -339,16 +356,21 @@ FAMILIES = {
 }
 
 
-def sources(size: int = 16) -> list[Image.Image]:
-    """Two images to edit, of random pixels."""
-    pixels = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
+def sources() -> list[Image.Image]:
+    """Two images to edit, of 32 x 32 random pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     return [Image.fromarray(image) for image in pixels]
 
 
 def conditions(policy, prompts: list[str], negative: str | None = None) -> list[str]:
     """What a policy encodes: the prompts, of a model that edits with an image each."""
     rows = [{"prompt": prompt, "source_image": image} for prompt, image in zip(prompts, sources(), strict=True)]
-    return edits_of(rows, [(16, 16)] * len(rows), negative) if policy.edits else prompts
+    return edits_of(rows, [(32, 32)] * len(rows), negative) if policy.edits else prompts
+
+
+def longest(name: str) -> int:
+    """Tokens of the longest prompt: beside an image, a language model has an instruction and the image."""
+    return 40 if name == "qwen-image-edit" else 12
 
 
 def build(name: str, seed: int = 0):
@@ -364,23 +386,38 @@ def plain_call(pipeline, noise: torch.Tensor | None = None, guidance_scale: floa
     call = {"height": 16, "width": 16, "output_type": "pt", "guidance_scale": guidance_scale}
     if "StableDiffusionPipeline" not in name and "XL" not in name:
         call["max_sequence_length"] = 12
-    if name == "QwenImagePipeline":
+    if name == "QwenImageEditPlusPipeline":
+        call["image"] = sources()
+    if "QwenImage" in name:
         call["true_cfg_scale"] = call.pop("guidance_scale")
         call |= {"negative_prompt": ["", ""]} if guidance_scale > 1 else {}
     if name == "ZImagePipeline":
         call["guidance_scale"] -= 1
     if name == "FluxKontextPipeline":
         call |= {"image": sources(), "max_area": 16 * 16, "_auto_resize": False}
-    if noise is not None and name in ("FluxPipeline", "FluxKontextPipeline", "QwenImagePipeline"):
+    if noise is not None and (name in ("FluxPipeline", "FluxKontextPipeline") or "QwenImage" in name):
         noise = pipeline._pack_latents(noise, len(noise), *noise.shape[1:])
     return call if noise is None else {**call, "latents": noise}
 
 
 def draw(
-    pipeline, prompts: list[str], steps: int, noise: torch.Tensor, guidance_scale: float = 1.0, width: int = 16
+    pipeline, prompts: list[str], steps: int, noise: torch.Tensor, guidance_scale: float = 1.0, size=(16, 16)
 ) -> torch.Tensor:
-    """The pipeline's own images of two prompts, 16 pixels high."""
-    call = plain_call(pipeline, noise, guidance_scale) | {"width": width}
+    """The pipeline's own images of two prompts, of a height and width."""
+    height, width = size
+    call = plain_call(pipeline, noise, guidance_scale) | {"height": height, "width": width}
+    call |= {"prompt": prompts, "num_inference_steps": steps}
     if "max_area" in call:
-        call["max_area"] = 16 * width
-    return pipeline(prompt=prompts, num_inference_steps=steps, **call).images
+        call["max_area"] = height * width
+    if not isinstance(pipeline, QwenImageEditPlusPipeline):
+        return pipeline(**call).images
+    with patch.object(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 32 * 32):  # instead of 1024 x 1024
+        of_one = [
+            {
+                name: v[i] if name == "image" else v[i : i + 1]
+                for name, v in call.items()
+                if isinstance(v, list | torch.Tensor)
+            }
+            for i in (0, 1)
+        ]
+        return torch.cat([pipeline(**(call | own)).images for own in of_one])

@@ -17,7 +17,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
 )
-from families import FAMILIES, build, conditions, draw, plain_call
+from families import FAMILIES, build, conditions, draw, longest, plain_call
 
 from trl_apex.diffusion.families import FAMILIES as REGISTERED
 from trl_apex.diffusion.families import base, load_policy
@@ -35,9 +35,9 @@ def test_deterministic_sampling_equals_the_pipeline(name, guidance, width):
     policy = load_policy(pipeline)
     shape = policy.latent_shape(SIZE, width)
     noise = keyed_noise([(0,), (1,)], shape)
-    expected = draw(pipeline, PROMPTS, 4, noise, guidance, width)
+    expected = draw(pipeline, PROMPTS, 4, noise, guidance, (SIZE, width))
     sampler = Sampler(policy.schedule(4, SIZE, width), policy.transitions[0], 0.7)
-    embeddings = policy.encode(conditions(policy, PROMPTS, negative=""), 12)
+    embeddings = policy.encode(conditions(policy, PROMPTS, negative=""), longest(name))
     negative = policy.encode_negative("", 12) if policy.batched_guidance and not policy.edits else None
 
     def predict(latents, timesteps, rows):
@@ -152,7 +152,7 @@ def test_a_family_is_one_short_file():
     ],
 )
 def test_flow_models_refuse_other_schedulers_by_name(other, found):
-    for name in ("sd3", "flux", "flux-kontext", "flux2", "flux2-klein", "qwen-image", "z-image"):
+    for name in ("sd3", "flux", "flux-kontext", "flux2", "flux2-klein", "qwen-image", "qwen-image-edit", "z-image"):
         pipeline = build(name)
         pipeline.scheduler = other
         with pytest.raises(ValueError, match=f"must be a FlowMatchEulerDiscreteScheduler.*Found {found}"):
@@ -253,10 +253,11 @@ def test_v_prediction_from_pure_noise_draws_the_pipelines_image_and_trains():
         load_policy(pipeline).schedule(4, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux2-klein", "qwen-image", "z-image", "sd1.5", "sdxl"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2-klein", "qwen-image-edit", "z-image", "sd1.5", "sdxl"])
 def test_a_pipeline_without_a_component_is_refused_by_its_name(name):
     policy = load_policy(build(name))
-    for component in ("vae", "scheduler", policy.denoiser_name, "tokenizer", *policy.encoder_names):
+    own = ["processor"] if policy.edits else []
+    for component in ("vae", "scheduler", policy.denoiser_name, "tokenizer", *policy.encoder_names, *own):
         pipeline = build(name)
         setattr(pipeline, component, None)
         if component == "text_encoder_3":  # SD3 draws without T5

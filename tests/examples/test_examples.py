@@ -115,6 +115,13 @@ def test_mixed_prompts(tmp_path):
     assert column(trainer, "missing/ocr") == [0.5]
 
 
+def test_edits_with_two_rewards_that_conflict(tmp_path, capsys):
+    trainer = load("edit_images").main(["--paint_steps", "1", "--max_steps", "1", "--output_dir", str(tmp_path)])
+    (row,) = [row for row in trainer.state.log_history if "rewards/source/mean" in row]
+    assert 0 < row["rewards/source/mean"] < 1 and row["rewards/recoloured/images"] == 64
+    assert "priority" in capsys.readouterr().out
+
+
 def test_remote_rewards_in_one_process(tmp_path):
     trainer = load("remote_rewards").main(["both", "--max_steps", "1", "--output_dir", str(tmp_path)])
     (row,) = [row for row in trainer.state.log_history if "rewards/contrast/mean" in row]

@@ -66,6 +66,7 @@ def settings(lora_r=32, gpus=1, zero_stage=0, rewards_gb=0.0, **changes):
     [
         ("sd3.5-medium", 2243.2, [124, 695, 4762]), ("sd3.5-large", 8056.6, [124, 695, 4762]),
         ("flux.1-dev", 11_901.4, [123, 4762]), ("flux.1-kontext-dev", 11_901.4, [123, 4762]), ("qwen-image", 20_430.4, [8292]),
+        ("qwen-image-edit", 20_430.4, [8292]),
         ("flux.2-dev", 32_223.3, [24_011]), ("flux.2-klein-4b", 3875.5, [4022]), ("flux.2-klein-9b", 9078.6, [8191]),
         ("z-image", 6154.9, [4022]),
         ("sd1.5", 859.5, [123]), ("sdxl", 2567.5, [123, 695]),
@@ -89,6 +90,8 @@ def test_parameters_of_an_adapter(medium, large):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_is_read_without_its_weights(name, tmp_path):
     pipeline = build(name)
+    if name == "qwen-image-edit":
+        pipeline.register_modules(processor=None)  # saved with torchvision only
     pipeline.save_pretrained(tmp_path)
     for file in tmp_path.rglob("*.safetensors"):
         file.unlink()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from families import build, sources
+from families import build, longest, sources
 from simulated_device import SimTensor
 from tiny_language_models import tiny_causal_lm, tiny_tokenizer
 from tiny_runs import PROMPTS, contrast, redness, tiny_pipeline, tiny_trainer, weights_of
@@ -147,13 +147,24 @@ def test_an_evaluation_before_training_an_average_a_checkpoint_a_resume_and_an_e
 
 @pytest.mark.parametrize(
     "family",
-    ["sd3.5-medium", "flux", "flux-kontext", "flux2-klein", "qwen-image", "z-image", "sd1.5", "sdxl"],
+    [
+        "sd3.5-medium",
+        "flux",
+        "flux-kontext",
+        "flux2-klein",
+        "qwen-image",
+        "qwen-image-edit",
+        "z-image",
+        "sd1.5",
+        "sdxl",
+    ],
 )
 def test_every_family_trains_and_evaluates(make_trainer, family, monkeypatch):
     if "flux" in family:  # diffusers knows by name which devices have no float64
         monkeypatch.setattr(SimTensor, "has_float64", True)
     columns = {"source_image": sources() * (len(PROMPTS) // 2)} if load_policy(build(family)).edits else None
-    trainer = make_trainer(pipeline=build(family), columns=columns, max_steps=1, height=16, width=16)
+    options = {"max_steps": 1, "height": 16, "width": 16, "max_sequence_length": longest(family)}
+    trainer = make_trainer(pipeline=build(family), columns=columns, **options)
     train(trainer)
     assert trainer.evaluate()["eval_reward"] > 0
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
-from families import build, draw, plain_call, sources  # noqa: F401
+from families import build, draw, longest, plain_call, sources  # noqa: F401
 
 PROMPTS = Dataset.from_dict({"prompt": ['a red circle with "CAT"', 'a blue star with "HUT"']})
 

@@ -50,7 +50,7 @@ def plain(folder, trainer, name="sd3", lora=True):
         if isinstance(component, torch.nn.Module):
             component.eval()
     noise = evaluation_noise(5, [0, 1], trainer.latent_shape)
-    return draw(pipeline, PROMPTS["prompt"][:], 2, noise)
+    return draw(pipeline, PROMPTS["prompt"][:], 2, noise, size=(trainer.height, trainer.width))
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])

@@ -321,9 +321,11 @@ def encoder_fingerprint(pipeline: Any, encoder_names: tuple[str, ...], max_seque
 
     Of each encoder: class, configuration, and name, shape, dtype and 16 evenly spaced values of every parameter. Of
     each tokenizer: class, longest text, vocabulary and chat template. And `max_sequence_length`, in tokens. A source image
-    has the VAE for an encoder.
+    has the VAE for an encoder, and of a language model's processor all settings count.
     """
     digest = hashlib.sha256(f"{type(pipeline).__name__} {max_sequence_length}".encode())
+    if processor := getattr(pipeline, "processor", None):
+        digest.update(processor.image_processor.to_json_string().encode())
     for name in encoder_names:
         encoder = getattr(pipeline, name, None)
         tokenizer = None if name == "vae" else getattr(pipeline, name.replace("text_encoder", "tokenizer"), None)

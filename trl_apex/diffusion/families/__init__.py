@@ -10,7 +10,7 @@ from packaging.version import Version
 from .base import DiffusionPolicy
 from .flux import FluxKontextPolicy, FluxPolicy
 from .flux2 import Flux2KleinPolicy, Flux2Policy
-from .qwen_image import QwenImagePolicy
+from .qwen_image import QwenImageEditPlusPolicy, QwenImagePolicy
 from .sd3 import SD3Policy
 from .stable_diffusion import StableDiffusionPolicy, StableDiffusionXLPolicy
 from .z_image import ZImagePolicy
@@ -22,6 +22,7 @@ FAMILIES: dict[str, type[DiffusionPolicy]] = {
     "Flux2Pipeline": Flux2Policy,
     "Flux2KleinPipeline": Flux2KleinPolicy,
     "QwenImagePipeline": QwenImagePolicy,
+    "QwenImageEditPlusPipeline": QwenImageEditPlusPolicy,
     "ZImagePipeline": ZImagePolicy,
     "StableDiffusionPipeline": StableDiffusionPolicy,
     "StableDiffusionXLPipeline": StableDiffusionXLPolicy,

@@ -48,7 +48,7 @@ class DiffusionPolicy(ABC):
         """Raise a ValueError for a pipeline whose components cannot sample or train."""
         encoders = [name for name in self.encoder_names if name not in self.optional_encoders]
         tokenizers = [name.replace("text_encoder", "tokenizer") for name in encoders]
-        needed = {"scheduler", "vae", self.denoiser_name, *encoders, *tokenizers}
+        needed = {"scheduler", "vae", "processor", self.denoiser_name, *encoders, *tokenizers}
         for name, component in self.pipeline.components.items():
             if component is None and name in needed:
                 raise ValueError(

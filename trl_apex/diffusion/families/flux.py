@@ -63,7 +63,7 @@ class FluxPolicy(DiffusionPolicy):
 
 def patched(latents: Tensor, source: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """Patches of 2 x 2 `[R, 4 C, H / 2, W / 2]` of the latents and, if there is one, of the source; all as tokens `[R, S, 4 C]`."""
-    patches = [pixel_unshuffle(part, 2) for part in (latents, source) if part is not None]
+    patches = [pixel_unshuffle(part.to(latents), 2) for part in (latents, source) if part is not None]
     return patches, torch.cat([part.flatten(2).transpose(1, 2) for part in patches], 1)
 
 
@@ -85,6 +85,7 @@ class FluxKontextPolicy(FluxPolicy):
         return found | {"source": torch.cat([self.encode_by_vae(edit.image) for edit in edits])}
 
     def encode_by_vae(self, image: Any) -> Tensor:
+        """Latents `[1, C, H, W]` of an image."""
         vae = self.pipeline.vae
         pixels = self.pipeline.image_processor.preprocess(image).to(vae.device, vae.dtype)
         return (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor

@@ -1,11 +1,13 @@
 """Qwen-Image: packed latents as FLUX.1's, prompts of their own length under a mask, guidance of constant norm."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 from ..nouns import Embeddings, Latents
-from .flux import FluxPolicy
+from .flux import FluxPolicy, patched, unpatched
 
 
 class QwenImagePolicy(FluxPolicy):
@@ -32,16 +34,16 @@ class QwenImagePolicy(FluxPolicy):
     def predict(
         self, model: nn.Module, latents: Tensor, timesteps: Tensor, embeddings: Embeddings, guidance_scale: float
     ) -> Tensor:
-        patches = pixel_unshuffle(latents, 2)  # [R, 4 C, H / 2, W / 2]
+        patches, tokens = patched(latents.to(self.dtype), embeddings.get("source"))
         prediction = model(
-            hidden_states=patches.flatten(2).transpose(1, 2).to(self.dtype),
+            hidden_states=tokens,
             timestep=timesteps / 1000,
             encoder_hidden_states=embeddings["encoder_hidden_states"].to(self.dtype),
             encoder_hidden_states_mask=embeddings["encoder_hidden_states_mask"],
-            img_shapes=[[(1, *patches.shape[2:])]] * len(latents),
+            img_shapes=[[(1, *part.shape[2:]) for part in patches]] * len(latents),
             return_dict=False,
         )[0]
-        return pixel_shuffle(prediction.transpose(1, 2).reshape(patches.shape), 2)
+        return unpatched(prediction, patches[0])
 
     def guide(self, without: Latents, with_prompt: Latents, guidance_scale: float) -> Latents:
         """The guided prediction, each 2 x 2 patch at the norm it has with the prompt alone."""
@@ -53,9 +55,55 @@ class QwenImagePolicy(FluxPolicy):
 
     def decode_by_vae(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        mean, std = (
-            torch.tensor(statistics, device=latents.device).view(-1, 1, 1)
-            for statistics in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = self._statistics(latents.device)
         frames = (latents * std + mean).unsqueeze(2).to(vae.dtype)  # a video of one
         return vae.decode(frames, return_dict=False)[0].squeeze(2)
+
+    def _statistics(self, device: torch.device) -> list[Tensor]:
+        """Mean and standard deviation `[C, 1, 1]` of the VAE's latents."""
+        config = self.pipeline.vae.config
+        return [torch.tensor(v, device=device).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std)]
+
+
+class QwenImageEditPlusPolicy(QwenImagePolicy):
+    """`QwenImageEditPlusPipeline` with one source image: the language model sees it too, beside either instruction."""
+
+    edits = True
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], max_sequence_length: int) -> Embeddings:
+        edits: list[Any] = list(prompts)
+        images = [edit.image for edit in edits]
+        found = self._encode_texts([edit.prompt for edit in edits], images, max_sequence_length)
+        if edits[0].negative is not None:
+            negative = self._encode_texts([edit.negative for edit in edits], images, max_sequence_length)
+            found |= {f"negative_{name}": value for name, value in negative.items()}
+        return found | {"source": torch.cat([self.encode_by_vae(image) for image in images])}
+
+    def _encode_texts(self, texts: list[str], images: list[Any], max_sequence_length: int) -> Embeddings:
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as published
+
+        resize, device, rows = self.pipeline.image_processor.resize, self.pipeline.text_encoder.device, []
+        for text, image in zip(texts, images, strict=True):  # the pipeline takes them one at a time
+            width, height = published.calculate_dimensions(published.CONDITION_IMAGE_SIZE, image.width / image.height)
+            embeds, _ = self.pipeline.encode_prompt(text, [resize(image, height, width)], device)
+            if embeds.shape[1] > max_sequence_length:
+                raise ValueError(
+                    f"`max_sequence_length` must hold an instruction and its image. Found {embeds.shape[1]} tokens for "
+                    f"{text!r} and {max_sequence_length}. Raise it."
+                )
+            rows.append(embeds[0])
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return {
+            "encoder_hidden_states": torch.stack(
+                [pad(row, (0, 0, 0, max_sequence_length - len(row))) for row in rows]
+            ),
+            "encoder_hidden_states_mask": torch.arange(max_sequence_length, device=device) < lengths[:, None],
+        }
+
+    def encode_by_vae(self, image: Any) -> Tensor:
+        """Latents `[1, C, H, W]` of an image."""
+        vae = self.pipeline.vae
+        frames = self.pipeline.image_processor.preprocess(image).unsqueeze(2).to(vae.device, vae.dtype)
+        mean, std = self._statistics(frames.device)
+        return ((vae.encode(frames).latent_dist.mode().squeeze(2) - mean) / std).to(vae.dtype)
