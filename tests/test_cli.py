@@ -203,6 +203,7 @@ def test_the_first_try_names_what_is_missing(capsys: pytest.CaptureFixture) -> N
         ("a: 1\nenv: 3", "and its key `env`, must hold options as"),
         ("[1", "must be valid YAML"),
         ("- a\n- b", "must hold options as"),
+        ("model: tiny\ndataset: tiny\nrewards: tinyy\noutput_dir: x", "Found 'tinyy'. Did you mean 'tiny'"),
         (None, "No such file or directory: other.yaml"),
     ],
 )

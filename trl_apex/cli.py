@@ -377,6 +377,8 @@ def train_options(
     file = parser.parse_known_args(arguments)[0].config
     settings = _read_yaml(file) if file else {}
     os.environ.update({key: str(value) for key, value in settings.pop("env", {}).items()})
+    for name in ("rewards", "monitors", "lora_target_modules"):  # one of them may stand without a list
+        settings |= {name: [settings[name]]} if isinstance(settings.get(name), str) else {}
     parser.set_defaults(**settings)
     values, more = parser.parse_known_args(arguments)
     unknown = [key for key in settings if key not in known]

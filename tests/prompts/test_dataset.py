@@ -59,6 +59,11 @@ def test_a_text_file_is_split_at_newlines_alone(tmp_path):
     assert load_prompts(path)["prompt"][:] == prompts
 
 
+def test_a_space_after_the_commas_of_a_csv_is_no_part_of_a_name_or_a_text(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt, target\na sign, "STOP, NOW"\n')
+    assert load_prompts(tmp_path / "a.csv")[:] == {"prompt": ["a sign"], "target": ["STOP, NOW"]}
+
+
 def test_texts_of_a_csv_stay_as_they_are_written(tmp_path):
     path = tmp_path / "prompts.csv"
     path.write_text("caption,target,level\na sign with 2024,2024,1\n007,007,2\nNA,null,\n1e3,,4\n")

@@ -242,7 +242,8 @@ def _read_file(path: Path, prompt_column: str) -> Any:
         if path.stat().st_size == 0:
             raise ValueError("it is empty")
         if suffix == ".csv":
-            frame, texts = pandas.read_csv(path), pandas.read_csv(path, dtype=str, keep_default_na=False)
+            read = partial(pandas.read_csv, path, skipinitialspace=True)  # "prompt, target"
+            frame, texts = read(), read(dtype=str, keep_default_na=False)
             for name, text in texts.items():
                 codes = frame[name].dtype.kind == "i" and (frame[name].astype(str) != text.str.strip()).any()  # 007
                 if codes or name in (prompt_column, "target", "text"):  # 2024 and NA are texts there

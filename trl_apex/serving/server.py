@@ -94,10 +94,10 @@ def serve(
     server = make_server(rewards, host, port, **options)
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise RuntimeError(
             f"The reward server must be able to listen on {host}:{port}. Found it taken or not allowed "
-            f"({error.strerror or error}). Pass another `--port`."
+            f"({getattr(error, 'strerror', None) or error}). Pass another `--port`."
         ) from error
     scheme, app = "https" if server.config.is_ssl else "http", cast(FastAPI, server.config.app)
     print(f"Serving {', '.join(app.state.rewards)} on {scheme}://{host}:{port} (stop with Ctrl-C)", flush=True)
