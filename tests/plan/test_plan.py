@@ -336,6 +336,21 @@ def test_parts_of_a_plan(estimate):
     assert "decoding, beyond denoising" not in estimate(wide).phases["rollout"]  # four images at a time, however many
 
 
+@pytest.mark.parametrize(
+    "config, stored",
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 0.5625),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 1.0),
+    ],
+)
+def test_a_quantized_base_takes_its_bytes_and_lies_beside_the_encoders(estimate, config, stored):
+    plain, small = estimate(settings()), estimate(settings(quantization_config=config))
+    saved = plain.always["denoiser weights"] - small.always["denoiser weights"]
+    assert saved == pytest.approx(2.2432 * (2 - stored), abs=0.01)
+    beside = small.phases[ENCODING]["denoiser weights"]
+    assert beside == pytest.approx(2.2432 * stored, abs=0.01) and "denoiser weights" not in plain.phases[ENCODING]
+
+
 def test_the_inputs_that_the_gradient_probe_keeps_have_a_line(estimate):
     def kept(probe, **changes):
         run = settings(**changes)
