@@ -114,6 +114,11 @@ def test_images_of_the_dataset_are_decoded_once_an_iteration(tmp_path, monkeypat
     trainer.train()
     assert 4 <= len(decoded) < 3 * 4  # and few more, for the evaluation; not four for each of four micro-batches
     assert trainer.train_dataset[0]["source_image"].size == (32, 32)
+    changed = EDITS.with_transform(lambda rows: rows | {"added": [image.size for image in rows["source_image"]]})
+    seen = []
+    reward = lambda images, **columns: seen.extend(columns["added"]) or [0.0] * len(images)  # noqa: E731
+    make("flux-kontext", tmp_path, dataset=changed, rewards=[reward]).train()
+    assert set(seen) == {(32, 32)}
 
 
 def test_the_probe_measures_the_objectives_of_an_edit(lora, tmp_path):

@@ -166,13 +166,21 @@ def open_image(value: Any) -> Image.Image:
 
 
 def undecoded(dataset: Any) -> Any:
-    """The dataset with its columns of images as `{"bytes": ..., "path": ...}`; `dataset.features.decode_example(row)` decodes."""
+    """The dataset with its images as `{"bytes": ..., "path": ...}`, for [`decoded`]; one with a format stays as it is."""
     from datasets import Image as ImageFeature
 
-    for name, kind in dataset.features.items():
+    for name, kind in dataset.features.items() if dataset.format["type"] is None else ():
         if isinstance(kind, ImageFeature):
             dataset = dataset.cast_column(name, ImageFeature(mode=kind.mode, decode=False))
     return dataset
+
+
+def decoded(row: dict[str, Any], features: dict[str, Any]) -> dict[str, Any]:
+    """A row of [`undecoded`] with its images, by the features of the dataset."""
+    from datasets import Image as ImageFeature
+
+    images = [name for name in row if isinstance(features.get(name), ImageFeature) and isinstance(row[name], dict)]
+    return row | {name: features[name].decode_example(row[name]) for name in images}
 
 
 def check_sources(dataset: Any, name: str) -> None:
@@ -186,7 +194,7 @@ def check_sources(dataset: Any, name: str) -> None:
             f"A model that edits images needs the column `{SOURCE_COLUMN}` in `{name}`: PIL images, or paths of files. Found "
             f"columns {dataset.column_names}. Add it, or rename the one that holds the images."
         )
-    for row, value in enumerate(undecoded(dataset)[SOURCE_COLUMN]):
+    for row, value in enumerate(undecoded(dataset.with_format(None))[SOURCE_COLUMN]):
         file = (
             value if not isinstance(value, dict) else io.BytesIO(value["bytes"]) if value["bytes"] else value["path"]
         )

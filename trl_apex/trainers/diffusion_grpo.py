@@ -40,7 +40,7 @@ from ..distributed import (
     local_slice,
     whole_models,
 )
-from ..prompts.datasets import load_prompts, undecoded
+from ..prompts.datasets import decoded, load_prompts, undecoded
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
 from ..redact import redacted
@@ -367,7 +367,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Rollout, rewards and advantages of this rank's share of one iteration."""
         started = time.perf_counter()
-        inputs = [self.train_dataset.features.decode_example(row) for row in inputs]
+        inputs = [decoded(row, self.train_dataset.features) for row in inputs]
         device, metrics = self.accelerator.device, self._metrics["train"]
         chunk = self.args.rollout_batch_size or len(inputs)
         first = self.accelerator.process_index * len(inputs)
