@@ -158,7 +158,10 @@ def test_a_file_beside_the_weights_is_refused(name, run, tmp_path):
 
 OTHER = {
     "rank": ({"lora": LoraConfig(r=3, lora_alpha=4)}, r"weights that differ, e.g. .* in .*adapter_model.safetensors"),
-    "scale": ({"lora": LoraConfig(r=2, lora_alpha=64)}, "`lora_alpha` that it was saved with, 4. Found 64"),
+    "scale": (
+        {"lora": LoraConfig(r=2, lora_alpha=64)},
+        "`lora_alpha` that it was saved with, 4 in .*adapter_config.json. Found 64",
+    ),
     "layers": (
         {"lora": LoraConfig(r=2, lora_alpha=4, target_modules=["attn.to_q"])},
         "must be of the same model and adapter. Found .*that differ",
