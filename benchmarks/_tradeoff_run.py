@@ -60,6 +60,7 @@ BUDGET: dict[str, Any] = {
     "disable_tqdm": True,
 }
 UPDATES = 2  # of an iteration
+WATCHED = ("clip_ratio/region_mean", "ratio/max_deviation", "movement", "rate_factor")  # means over a run
 # Four noise levels an image, the images' final latents alone.
 FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": UPDATES}
 LOSS = {"loss_type": "nft", **FINAL}  # by the comparison of the losses
@@ -279,8 +280,10 @@ def dynamics(
     means, errors = (torch.tensor(rows, dtype=torch.float64) for rows in points.values())
     curve = (means - means[0]) / units
     priorities = {name: [e[f"priority/{name}"] for e in history if f"priority/{name}" in e] for name in objectives}
+    logs = {name: [entry[name] for entry in history if name in entry] for name in WATCHED}
     return {
         "seesaw_rate": seesaw_rate(means, errors),
+        "logs": {name: statistics.mean(values) for name, values in logs.items() if values},
         "curve": [[round(value, 3) for value in point] for point in curve.tolist()],
         "priorities": {name: [round(value, 3) for value in values] for name, values in priorities.items() if values},
     }

@@ -5,6 +5,9 @@
     python benchmarks/losses.py --smoke --out runs/smoke
     python benchmarks/losses.py --redraw           # the tables again, from the results
 
+    python benchmarks/losses.py --part guards      # `grpo` at a rate that breaks it, with each guard of the ratio
+    python benchmarks/losses.py --part step_size   # `nft` started at a third and three times its rate, with `target_movement`
+
 Every finished run is kept under `runs/`, so that the command can be stopped and started again. The plan is in
 docs/benchmarks.md, "The losses against each other".
 """
@@ -42,6 +45,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "fpo": ("apex", {"loss_type": "fpo", **FINAL}),
 }
 SCANNED = {name: (1e-4, 3e-4) if name in ("plain", "grpo") else (1e-4, 2e-4) for name in METHODS}
+MOVEMENT = 1e-3  # of `nft` at its rate, seed 0
 CHOSEN = dict.fromkeys(METHODS, 1e-4)  # by the scan
 
 Row = dict[str, Any]
@@ -60,10 +64,32 @@ def cost(row: Row, names: tuple[str, ...], kind: str) -> float | None:
     return None
 
 
+GUARDS: dict[str, tuple[float, dict[str, Any]]] = {  # learning rate, and what is added to `grpo`
+    "clip": (3e-4, {}),
+    "kl_mask": (3e-4, {"ratio_guard": "kl_mask"}),
+    "grpo_guard": (3e-4, {"ratio_guard": "grpo_guard", "epsilon": 2e-6}),
+}
+STEP_SIZES: dict[str, tuple[float, dict[str, Any]]] = {  # learning rate, and what is added to `nft`
+    "plain third": (3.3e-5, {}),
+    "target third": (3.3e-5, {"target_movement": MOVEMENT}),
+    "target tuned": (1e-4, {"target_movement": MOVEMENT}),
+    "target triple": (3e-4, {"target_movement": MOVEMENT}),
+    "plain triple": (3e-4, {}),
+}
+
+
 def jobs_of(
     part: str, seeds: list[int] | None, prompts: int = PROMPTS, **changes: Any
 ) -> dict[str, tuple[tuple, dict[str, Any]]]:
     """Seed by seed, so that a run that is stopped early holds whole seeds."""
+    if part in ("guards", "step_size"):
+        variants, loss = (GUARDS, "grpo") if part == "guards" else (STEP_SIZES, "nft")
+        rule, settings = METHODS[loss]
+        return {
+            f"{name}-{rate}-{seed}": (("natural", rule, rate, seed, prompts), {**settings, **added})
+            for seed in seeds or FRESH[:3]
+            for name, (rate, added) in variants.items()
+        }
     if part == "scan":
         jobs = [(m, rate, seed) for seed in seeds or DEVELOPMENT for m in METHODS for rate in SCANNED[m]]
         prompts, changes = min(prompts, 96), {"max_steps": 80, "eval_steps": 20, **changes}
@@ -122,7 +148,7 @@ def main() -> None:
     given = arguments(
         __doc__,
         "two short runs, to see that it works",
-        part={"choices": ("scan", "compare"), "default": "compare"},
+        part={"choices": ("scan", "compare", "guards", "step_size"), "default": "compare"},
         seeds={"type": int, "nargs": "*"},
         workers={
             "type": int,
@@ -132,7 +158,7 @@ def main() -> None:
         redraw={"action": "store_true", "help": "only write the tables again"},
         runs={"type": Path, "default": Path("runs/losses"), "help": "where finished runs are kept"},
     ).parse_args()
-    path = given.out / ("losses_scan.json" if given.part == "scan" else "losses.json")
+    path = given.out / ("losses.json" if given.part == "compare" else f"losses_{given.part}.json")
     if given.redraw:
         found = json.loads(path.read_text())
     elif given.smoke:

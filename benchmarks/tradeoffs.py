@@ -43,7 +43,7 @@ PROMPTS = 192
 
 SETTINGS: dict[str, Any] = {"budget": BUDGET, "loss": LOSS, "apex": APEX, "test_prompts": PROMPTS}
 
-COURSE = ("curve", "priorities", "cost")  # kept for the runs of the picture alone
+COURSE = ("curve", "priorities", "cost", "logs")  # kept for the runs of the picture alone
 
 Job = tuple[str, str, float, int]
 Row = dict[str, Any]
