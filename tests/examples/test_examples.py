@@ -206,7 +206,7 @@ def test_every_configuration_is_accepted_and_its_arithmetic_adds_up(path, tmp_pa
     per_device = args.generation_batch_size // processes
     assert args.generation_batch_size % args.num_generations == 0
     assert args.generation_batch_size % (args.per_device_train_batch_size * processes) == 0
-    rows = per_device * (args.sde_window_size or args.num_inference_steps - 1)
+    rows = per_device * (args.timesteps_per_image or args.sde_window_size or args.num_inference_steps - 1)
     update = args.per_device_train_batch_size * args.timestep_batch_size * args.gradient_accumulation_steps
     assert rows % update == 0 and rows // update in (1, 2)
     assert not args.rollout_batch_size or per_device % args.rollout_batch_size == 0

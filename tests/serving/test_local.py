@@ -97,7 +97,8 @@ def test_a_server_that_cannot_start_says_so(folder):
 
 
 TRAINER = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been started without
 from trl_apex.rewards import RemoteReward
 reward = RemoteReward(name="brightness", command="--reward own_rewards:brightness")
 reward.check()

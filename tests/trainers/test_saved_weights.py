@@ -5,7 +5,7 @@ import dataclasses
 import adapter_trainers
 import pytest
 import torch
-from adapter_trainers import PROMPTS, build, distance, draw
+from adapter_trainers import PROMPTS, build, distance, draw, plain_call
 from diffusers import AutoModel
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig
 from safetensors.torch import load_file

@@ -24,8 +24,8 @@ def build(pipeline, dataset, lora, make_args, **overrides):
 
 
 @pytest.mark.parametrize("loss_type", ["fpo", "grpo"])
-@pytest.mark.parametrize("target, direction", [(1e3, 1), (1e-12, -1)])
-def test_the_rate_rises_below_the_target_and_falls_above(
+@pytest.mark.parametrize("target, direction", [(1e3, 1), (1e-12, -1), (float("inf"), 0)])
+def test_the_rate_rises_below_the_target_falls_above_and_stays_without_one(
     pipeline, dataset, lora, make_args, target, direction, loss_type
 ):
     own = {"timesteps_per_image": None} if loss_type == "grpo" else {}

@@ -103,7 +103,7 @@ TYPED_FIELDS = {
     "num_generations", "num_iterations", "max_steps", "seed", "beta", "delta", "epsilon_high", "max_grad_norm",
     "reward_weights", "save_total_limit", "logging_steps", "save_steps",
 }  # fmt: skip
-MAY_BE_INFINITE = {"delta", "max_grad_norm", "reward_weights"}
+MAY_BE_INFINITE = {"delta", "max_grad_norm", "reward_weights", "target_movement"}
 WHOLE_TOO: dict[Any, Any] = {
     float: float | int,
     float | None: float | int | None,
@@ -301,7 +301,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     target_movement: float | None = _field(
         None,
         "Mean squared change of the prediction that an iteration should make. The learning rate adapts to it, within a tenth "
-        "and ten times its own value. None: the plain schedule.",
+        "and ten times its own value. inf: only measured. None: the plain schedule.",
     )
     share_initial_noise: bool = _field(
         False, "Images of one group start from the same noise and differ by the window's."

@@ -81,7 +81,7 @@ def next_rate_factor(factor: float, moved: float, target: float) -> float:
         factor <- clip(factor clip(sqrt(target / moved), 1 / 1.5, 1.5), .1, 10)
 
     A [`movement`] grows with the square of the rate, hence the root. An iteration that moved nothing (all advantages 0),
-    or was not finite, says nothing about the rate and leaves it.
+    or was not finite, says nothing about the rate and leaves it. So does an infinite target, with which it is only measured.
 
     Args:
         factor: of the iteration that is over; 1 at the start. It is all the state that there is.
@@ -95,7 +95,7 @@ def next_rate_factor(factor: float, moved: float, target: float) -> float:
 
     Source: the adaptive KL penalty of PPO, arXiv 1707.06347, section 4, turned into a rule for the rate.
     """
-    if not 0 < moved < float("inf"):
+    if not 0 < moved < float("inf") or target == float("inf"):
         return factor
     step = min(max((target / moved) ** 0.5, 1 / 1.5), 1.5)
     return min(max(factor * step, 0.1), 10.0)
