@@ -21,7 +21,7 @@ from trl_apex.aggregation import GRADIENT_RULES
 from trl_apex.demo import HELD_OUT, held_out_monitors, quiet
 from trl_apex.evaluation import compare, seesaw_rate
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward
-from trl_apex.tiny.prompts import COLOURS, SHAPES, tiny_prompts
+from trl_apex.tiny.prompts import COLOURS, RGB, SHAPES, tiny_prompts
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
 
 OBJECTIVES = ("ocr", "pickscore", "deqa", "aesthetic")
@@ -60,6 +60,8 @@ BUDGET: dict[str, Any] = {
     "disable_tqdm": True,
 }
 UPDATES = 2  # of an iteration
+PROMPTS = 192  # of the test
+DEVELOPMENT, FRESH = (0, 100), (1, 2, 3, 4, 5)  # seeds
 WATCHED = ("clip_ratio/region_mean", "ratio/max_deviation", "movement", "rate_factor")  # means over a run
 # Four noise levels an image, the images' final latents alone.
 FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": UPDATES}
@@ -89,9 +91,6 @@ def production_rewards() -> dict[str, Any]:
     ocr = OCRReward(confidence=True, workers=1, engine_params={"Rec.rec_img_shape": [3, 48, 96]})
     rewards = (ocr, *tiny_rewards()[1:], JPEGCompressibilityReward(), right_colour)
     return {reward.__name__: reward for reward in rewards}
-
-
-RGB = dict(zip(COLOURS, ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (1, 0.5, 0)), strict=True))
 
 
 def right_colour(images, wanted=None, **kwargs):

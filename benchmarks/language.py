@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from _bench import arguments, machine, mean_and_error, table, write
+from _tradeoff_run import APEX, DEVELOPMENT, FRESH
 from datasets import Dataset
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -32,8 +33,6 @@ LETTERS = "abcdefghijkl"
 VOWELS = "ae"
 ASKED, ANSWERED = 6, 8
 SHARE = 1 / 8  # of the letters that the base model was taught to repeat
-DEVELOPMENT, FRESH = (0, 100), (1, 2, 3, 4, 5)
-APEX = {"need_coef": 4.0, "warmup_iterations": 1, "ramp_iterations": 1}  # as in the other comparisons
 RULES: dict[str, dict[str, Any]] = {
     "apex": {"aggregation_options": APEX},
     "sum_then_normalize": {"multi_objective_aggregation": "sum_then_normalize"},

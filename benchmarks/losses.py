@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from _bench import arguments, machine, mean_and_error, table, write
-from _tradeoff_run import BUDGET, FINAL, OBJECTIVES, UPDATES, execute
+from _tradeoff_run import BUDGET, DEVELOPMENT, FINAL, FRESH, OBJECTIVES, PROMPTS, UPDATES, execute
 
 from trl_apex.demo import HELD_OUT
 
 GOAL = 0.25  # base standard deviations
-PROMPTS = 192
-DEVELOPMENT, FRESH = (0, 100), (1, 2, 3, 4, 5)
 
 SDE = {"loss_type": "grpo", "epsilon": 1e-3, "noise_level": 0.7, "num_iterations": UPDATES}
 # By name: the rule of the aggregator, and the loss. The budget is that of the comparison of the rules.

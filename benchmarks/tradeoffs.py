@@ -18,7 +18,7 @@ from typing import Any
 
 from _bench import arguments, machine, mean_and_error, rounded, table, write
 from _tradeoff_figure import SHOWN, draw, shown_condition
-from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, LOSS, OBJECTIVES, execute
+from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, DEVELOPMENT, FRESH, LOSS, OBJECTIVES, PROMPTS, execute
 
 from trl_apex.aggregation import RULES
 
@@ -36,10 +36,8 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
     "field_units": ["sum_then_normalize", "dvao"],  # scores of the others do not depend on units
     "scaled": ["sum_then_normalize", "dvao"],
 }
-DEVELOPMENT, FRESH = (0, 100), (1, 2, 3, 4, 5)
 RATES = (1e-4, 2e-4)
 CHOSEN: dict[str, float] = {}  # by the scan, of those that do not train best with the first rate
-PROMPTS = 192
 
 SETTINGS: dict[str, Any] = {"budget": BUDGET, "loss": LOSS, "apex": APEX, "test_prompts": PROMPTS}
 

@@ -24,19 +24,11 @@ from trl_apex.diffusion.losses import add_noise
 from trl_apex.prompts.datasets import edits_of
 from trl_apex.rewards import SourceReward
 from trl_apex.tiny.pipeline import token_ids
-from trl_apex.tiny.prompts import COLOURS, SHAPES, caption, words
+from trl_apex.tiny.prompts import COLOURS, RGB, SHAPES, caption, words
 from trl_apex.tiny.render import Scene, render
 from trl_apex.tiny.world import load_tiny_pipeline, weights_path
 
 SIZE = 32  # pixels
-RGB = {
-    "red": (1, 0, 0),
-    "green": (0, 1, 0),
-    "blue": (0, 0, 1),
-    "yellow": (1, 1, 0),
-    "purple": (1, 0, 1),
-    "orange": (1, 0.5, 0),
-}
 
 
 def scene(number: int, colour: str) -> Image.Image:

@@ -16,17 +16,8 @@ from peft import LoraConfig
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.prompts import load_prompts
-from trl_apex.tiny.prompts import COLOURS, SHAPES, tiny_prompts
+from trl_apex.tiny.prompts import COLOURS, RGB, SHAPES, tiny_prompts
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
-
-RGB = {
-    "red": (1, 0, 0),
-    "green": (0, 1, 0),
-    "blue": (0, 0, 1),
-    "yellow": (1, 1, 0),
-    "purple": (1, 0, 1),
-    "orange": (1, 0.5, 0),
-}
 
 
 def right_colour(images, colour, **kwargs):

@@ -28,6 +28,17 @@ def row(method: str, seed: int, worst: float, condition: str = "natural") -> dic
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["losses", "losses_scan", "language", "language_scan"])
+def test_the_tables_follow_from_the_kept_runs(tradeoffs, name):
+    import language
+    import losses
+
+    summary = (losses if name.startswith("losses") else language).summary
+    results = BENCHMARKS / "results"
+    rows = json.loads((results / f"{name}.json").read_text())["rows"]
+    assert summary(rows) == (results / f"{name}.md").read_text()
+
+
 def test_differences_are_paired_by_seed(tradeoffs):
     # apex is better by .1 and .3; across seeds both vary far more than that
     rows = [row("apex", 0, 0.1), row("apex", 1, -2.7), row("mgda", 0, 0.0), row("mgda", 1, -3.0)]

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 LETTERS = "ACEHKLNOSTUX"
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+RGB = {
+    "red": (1, 0, 0),
+    "green": (0, 1, 0),
+    "blue": (0, 0, 1),
+    "yellow": (1, 1, 0),
+    "purple": (1, 0, 1),
+    "orange": (1, 0.5, 0),
+}
+"""The pure colour of each name, for rewards; images have softer ones."""
+COLOURS = tuple(RGB)
 SHAPES = ("circle", "square", "triangle", "diamond", "star")
 _SPLIT_SEED, _TEST_SHARE = 6574, 0.15
 

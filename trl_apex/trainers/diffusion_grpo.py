@@ -193,8 +193,10 @@ class DiffusionGRPOTrainer(RunTrainer):
         evaluated = named_parts(eval_dataset)
         for name, dataset in [("train_dataset", train_dataset), *evaluated]:
             check_images(self.policy, name, dataset)
-        self._plan_rollout(args, train_dataset, [part for _, part in evaluated])
-        self._plan_updates(args, train_dataset)
+        sizes = image_sizes(self.policy, train_dataset, "train_dataset", (args.height, args.width))
+        sized = [(train_dataset, sizes), *((part, self._eval_sizes(args, part)) for _, part in evaluated)]
+        self._plan_rollout(args, sizes)
+        self._plan_updates(args, train_dataset, sizes)
         start = take_adapter(self.policy, adapter)
         denoiser, self._reference = prepare_denoiser(self.policy, args, peft_config, start)
         check_optimizer(optimizers[0], denoiser)
@@ -205,8 +207,6 @@ class DiffusionGRPOTrainer(RunTrainer):
         self._conditions = open_embeddings(self.policy, args)
         # Before the denoiser moves to the device: it and the text encoders need not fit there together.
         own_pipeline = isinstance(model, str)
-        sized = [(train_dataset, self._train_sizes(args, train_dataset))]
-        sized += [(part, self._eval_sizes(args, part)) for _, part in evaluated]
         prepare_embeddings(self._conditions, self.policy, args, sized, own_pipeline)
 
         super(GRPOTrainer, self).__init__(
@@ -236,7 +236,7 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     # Set-up
 
-    def _plan_rollout(self, args: DiffusionGRPOConfig, train_dataset: Any, evaluated: list) -> None:
+    def _plan_rollout(self, args: DiffusionGRPOConfig, sizes: list[tuple[int, int]]) -> None:
         self.transition = args.transition or self.policy.transitions[0]
         if self.transition not in self.policy.transitions:
             raise ValueError(
@@ -253,16 +253,11 @@ class DiffusionGRPOTrainer(RunTrainer):
                 f"loss_type={args.loss_type!r} needs a model that predicts a flow's velocity. Found "
                 f"{type(self.policy.pipeline).__name__}, which predicts noise. Use loss_type='grpo'."
             )
-        for part in evaluated:
-            self._eval_sizes(args, part)
-        for size in dict.fromkeys(reversed(self._train_sizes(args, train_dataset))):
+        for size in dict.fromkeys(reversed(sizes)):
             self._use_size(args, size)
             if args.flow_matching:
                 self._levels(args, range(1), iteration=0)  # raises where the schedule has too few
         self._window(args, iteration=0)
-
-    def _train_sizes(self, args: DiffusionGRPOConfig, dataset: Any) -> list[tuple[int, int]]:
-        return image_sizes(self.policy, dataset, "train_dataset", (args.height, args.width))
 
     def _eval_sizes(self, args: DiffusionGRPOConfig, dataset: Any) -> list[tuple[int, int]]:
         given = args.eval_height or args.height, args.eval_width or args.width
@@ -282,7 +277,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     ) -> Sampler:
         return Sampler(self.policy.schedule(num_steps, *size), self.transition, args.noise_level, solver)
 
-    def _plan_updates(self, args: DiffusionGRPOConfig, dataset: Any) -> None:
+    def _plan_updates(self, args: DiffusionGRPOConfig, dataset: Any, sizes: list[tuple[int, int]]) -> None:
         self.updates_per_pass = updates_per_pass(
             args.per_device_train_batch_size * args.steps_per_generation,
             args.rows_per_image,
@@ -296,10 +291,9 @@ class DiffusionGRPOTrainer(RunTrainer):
         groups = args.generation_batch_size // group
         mix: Any = args.prompt_mix  # a dictionary by now
         kinds = None if mix is None else dataset[args.prompt_mix_column][:]
-        sizes: list | None = self._train_sizes(args, dataset)
-        sizes = sizes if len(set(sizes or ())) > 1 else None
+        mixed_sizes = sizes if len(set(sizes)) > 1 else None
         self._prompts = GroupSampler(
-            len(dataset), groups, group, repeats, args.shuffle_dataset, args.seed, kinds, mix, sizes, rate
+            len(dataset), groups, group, repeats, args.shuffle_dataset, args.seed, kinds, mix, mixed_sizes, rate
         )
 
     def _get_train_sampler(self, dataset=None) -> GroupSampler:

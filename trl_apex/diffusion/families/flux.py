@@ -43,9 +43,8 @@ class FluxPolicy(DiffusionPolicy):
         embeddings = {name: value.to(self.dtype) for name, value in embeddings.items()}
         patches, tokens = patched(latents.to(self.dtype), embeddings.pop("source", None))
         places = [torch.cartesian_prod(*map(torch.arange, part.shape[2:])) for part in patches]
-        ids = [
-            pad(place, (1, 0), value=number) for number, place in enumerate(places)
-        ]  # 0 what is drawn, 1 the source
+        # The first of three ids: 0 for what is drawn, 1 for the source.
+        ids = [pad(place, (1, 0), value=number) for number, place in enumerate(places)]
         guidance = None
         if self.denoiser.config.guidance_embeds:
             guidance = torch.full((len(latents),), guidance_scale, device=latents.device)
