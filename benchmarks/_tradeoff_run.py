@@ -6,6 +6,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
@@ -288,17 +289,22 @@ def dynamics(
     }
 
 
-def execute(jobs: dict[str, tuple[tuple, dict[str, Any]]], workers: int, folder: Path) -> list[dict[str, Any]]:
-    """Rows of all jobs in order: by name, positional arguments and changes of [`run`]; those that have a file are read from it."""
+def execute(
+    jobs: dict[str, tuple[tuple, dict[str, Any]]],
+    workers: int,
+    folder: Path,
+    function: Callable[..., dict[str, Any]] = run,
+) -> list[dict[str, Any]]:
+    """Rows of all jobs in order: by name, positional and named arguments of `function`. Rows that have a file are read from it."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.json" for name in jobs}
     left = [name for name, path in paths.items() if not path.exists()]
     context = get_context("forkserver")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(run, *jobs[name][0], **jobs[name][1]): name for name in left}
+        futures = {pool.submit(function, *jobs[name][0], **jobs[name][1]): name for name in left}
         for done, future in enumerate(as_completed(futures), start=1):
             row, name = future.result(), futures[future]
             paths[name].write_text(json.dumps(row))
             gains = ", ".join(f"{objective} {gain:+.2f}" for objective, gain in row["gains"].items())
-            print(f"[{done}/{len(left)}] {name}: {gains} ({row['cost'][-1][1]} s)", flush=True)
+            print(f"[{done}/{len(left)}] {name}: {gains}", flush=True)
     return [json.loads(path.read_text()) for path in paths.values()]

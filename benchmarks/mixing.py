@@ -3,6 +3,8 @@
     python benchmarks/mixing.py                               # about an hour of one core
     python benchmarks/mixing.py --smoke --out runs/smoke     # two updates a run, to see that it works
 
+Every finished run is kept under `runs/`, so that the command can be stopped and started again.
+
 Half of the prompts ask for a word (OCR scores them), half for a colour alone (a colour reward scores them); PickScore scores
 all. `mixed` trains on both kinds in every iteration. `word_then_colour` and `colour_then_word` train on one kind for half of
 the iterations and then on the other, with the rewards of that kind. All arms start from the same weights and see as many
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import arguments, machine, mean_and_error, table, write
-from _tradeoff_run import APEX, BUDGET, LOSS, production_rewards, prompts_of, right_colour
+from _tradeoff_run import APEX, BUDGET, FRESH, LOSS, execute, production_rewards, prompts_of, right_colour
 from datasets import Dataset
 
 from trl_apex import APEXConfig, APEXTrainer
@@ -66,6 +68,8 @@ def stage(pipeline: Any, kinds: tuple[str, ...], seed: int, count: int, folder: 
 
 def run(arm: str, seed: int, iterations: int, count: int, **changes: Any) -> dict[str, Any]:
     """The gains of one arm, in standard deviations of the base."""
+    quiet()
+    logging.disable(logging.WARNING)
     pipeline, stages = load_tiny_pipeline(), ARMS[arm]
     base: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -79,32 +83,40 @@ def run(arm: str, seed: int, iterations: int, count: int, **changes: Any) -> dic
     for name, key in MEASURES.items():
         std = base[f"{key}/se"] * size[key.split("_")[1]] ** 0.5
         gains[name] = (tuned[f"{key}/mean"] - base[f"{key}/mean"]) / std
-    return {"arm": arm, "seed": seed, **gains, "worse kind": min(gains["ocr"], gains["colour"])}
+    gains["worse kind"] = min(gains["ocr"], gains["colour"])
+    return {"arm": arm, "seed": seed, "gains": gains}
 
 
-def main() -> None:
-    options = arguments(__doc__, "one seed, two updates a run").parse_args()
-    logging.disable(logging.WARNING)
-    quiet()
-    seeds, iterations, count = ([0], 2, 4) if options.smoke else (range(1, 6), 60, 64)
-    changes = {"eval_num_inference_steps": 2} if options.smoke else {}
-    rows = []
-    for seed in seeds:
-        for arm in ARMS:
-            rows.append(run(arm, seed, iterations, count, **changes))
-            print(json.dumps(rows[-1]), flush=True)
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A line an arm: each gain, and by how much the mixed run is ahead, paired by seed."""
     lines = []
     for arm in ARMS:
         cells = [arm]
         for name in (*MEASURES, "worse kind"):
-            values = {row["seed"]: row[name] for row in rows if row["arm"] == arm}
-            mixed = {row["seed"]: row[name] for row in rows if row["arm"] == "mixed"}
+            values = {row["seed"]: row["gains"][name] for row in rows if row["arm"] == arm}
+            mixed = {row["seed"]: row["gains"][name] for row in rows if row["arm"] == "mixed"}
             mean, error = mean_and_error(values.values())
             lead = mean_and_error(mixed[seed] - value for seed, value in values.items())
-            cells.append(f"{mean:+.2f} ± {error:.2f} (mixed leads by {lead[0]:+.2f} ± {lead[1]:.2f})")
+            ahead = "" if arm == "mixed" else f" ({lead[0]:+.2f} ± {lead[1]:.2f})"
+            cells.append(f"{mean:+.2f} ± {error:.2f}{ahead}")
         lines.append(cells)
+    return table(["arm (lead of mixed)", *MEASURES, "worse kind"], lines) + "\n"
+
+
+def main() -> None:
+    options = arguments(
+        __doc__,
+        "one seed, two updates a run",
+        workers={"type": int, "default": 1, "help": "processes"},
+        runs={"type": Path, "default": Path("runs/mixing"), "help": "where finished runs are kept"},
+    ).parse_args()
+    seeds, iterations, count = ([0], 2, 4) if options.smoke else (FRESH, 60, 64)
+    changes = {"eval_num_inference_steps": 2} if options.smoke else {}
+    folder = options.out / "runs" if options.smoke else options.runs
+    jobs = {f"{arm}-{seed}": ((arm, seed, iterations, count), changes) for seed in seeds for arm in ARMS}
+    rows = execute(jobs, options.workers, folder, run)
     found = {"settings": {**BUDGET, **APEX, "iterations": iterations}, "machine": machine(), "rows": rows}
-    write(Path(options.out) / "mixing.json", found, table(["arm", *MEASURES, "worse kind"], lines) + "\n")
+    write(Path(options.out) / "mixing.json", found, summary(rows))
 
 
 if __name__ == "__main__":
