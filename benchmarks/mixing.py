@@ -16,7 +16,6 @@ stage of a chain is forgotten: the measure is the worse of the two kinds' own re
 than two standard errors.
 """
 
-import json
 import logging
 import tempfile
 from pathlib import Path
