@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from trl_apex import APEXConfig, APEXTrainer
 from trl_apex.aggregation import GRADIENT_RULES
-from trl_apex.demo import HELD_OUT, held_out_monitors, quiet
+from trl_apex.demo import HELD_OUT, demo_adapter, held_out_monitors, quiet
 from trl_apex.evaluation import compare, seesaw_rate
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward
 from trl_apex.tiny.prompts import COLOURS, RGB, SHAPES, tiny_prompts
@@ -164,9 +164,16 @@ def scaled(reward: Any, factor: float) -> Any:
 
 
 def build_trainer(
-    condition: str, method: str, seed: int, prompts: int, output_dir: str, **changes: Any
+    condition: str,
+    method: str,
+    seed: int,
+    prompts: int,
+    output_dir: str,
+    *,
+    adapter: bool = False,
+    **changes: Any,
 ) -> APEXTrainer:
-    """The trainer of one run, with every reward that is not trained on as a monitor."""
+    """The trainer of one run, with every reward that is not trained on as a monitor. `adapter`: the LoRA of the demo."""
     quiet()
     options = dict(CONDITIONS[condition])
     objectives, own = method_settings(method, options.pop("objectives", OBJECTIVES))
@@ -186,6 +193,7 @@ def build_trainer(
         config,
         train,
         eval_dataset=test,
+        peft_config=demo_adapter() if adapter else None,
         monitor_funcs=[measured[name] for name in MEASURED if name not in objectives and (name != COLOUR or mixed)],
     )
     trainer.remove_callback(transformers.PrinterCallback)

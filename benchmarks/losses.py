@@ -6,7 +6,7 @@
     python benchmarks/losses.py --redraw           # the tables again, from the results
 
     python benchmarks/losses.py --part guards      # `grpo` at a rate that breaks it, with each guard of the ratio
-    python benchmarks/losses.py --part step_size   # `nft` started at a third and three times its rate, with `target_movement`
+    python benchmarks/losses.py --part step_size   # `nft` from a third and three times its rate, with `target_movement`
 
 Every finished run is kept under `runs/`, so that the command can be stopped and started again. The plan is in
 docs/benchmarks.md, "The losses against each other".
@@ -73,6 +73,10 @@ STEP_SIZES: dict[str, tuple[float, dict[str, Any]]] = {  # learning rate, and wh
     "target tuned": (1e-4, {"target_movement": MOVEMENT}),
     "target triple": (3e-4, {"target_movement": MOVEMENT}),
     "plain triple": (3e-4, {}),
+    # The same target for the demo's LoRA adapter, whose own rate is ten times as high.
+    "plain lora": (1e-3, {"adapter": True}),
+    "target lora third": (3.3e-4, {"adapter": True, "target_movement": MOVEMENT}),
+    "target lora triple": (3e-3, {"adapter": True, "target_movement": MOVEMENT}),
 }
 
 

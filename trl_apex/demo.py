@@ -83,6 +83,11 @@ def held_out_monitors() -> list:
     return [monitor(metric) for metric in HELD_OUT]
 
 
+def demo_adapter() -> LoraConfig:
+    """The adapter that the demo trains."""
+    return LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS))
+
+
 def run_demo(
     output_dir: str | Path = "runs/demo",
     seed: int = 0,
@@ -118,7 +123,7 @@ def run_demo(
         config,
         tiny_prompts("train", 1024, seed),
         eval_dataset=tiny_prompts("test", test_prompts),
-        peft_config=LoraConfig(r=32, lora_alpha=64, init_lora_weights="gaussian", target_modules=list(LORA_TARGETS)),
+        peft_config=demo_adapter(),
         callbacks=[ProgressCallback(names, console)],
         monitor_funcs=held_out_monitors(),
     )
