@@ -31,6 +31,7 @@ from trl_apex.tiny.prompts import COLOURS, SHAPES
 from trl_apex.tiny.world import load_tiny_pipeline
 
 KINDS = ("word", "colour")
+RATE = 1e-4  # of `apex` with this loss, as in tradeoffs.py
 ARMS: dict[str, tuple[tuple[str, ...], ...]] = {  # the kinds of prompts of each stage
     "mixed": (KINDS,),
     "word_then_colour": (("word",), ("colour",)),
@@ -52,6 +53,7 @@ def stage(pipeline: Any, kinds: tuple[str, ...], seed: int, count: int, folder: 
     config = APEXConfig(
         output_dir=folder,
         seed=seed,
+        learning_rate=RATE,
         aggregation_options=APEX,
         **{**BUDGET, **LOSS, "eval_strategy": "no", **mix, **changes},
     )
