@@ -53,8 +53,10 @@ def test_a_toy_reward_rises(engine, tmp_path):
         {"guidance_scale": 3.0, "gradient_accumulation_steps": 1, "max_steps": 3},
         *({"loss_type": loss, "anchor_decay": [0, 0.2, 0.9], **FINAL_LATENTS} for loss in ("awm", "nft")),
         {"loss_type": "fpo", **FINAL_LATENTS},
+        {"loss_type": "nft", "target_movement": 1.0, **FINAL_LATENTS},  # out of reach: the rate grows
+        {"loss_type": "nft", "target_movement": 1e-12, **FINAL_LATENTS},  # each iteration ends after its first update
     ],
-    ids=["checkpointing", "kl", "guidance-three-updates", "awm", "nft", "fpo"],
+    ids=["checkpointing", "kl", "guidance-three-updates", "awm", "nft", "fpo", "higher-rate", "lower-rate"],
 )
 def test_options_under_engines(engine, options, reference, tmp_path):
     result = run(train, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
@@ -115,6 +117,7 @@ def test_updates_without_a_signal_leave_the_weights_alone(engine, reference, tmp
     first = reference(max_steps=1, rewards=[constant])[0]
     second = run(train, 2, environment(engine), output_dir=str(tmp_path), max_steps=3, rewards=[constant])[0]
     assert movement(first["weights"], second["weights"]) == 0.0
+    assert curve(second, "grad_norm") == [0.0, 0.0, 0.0]
     assert curve(second, "skipped_updates/dead") == [1.0, 1.0, 1.0]
 
 

@@ -640,6 +640,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         self._guard.update_is_dead = inputs["dead"] and self.args.skip_dead_updates and self.beta == 0
         if not self._guard.update_is_dead and not stopped:
             return super().training_step(model, inputs, num_items_in_batch)
+        if self.is_deepspeed_enabled:
+            self.model_wrapped._global_grad_norm = 0.0  # is logged, and would be that of the last update
         self._step += 1
         return torch.zeros((), device=self.accelerator.device)
 
