@@ -37,6 +37,8 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
     "scaled": ["sum_then_normalize", "dvao"],
 }
 RATES = (1e-4, 2e-4)
+SCAN: dict[str, Any] = {"max_steps": 80, "eval_steps": 20}  # 40 iterations, as the scan of the losses
+SCAN_PROMPTS = 96
 CHOSEN: dict[str, float] = {}  # by the scan, of those that do not train best with the first rate
 
 SETTINGS: dict[str, Any] = {"budget": BUDGET, "loss": LOSS, "apex": APEX, "test_prompts": PROMPTS}
@@ -179,9 +181,11 @@ def main() -> None:
         seeds={"type": int, "nargs": "*", "help": "only these"},
         workers={"type": int, "default": 2},
         redraw={"action": "store_true", "help": "only write tables and figures again, from the results"},
-        runs={"type": Path, "default": Path("runs/tradeoffs"), "help": "where finished runs are kept"},
+        runs={"type": Path, "help": "where finished runs are kept; by default runs/PART"},
     ).parse_args()
-    results = given.out / f"{'tradeoffs_scan' if given.part == 'scan' else given.part}.json"
+    scan = given.part == "scan"
+    given.runs = given.runs or Path("runs") / given.part
+    results = given.out / f"{'tradeoffs_scan' if scan else given.part}.json"
     if given.redraw:
         found: dict[str, Any] = json.loads(results.read_text())
     elif given.smoke:
@@ -193,7 +197,8 @@ def main() -> None:
         jobs = [job for job in plan(given.part, given.seeds) if given.conditions is None or job[0] in given.conditions]
         jobs = [job for job in jobs if given.methods is None or job[1] in given.methods]
         there = {key(row) for row in finished(given.part, results, given.runs)}
-        execute(named([job for job in jobs if job not in there], PROMPTS), given.workers, given.runs)
+        left = [job for job in jobs if job not in there]
+        execute(named(left, SCAN_PROMPTS, **SCAN) if scan else named(left, PROMPTS), given.workers, given.runs)
         found = {"settings": SETTINGS, "machine": machine(), "rows": finished(given.part, results, given.runs)}
     lines = summarize(found["rows"])
     write(results, found, markdown(lines), digits=4)
