@@ -438,7 +438,7 @@ def option_groups() -> dict[str, dict[str, tuple[Any, str]]]:
     from transformers import TrainingArguments
     from trl import GRPOConfig
 
-    from .trainers.config import REFUSED_FIELDS, APEXConfig, DiffusionGRPOConfig
+    from .trainers.config import REFUSED_FIELDS, APEXConfig, DiffusionGRPOConfig, default_of
 
     left = {f.name: f for cls in (APEXConfig, TrainArguments) for f in dataclasses.fields(cls) if f.init}
     groups: dict[str, dict[str, tuple[Any, str]]] = {}
@@ -453,8 +453,7 @@ def option_groups() -> dict[str, dict[str, tuple[Any, str]]]:
         for f in [left.pop(f.name) for f in dataclasses.fields(cls) if f.name in left]:
             text = " ".join(f.metadata.get("help", "").split())
             if f.name not in REFUSED_FIELDS and text != argparse.SUPPRESS:  # no meaning here; an old name
-                default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-                options[f.name] = default, text
+                options[f.name] = default_of(f), text
         groups = {title: options} | groups
     return groups
 

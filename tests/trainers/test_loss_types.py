@@ -235,7 +235,7 @@ def test_guidance_and_models_that_predict_noise_are_refused(dataset, make_args):
         make_args(loss_type="fpo", sde_window_size=2)
     with pytest.raises(ValueError, match="`share_initial_noise` needs loss_type='grpo'"):
         make_args(loss_type="nft", share_initial_noise=True)
-    with pytest.raises(ValueError, match="predicts noise"):
+    with pytest.raises(ValueError, match="not one that predicts noise. Found .StableDiffusionPipeline"):
         args = make_args(loss_type="fpo", guidance_scale=None, max_sequence_length=77)
         APEXTrainer(FAMILIES["sd1.5"](), [redness], args, dataset)
 

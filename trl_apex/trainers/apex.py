@@ -56,12 +56,9 @@ class APEXTrainer(DiffusionGRPOTrainer):
         warmup = self.aggregator.options.warmup_iterations if self.aggregator.rule == "apex" else 0
         if 0 < self.args.max_steps <= warmup * self.updates_per_iteration:
             logger.warning(
-                "`max_steps` should reach beyond the warm-up. Found %d updates, %d an iteration, and "
-                "warmup_iterations=%d: the weights stay equal to the end. Lower `updates_per_iteration` or "
-                "`warmup_iterations`.",
-                self.args.max_steps,
-                self.updates_per_iteration,
-                warmup,
+                f"`max_steps` should reach beyond the warm-up. Found {self.args.max_steps} updates, "
+                f"{self.updates_per_iteration} an iteration, and warmup_iterations={warmup}: the weights stay equal to the "
+                "end. Lower `updates_per_iteration` or `warmup_iterations`."
             )
         self.probe: GradientProbe | None = None
         self.population = PopulationConflict(len(self.reward_func_names))

@@ -250,12 +250,9 @@ class RewardHackingWatch:
         if signs:
             self._warned = True
             logger.warning(
-                "Possible reward hacking at step %d: since the first evaluation, the trained rewards (%s) rose by more than 2 "
-                "standard errors on average, while %s. Look at the images. `beta` > 0, a lower learning rate or an earlier "
-                "checkpoint help.",
-                step,
-                ", ".join(names[: self._trained]),
-                " and ".join(signs),
+                f"Possible reward hacking at step {step}: since the first evaluation, the trained rewards "
+                f"({', '.join(names[: self._trained])}) rose by more than 2 standard errors on average, while "
+                f"{' and '.join(signs)}. Look at the images. `beta` > 0, a lower learning rate or an earlier checkpoint help."
             )
 
     def state_dict(self) -> dict[str, Any]:

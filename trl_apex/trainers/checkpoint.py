@@ -21,8 +21,8 @@ from transformers.trainer_callback import ExportableState
 
 from ..distributed import check_equal, failing_together, full_trainable_weights, gather_list, wait_for_all
 from . import manifest
-from .manifest import PARTIAL, SaveError, clear_partial, defects, last_valid, saving
-from .publishing import push_checkpoint, write_run_report
+from .manifest import PARTIAL, SaveError, clear_partial, defects, saving
+from .publishing import push_checkpoint
 from .weights import difference, save_denoiser, save_diffusers_lora, stored_shapes
 
 logger = logging.getLogger(__name__)
@@ -162,19 +162,6 @@ def refusing_other_states(checkpoint: str | Path, *files: str) -> Iterator[None]
 # When a run saves
 
 
-def save_model(trainer: Any, output_dir: str | None, _internal_call: bool) -> None:
-    """[`RunTrainer.save_model`]."""
-    directory = output_dir or str(trainer.args.output_dir)
-    save(trainer, directory, for_resume=False)
-    if trainer.args.should_save and Path(directory) == Path(trainer.args.output_dir):
-        trainer.state.save_to_json(str(Path(directory, "trainer_state.json")))
-        write_run_report(directory)
-        trainer.create_model_card()  # in place of PEFT's
-    if trainer.args.push_to_hub and not _internal_call:
-        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
-    wait_for_all()
-
-
 def save_checkpoint(trainer: Any) -> None:
     """Write a checkpoint in a place that no resume looks at, and give it its name once it is complete."""
     for name, owner in trainer._stateful().items():
@@ -213,33 +200,6 @@ def save_before_failing(trainer: Any) -> None:
         trainer._save_checkpoint(trainer.model, None)
     except SaveError as error:
         logger.error("%s", error)
-
-
-def determine_best_metric(trainer: Any, metrics: dict[str, float], trial: Any) -> bool:
-    """Trainer's own; with `load_best_model_at_end` a new best is saved, whatever `save_steps` says."""
-    name = f"eval_{(trainer.args.metric_for_best_model or '').removeprefix('eval_')}"
-    if trainer.args.metric_for_best_model and name not in metrics:
-        logger.warning("%s could not be measured at step %d: no score is there.", name, trainer.state.global_step)
-        return False
-    best = Trainer._determine_best_metric(trainer, metrics, trial)
-    if best and trainer.args.load_best_model_at_end:
-        trainer.control.should_save = True
-    return best
-
-
-def load_best_model(trainer: Any) -> None:
-    """Trainer's own at the end of training, with `load_best_model_at_end`; from a valid checkpoint only."""
-    best = str(trainer.state.best_model_checkpoint)
-    with failing_together("loading the best model"):
-        found = defects(best) if trainer.accelerator.is_main_process else []
-        if found:
-            raise ValueError(
-                f"The best checkpoint must be valid to be loaded. Found {best}: {'; '.join(found[:3])}. The trained "
-                f"weights are those of the last step; {last_valid(trainer.args.output_dir)} holds them too."
-            )
-    Trainer._load_best_model(trainer)
-    for copy in trainer._copies:
-        copy.load(best)
 
 
 # Whether this run can resume from a checkpoint

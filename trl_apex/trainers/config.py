@@ -170,21 +170,13 @@ class DiffusionGRPOConfig(GRPOConfig):
     TRL's fields keep their meaning where a denoiser has one. `num_generations` images are sampled for each of
     `generation_batch_size / num_generations` prompts; each image contributes one row per trained denoising step, and one
     training step is a forward and a backward over `per_device_train_batch_size * timestep_batch_size` rows. Fields that
-    have no meaning for a denoiser must stay at their default.
-
-    Note:
-        Defaults that differ from TRL's: `learning_rate` 3e-4 (1e-5 for all weights), `epsilon` 1e-4 (log-probabilities
-        are means over latent elements), `adam_epsilon` 1e-15 (gradients here are far below AdamW's usual 1e-8),
-        `max_grad_norm` 1.0, `gradient_checkpointing` True unless FSDP checkpoints, `ddp_find_unused_parameters` False,
-        `report_to` "none", `remove_unused_columns` False (columns reach the rewards).
+    have no meaning for a denoiser must stay at their default. `docs/trainer.md` lists the defaults that differ from TRL's.
 
     Raises:
         ValueError: for a batch that holds no whole groups, a window that does not fit, a field without a meaning here.
     """
 
-    gradient_accumulation_steps: int = _field(
-        1, "Micro-batches an optimizer step. `updates_per_iteration` may set it for you."
-    )
+    gradient_accumulation_steps: int = _field(1, "Micro-batches of an update; `updates_per_iteration` may set it.")
     learning_rate: float | None = _field(  # type: ignore[assignment]
         None, "Initial learning rate of AdamW. None: 3e-4 for an adapter, 1e-5 for all weights."
     )
@@ -196,31 +188,21 @@ class DiffusionGRPOConfig(GRPOConfig):
         "Clip range of the importance ratio. None: 1e-4 for 'grpo' (2e-6 with ratio_guard='grpo_guard'), 1 for 'awm', 0.01 "
         "for 'fpo'.",
     )
-    bf16: bool | None = _field(
-        None, "bfloat16 autocast. None: on, unless `fp16` or `use_cpu` is set or there is no accelerator."
-    )
+    bf16: bool | None = _field(None, "bfloat16 autocast. None: on, but for `fp16`, `use_cpu` or no accelerator.")
     gradient_checkpointing: bool | None = _field(
         None, "Recompute activations in the backward pass. None: yes, unless `fsdp_config` says that FSDP does."
     )
-    activation_checkpointing: bool | None = _field(
-        None, "transformers' newer name of `gradient_checkpointing`; goes first if both are set."
-    )
-    ddp_find_unused_parameters: bool | None = _field(
-        False, "As in TrainingArguments; every adapter weight is used in each forward."
-    )
+    activation_checkpointing: bool | None = _field(None, "Newer name of `gradient_checkpointing`; goes first.")
+    ddp_find_unused_parameters: bool | None = _field(False, "As in TrainingArguments; all adapter weights are used.")
     report_to: None | str | list[str] = _field("none", "Where to log, as in TrainingArguments.")
-    remove_unused_columns: bool | None = _field(
-        False, "Must be False: dataset columns are passed to the reward functions."
-    )
+    remove_unused_columns: bool | None = _field(False, "Must be False: rewards are given the dataset's columns.")
 
     num_generations_eval: int | None = _field(1, "Must be 1: evaluation makes one image per prompt.")
     height: int | None = _field(
-        None,
-        "Image height in pixels. None: the dataset's column `height`, else 512 for flow models, else the model's own.",
+        None, "Image height in pixels. None: the column `height`, else 512 for flow models, else the model's own."
     )
     width: int | None = _field(
-        None,
-        "Image width in pixels. None: the dataset's column `width`, else 512 for flow models, else the model's own.",
+        None, "Image width in pixels. None: the column `width`, else 512 for flow models, else the model's own."
     )
     num_inference_steps: int = _field(10, "Denoising steps of a rollout.")
     loss_type: str = _field(
@@ -241,9 +223,7 @@ class DiffusionGRPOConfig(GRPOConfig):
         default_factory=lambda: [0.0, 1.0],
         metadata={"help": "'awm', 'nft', 'fpo': lowest and highest noise level that is trained."},
     )
-    timestep_shift: float = _field(
-        3.0, "Shift of 'uniform' and 'logit_normal' noise levels towards noise; 1 for none."
-    )
+    timestep_shift: float = _field(3.0, "Shift of 'uniform' and 'logit_normal' levels towards noise; 1 for none.")
     awm_weighting: str = _field("ghuber", "'awm': likelihood of a squared error: " + ", ".join(WEIGHTINGS) + ".")
     advantage_max: float = _field(1.0, "'awm': advantages, clipped to +-5, are scaled to at most this.")
     fpo_scale: float = _field(10.0, "'fpo': how much a change of the loss changes the ratio.")
@@ -254,14 +234,10 @@ class DiffusionGRPOConfig(GRPOConfig):
         "updates, then this much more each update, up to this. None: 0, 0.001, 0.5 for 'nft' and 0, 0.001, 0.3 for 'awm'. "
         "0 0 0: no slow copy, but the weights at the start of the iteration.",
     )
-    awm_trust_region: float = _field(
-        1.0, "'awm': weight of the mean squared difference of velocities to the slow copy; 0 for none."
-    )
+    awm_trust_region: float = _field(1.0, "'awm': weight of the mean squared distance to the slow copy; 0 for none.")
     negative_prompt: str = _field("", "Prompt of the unconditional branch.")
     max_sequence_length: int = _field(256, "Tokens of the longest text encoder.")
-    prompt_cache_dir: str | None = _field(
-        None, "Keep prompt embeddings in files of this folder, for later runs too. None: in memory."
-    )
+    prompt_cache_dir: str | None = _field(None, "Folder that keeps prompt embeddings for later runs. None: in memory.")
     precompute_prompts: bool = _field(True, "Encode all prompts of the training and evaluation datasets at the start.")
     unload_text_encoders: bool | None = _field(
         None,
@@ -269,8 +245,7 @@ class DiffusionGRPOConfig(GRPOConfig):
         "CPU). None: where the trainer loaded the pipeline from a name.",
     )
     prompt_mix: dict[str, float | int] | str | None = _field(
-        None,
-        "Share of each kind of prompts in every iteration, e.g. {'ocr': 0.5, 'plain': 0.5}; JSON on the command line.",
+        None, "Share of each kind of prompts an iteration, e.g. {'ocr': 0.5, 'plain': 0.5}; JSON on the command line."
     )
     prompt_mix_column: str = _field("kind", "'prompt_mix': column of the dataset with the kind of each prompt.")
     dead_prompt_rate: float = _field(
@@ -278,19 +253,14 @@ class DiffusionGRPOConfig(GRPOConfig):
         "How likely a prompt takes part in a round of the prompts, where its images were equal in every objective when it was "
         "last drawn. 1: as any other.",
     )
-    transition: str | None = _field(
-        None, "Stochastic step: 'flow_sde', 'cps' or 'ddim'. None for the model family's default."
-    )
+    transition: str | None = _field(None, "Stochastic step: 'flow_sde', 'cps' or 'ddim'. None: the family's own.")
     noise_level: float = _field(0.7, "Noise of a stochastic step (a of Flow-SDE, eta of DDIM).")
-    sde_window_size: int | None = _field(
-        None, "Stochastic, trained steps an iteration; None for all but the last, which is noise-free."
-    )
+    sde_window_size: int | None = _field(None, "Stochastic, trained steps an iteration. None: all but the last.")
     sde_window_range: list[int] | None = _field(
-        None, "First step a window may hold, and one past the last. None for the first half."
+        None, "First step for windows, one past the last. None: the first half."
     )
     rollout_solver: str = _field(
-        "euler",
-        "How a flow's rollout takes the steps without noise: 'euler', 'heun' (two calls of the denoiser a step) or 'dpmpp_2m'.",
+        "euler", "Noise-free steps of a flow's rollout: 'euler', 'heun' (two calls a step) or 'dpmpp_2m'."
     )
     ratio_guard: str | None = _field(
         None,
@@ -303,16 +273,10 @@ class DiffusionGRPOConfig(GRPOConfig):
         "Mean squared change of the prediction that an iteration should make. The learning rate adapts to it, within a tenth "
         "and ten times its own value. inf: only measured. None: the plain schedule.",
     )
-    share_initial_noise: bool = _field(
-        False, "Images of one group start from the same noise and differ by the window's."
-    )
+    share_initial_noise: bool = _field(False, "A group's images start from one noise and differ by the window's.")
     timestep_batch_size: int = _field(1, "Trained steps of one image that share a forward pass of the update.")
-    updates_per_iteration: int | None = _field(
-        None, "Optimizer steps per pass over a rollout; sets `gradient_accumulation_steps` for you."
-    )
-    rollout_batch_size: int | None = _field(
-        8, "Images sampled at a time on a device; None for the whole generation batch."
-    )
+    updates_per_iteration: int | None = _field(None, "Optimizer steps per pass; sets `gradient_accumulation_steps`.")
+    rollout_batch_size: int | None = _field(8, "Images sampled at a time on a device. None: the generation batch.")
     offload_reference: bool = _field(
         False,
         "Full fine-tuning with `beta` > 0: keep the frozen reference on the CPU between its forwards. With 'nft' and 'awm' the "
@@ -326,32 +290,22 @@ class DiffusionGRPOConfig(GRPOConfig):
         "How diffusers quantizes the denoiser when it loads it, for an adapter on a frozen base: a dictionary as in a model's "
         "config.json; JSON on the command line.",
     )
-    attention_backend: str | None = _field(
-        None, "Attention kernel of the denoiser, by diffusers' name for it, such as 'flash'. None: PyTorch's choice."
-    )
+    attention_backend: str | None = _field(None, "Attention kernel by diffusers' name, e.g. 'flash'. None: PyTorch's.")
     compile_denoiser: bool = _field(False, "Compile the denoiser's repeated blocks, for rollout and update alike.")
-    ema_decay: float | None = _field(
-        None, "Decay of an exponential moving average of the trained weights; None for none."
-    )
+    ema_decay: float | None = _field(None, "Decay of a moving average of the trained weights. None: no average.")
     ema_update_steps: int = _field(1, "Optimizer steps between two updates of the average.")
     reward_overlap: bool = _field(True, "Score a rollout batch while the next is sampled. Changes no result.")
     offload_rewards: bool = _field(
         False, "Keep the rewards' networks in the CPU's memory between rollouts; those of a reward server in its own."
     )
-    reward_timeout: float | None = _field(
-        None, "Seconds after which a reward function's call counts as failed; None for no limit."
-    )
-    max_reward_failure_rate: float = _field(
-        0.5, "Share of failed scores of one objective above which the run saves and stops."
-    )
+    reward_timeout: float | None = _field(None, "Seconds after which a reward's call has failed. None: no limit.")
+    max_reward_failure_rate: float = _field(0.5, "Share of a reward's scores that may fail before a run stops.")
     eval_num_inference_steps: int = _field(40, "Denoising steps in evaluation (deterministic).")
     eval_height: int | None = _field(None, "Image height in evaluation, in pixels. None: as `height` says.")
     eval_width: int | None = _field(None, "Image width in evaluation, in pixels. None: as `width` says.")
     eval_guidance_scale: float | None = _field(None, "Guidance in evaluation; None for `guidance_scale`.")
     skip_dead_updates: bool = _field(True, "Leave the weights alone where every advantage of an update is 0.")
-    max_nonfinite_updates: int = _field(
-        5, "Updates in a row with non-finite gradients before the run saves and stops."
-    )
+    max_nonfinite_updates: int = _field(5, "Updates in a row with non-finite gradients before a run saves and stops.")
 
     def __post_init__(self) -> None:
         example = '{"quant_method": "bitsandbytes", "load_in_4bit": true}'
@@ -392,13 +346,12 @@ class DiffusionGRPOConfig(GRPOConfig):
         own = {f.name for f in dataclasses.fields(self)} - {f.name for f in dataclasses.fields(GRPOConfig)}
         check_types(self, own | ours | TYPED_FIELDS, (ours | TYPED_FIELDS) - MAY_BE_INFINITE)
         for field_ in dataclasses.fields(self):
-            name, default = field_.name, _default(field_)
+            name, default = field_.name, default_of(field_)
             value, remedy = getattr(self, name), f"The default is {default!r}."
             choices, least = CHOICES.get(name, (value,)), LEAST.get(name, -math.inf)
             reason, instead = REASONS.get(name, NO_MEANING)
-            same = value == default or (
-                value in ("no", False) and default in ("no", False)
-            )  # YAML reads `no` as false
+            no = ("no", False)  # YAML reads `no` as false
+            same = value == default or (value in no and default in no)
             there = value is not None
             refuse([
                 (value not in choices, value, f"`{name}` must be one of {', '.join(map(str, choices))}",
@@ -521,7 +474,7 @@ class DiffusionGRPOConfig(GRPOConfig):
         """Upgrade a plain `trl.GRPOConfig`: what its author set is kept, what was left at TRL's default becomes ours."""
         own = {f.name: f.default for f in dataclasses.fields(cls)}
         given = {f.name: f for f in dataclasses.fields(config) if f.init and f.name in own}
-        values = {n: getattr(config, n) for n, f in given.items() if getattr(config, n) != _default(f)}
+        values = {n: getattr(config, n) for n, f in given.items() if getattr(config, n) != default_of(f)}
         filled_in = {"pad_to_multiple_of"}  # by TRL, and not by the user
         if "generation_batch_size" in values:  # either one determines the other
             filled_in.add("steps_per_generation")
@@ -541,12 +494,8 @@ class DiffusionGRPOConfig(GRPOConfig):
             new = {name: repr(getattr(upgraded, name)) for name in replaced}
             new["learning_rate"] = "3e-4, or 1e-5 without an adapter"
             changes = ", ".join(f"{name} {getattr(config, name)!r} -> {new[name]}" for name in replaced)
-            logger.warning(
-                "Fields at GRPOConfig's default take %s's: %s. Pass a %s to set them.",
-                cls.__name__,
-                changes,
-                cls.__name__,
-            )
+            fields = f"Fields at GRPOConfig's default take {cls.__name__}'s: {changes}"
+            logger.warning("%s. Pass a %s to set them.", fields, cls.__name__)
         return upgraded
 
 
@@ -588,11 +537,7 @@ class AggregationFields(_OldFields):
     )
 
     def _read_aggregation_options(self) -> ApexOptions:
-        """Make `aggregation_options` a plain dictionary and return all options; warn about fields of 0.1.0.
-
-        Raises:
-            ValueError: for an unknown option, a value out of its range, or two values for one option.
-        """
+        """Make `aggregation_options` a plain dictionary and return all options; warn about fields of 0.1.0."""
         given: Any = read_json("aggregation_options", self.aggregation_options, '{"scale_blend": 0.5}')
         try:
             ApexOptions.read(given)
@@ -646,8 +591,7 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
     multi_objective_aggregation: str = _field("apex", f"How rewards become one advantage: one of {', '.join(RULES)}.")
 
     gradient_probe: bool | None = _field(
-        None,
-        "Measure the objectives' gradients during training. None: where the rule or `conflict_source` needs them.",
+        None, "Measure the objectives' gradients in training. None: where the rule or `conflict_source` needs them."
     )
     probe_every: int = _field(10, "Optimizer steps between two probes; 1 with 'population'.")
     probe_layers: list[str] | None = _field(
@@ -729,10 +673,9 @@ def read_json(name: str, given: Any, example: str) -> Any:
 
 
 def check_types(config: Any, names: set[str], finite: set[str]) -> None:
-    """Raise where a field holds something of another type than its annotation says, or NaN.
+    """Raise where one of these fields has another type than it is annotated with, or one of `finite` is infinite or NaN.
 
-    Integers may stand for floats, and tuples for lists. `names` are the fields to look at, `finite` those that must not be
-    infinite either.
+    Integers may stand for floats, and tuples for lists.
     """
     hints = typing.get_type_hints(type(config))
     for name in sorted(names):
@@ -751,5 +694,6 @@ def check_types(config: Any, names: set[str], finite: set[str]) -> None:
             raise ValueError(f"`{name}` must be finite. Found {reprlib.repr(value)}. Pass a number.")
 
 
-def _default(entry: dataclasses.Field) -> Any:
+def default_of(entry: dataclasses.Field) -> Any:
+    """The default of a field of a dataclass, also where a factory makes it."""
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()

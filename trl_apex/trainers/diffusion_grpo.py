@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import ProgressCallback as TqdmCallback
 from trl import GRPOTrainer
 
+from .. import distributed
 from ..aggregation.normalize import group_moments, group_rows
 from ..aggregation.options import checked_weights
 from ..aggregation.rules import normalize_then_sum, sum_then_normalize, wide_enough
@@ -31,15 +32,6 @@ from ..diffusion.rollout import (
     sample,
 )
 from ..diffusion.schedule import Sampler, sde_window
-from ..distributed import (
-    collect_dealt,
-    deal_groups,
-    failing_together,
-    gather_list,
-    gather_rows,
-    local_slice,
-    whole_models,
-)
 from ..prompts.datasets import decoded, load_prompts, undecoded
 from ..prompts.embeddings import open_embeddings, prepare_embeddings
 from ..prompts.sampler import GroupSampler, update_rows, updates_per_pass
@@ -52,7 +44,7 @@ from . import evaluation
 from .adapters import prepare_denoiser, take_adapter
 from .callbacks import GradientGuardCallback, IterationCallback, ProgressCallback, RewardHackingWatch
 from .checkpoint import save_before_failing
-from .config import DiffusionGRPOConfig
+from .config import DiffusionGRPOConfig, refuse
 from .detectors import LearningDetectors
 from .inputs import (
     Sources,
@@ -73,7 +65,6 @@ from .logs import (
     ROWS,
     log_from_rewards,
     log_rewards,
-    log_samples,
     log_scoring,
     logged_column,
     logged_number,
@@ -84,12 +75,18 @@ from .logs import (
     sum_counts,
     update_metrics,
 )
-from .publishing import without_token
 from .step_size import StepSizeControl
 from .trl_seam import RunTrainer
 from .weights import ADAPTER_RATE, ANCHOR_FILE, FULL_RATE, CopiesCallback, WeightCopy
 
 logger = logging.getLogger(__name__)
+
+
+def _loaded(data: Any, split: str) -> Any:
+    """A dataset, or a dictionary of them, with names replaced by what they name."""
+    if isinstance(data, dict):
+        return {name: _loaded(part, split) for name, part in data.items()}
+    return load_prompts(data, split) if isinstance(data, str) else data
 
 
 class DiffusionGRPOTrainer(RunTrainer):
@@ -122,20 +119,6 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     Raises:
         ValueError: for anything of the above that cannot work, before any compute.
-
-    Example:
-        ```python
-        from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
-
-        trainer = DiffusionGRPOTrainer(
-            model="stabilityai/stable-diffusion-3.5-medium",
-            reward_funcs=[ocr, brightness],
-            args=DiffusionGRPOConfig(output_dir="run", num_generations=8, generation_batch_size=64),
-            train_dataset=dataset,
-            peft_config=LoraConfig(r=32, lora_alpha=64),
-        )
-        trainer.train()
-        ```
     """
 
     _tag_names = ["trl", "grpo", "diffusers", "text-to-image"]
@@ -166,48 +149,37 @@ class DiffusionGRPOTrainer(RunTrainer):
     ):
         if args is None:
             args = self.config_class(output_dir=f"{type(self).__name__}-output")
-        args, self._hub_token = without_token(upgraded(args, self.config_class))
+        self.args = args = copy.copy(upgraded(args, self.config_class))
+        self._hub_token, args.hub_token = args.hub_token, None  # every checkpoint holds the arguments
         model = str(model) if isinstance(model, Path) else model
         self.sources = Sources.of(model, train_dataset, eval_dataset, reward_funcs, monitor_funcs)
-        if isinstance(train_dataset, str):
-            train_dataset = load_prompts(train_dataset, "train")
-        if isinstance(eval_dataset, str):
-            eval_dataset = load_prompts(eval_dataset, "test")
-        elif isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: load_prompts(part, "test") if isinstance(part, str) else part
-                for name, part in eval_dataset.items()
-            }
+        train_dataset, eval_dataset = _loaded(train_dataset, "train"), _loaded(eval_dataset, "test")
         reward_funcs, self.monitor_funcs = (load_rewards(as_list(funcs)) for funcs in (reward_funcs, monitor_funcs))
         every_name = check_inputs(args, reward_funcs, self.monitor_funcs, train_dataset, eval_dataset, callbacks)
         names = every_name[: len(reward_funcs)]
         self.reward_weights = checked_weights(names, args.reward_weights, args.multi_objective_aggregation)
         train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
 
-        with whole_models():
+        with distributed.whole_models():
             self.policy = load_model(model, args, quantization_config)
-        if args.model_init_kwargs:  # may hold a token, and every checkpoint holds the arguments
-            args = copy.copy(args)
-            args.model_init_kwargs = redacted(args.model_init_kwargs)
+        args.model_init_kwargs = redacted(args.model_init_kwargs)  # may hold a token as well
         check_whole(self.policy.pipeline)
         evaluated = named_parts(eval_dataset)
         for name, dataset in [("train_dataset", train_dataset), *evaluated]:
             check_images(self.policy, name, dataset)
         sizes = image_sizes(self.policy, train_dataset, "train_dataset", (args.height, args.width))
-        sized = [(train_dataset, sizes), *((part, self._eval_sizes(args, part)) for _, part in evaluated)]
-        self._plan_rollout(args, sizes)
-        self._plan_updates(args, train_dataset, sizes)
+        sized = [(train_dataset, sizes), *((part, self._eval_sizes(part)) for _, part in evaluated)]
+        self._plan_rollout(sizes)
+        self._plan_updates(train_dataset, sizes)
         start = take_adapter(self.policy, adapter)
         denoiser, self._reference = prepare_denoiser(self.policy, args, peft_config, start)
         check_optimizer(optimizers[0], denoiser)
         if args.learning_rate is None:
-            args = copy.copy(args)
             args.learning_rate = ADAPTER_RATE if isinstance(denoiser, PeftModel) else FULL_RATE
         self.policy.move_frozen(args.device)
         self._conditions = open_embeddings(self.policy, args)
         # Before the denoiser moves to the device: it and the text encoders need not fit there together.
-        own_pipeline = isinstance(model, str)
-        prepare_embeddings(self._conditions, self.policy, args, sized, own_pipeline)
+        prepare_embeddings(self._conditions, self.policy, args, sized, own_pipeline=isinstance(model, str))
 
         super(GRPOTrainer, self).__init__(
             model=denoiser,
@@ -236,48 +208,43 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     # Set-up
 
-    def _plan_rollout(self, args: DiffusionGRPOConfig, sizes: list[tuple[int, int]]) -> None:
-        self.transition = args.transition or self.policy.transitions[0]
-        if self.transition not in self.policy.transitions:
-            raise ValueError(
-                f"`transition` must be one of {self.policy.transitions} for {type(self.policy.pipeline).__name__}. "
-                f"Found {self.transition!r}. None picks the first."
-            )
-        if args.ratio_guard == "grpo_guard" and self.transition != "flow_sde":
-            raise ValueError(
-                "ratio_guard='grpo_guard' needs transition='flow_sde', whose ratios it normalizes. Found "
-                f"{self.transition!r}. Use ratio_guard='kl_mask'."
-            )
-        if args.flow_matching and "flow_sde" not in self.policy.transitions:
-            raise ValueError(
-                f"loss_type={args.loss_type!r} needs a model that predicts a flow's velocity. Found "
-                f"{type(self.policy.pipeline).__name__}, which predicts noise. Use loss_type='grpo'."
-            )
+    def _plan_rollout(self, sizes: list[tuple[int, int]]) -> None:
+        args, known, name = self.args, self.policy.transitions, type(self.policy.pipeline).__name__
+        self.transition = args.transition or known[0]
+        refuse([
+            (self.transition not in known, self.transition,
+             f"`transition` must be one of {known} for {name}", "None picks the first."),
+            (args.ratio_guard == "grpo_guard" and self.transition != "flow_sde", self.transition,
+             "ratio_guard='grpo_guard' needs transition='flow_sde', whose ratios it normalizes",
+             "Use ratio_guard='kl_mask'."),
+            (args.flow_matching and "flow_sde" not in known, name,
+             f"loss_type={args.loss_type!r} needs a model that predicts a flow's velocity, not one that predicts noise",
+             "Use loss_type='grpo'."),
+        ])  # fmt: skip
         for size in dict.fromkeys(reversed(sizes)):
-            self._use_size(args, size)
+            self._use_size(size)
             if args.flow_matching:
-                self._levels(args, range(1), iteration=0)  # raises where the schedule has too few
-        self._window(args, iteration=0)
+                self._levels(range(1), iteration=0)  # raises where the schedule has too few
+        self._window(iteration=0)
 
-    def _eval_sizes(self, args: DiffusionGRPOConfig, dataset: Any) -> list[tuple[int, int]]:
-        given = args.eval_height or args.height, args.eval_width or args.width
+    def _eval_sizes(self, dataset: Any) -> list[tuple[int, int]]:
+        given = self.args.eval_height or self.args.height, self.args.eval_width or self.args.width
         return image_sizes(self.policy, dataset, "eval_dataset", given)
 
     def _size_of(self, row: dict[str, Any]) -> tuple[int, int]:
         return image_size(row, (self.args.height, self.args.width), self.policy.default_size())
 
-    def _use_size(self, args: DiffusionGRPOConfig, size: tuple[int, int]) -> None:
+    def _use_size(self, size: tuple[int, int]) -> None:
         """Sample and train images of this size from now on."""
         self.height, self.width = size
         self.latent_shape = self.policy.latent_shape(*size)
-        self.sampler = self._sampler_of(args, args.num_inference_steps, size, args.rollout_solver)
+        self.sampler = self._sampler_of(self.args.num_inference_steps, size, self.args.rollout_solver)
 
-    def _sampler_of(
-        self, args: DiffusionGRPOConfig, num_steps: int, size: tuple[int, int], solver: str = "euler"
-    ) -> Sampler:
-        return Sampler(self.policy.schedule(num_steps, *size), self.transition, args.noise_level, solver)
+    def _sampler_of(self, num_steps: int, size: tuple[int, int], solver: str = "euler") -> Sampler:
+        return Sampler(self.policy.schedule(num_steps, *size), self.transition, self.args.noise_level, solver)
 
-    def _plan_updates(self, args: DiffusionGRPOConfig, dataset: Any, sizes: list[tuple[int, int]]) -> None:
+    def _plan_updates(self, dataset: Any, sizes: list[tuple[int, int]]) -> None:
+        args = self.args
         self.updates_per_pass = updates_per_pass(
             args.per_device_train_batch_size * args.steps_per_generation,
             args.rows_per_image,
@@ -347,11 +314,10 @@ class DiffusionGRPOTrainer(RunTrainer):
         position = self._step % self.steps_per_iteration
         if position == 0 or self._iteration_rollout is None:
             if position:
+                update = position // self.args.gradient_accumulation_steps
                 logger.warning(
-                    "The checkpoint lies inside an iteration: update %d of %d. Its rollout is gone, so the rest of the "
-                    "iteration trains on a fresh one.",
-                    position // self.args.gradient_accumulation_steps,
-                    self.updates_per_iteration,
+                    f"The checkpoint lies inside an iteration: update {update} of {self.updates_per_iteration}. Its rollout "
+                    "is gone, so the rest of the iteration trains on a fresh one."
                 )
             self._iteration_rollout = self._generate_and_score_completions(generation_batch)
             if self._step_size is not None:
@@ -366,7 +332,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         chunk = self.args.rollout_batch_size or len(inputs)
         first = self.accelerator.process_index * len(inputs)
         prompts = [row["prompt"] for row in inputs]
-        self._use_size(self.args, self._size_of(inputs[0]))  # that of the whole iteration
+        self._use_size(self._size_of(inputs[0]))  # that of the whole iteration
         rollouts, pending = [], []
         compared = any(map(wants_whole_groups, self.reward_funcs))  # within groups, so after the rollout
         self._detectors.note_weights()
@@ -387,9 +353,9 @@ class DiffusionGRPOTrainer(RunTrainer):
             images = torch.cat([r.images for r in rollouts])
         dealt = compared and len(inputs) % self.num_generations > 0  # ranks share a group
         if dealt:
-            mine, numbers, images = deal_groups(inputs, images, self.num_generations)
+            mine, numbers, images = distributed.deal_groups(inputs, images, self.num_generations)
         try:
-            with failing_together("the rewards"):
+            with distributed.failing_together("the rewards"):
                 if mine and not pending:
                     groups = [number // self.num_generations for number in numbers]
                     pending = [self._submit(self._scorer, mine, images, group_ids=groups)]
@@ -402,7 +368,10 @@ class DiffusionGRPOTrainer(RunTrainer):
         self._stop_if_rewards_fail(*log_scoring(scored, self.reward_func_names, metrics, device))
 
         own_rewards = torch.cat([torch.empty(0, len(self.reward_funcs)), *(s.rewards for s in scored)])
-        rewards = collect_dealt(numbers, own_rewards) if dealt else gather_rows(own_rewards.to(device)).cpu()
+        if dealt:
+            rewards = distributed.collect_dealt(numbers, own_rewards)
+        else:
+            rewards = distributed.gather_rows(own_rewards.to(device)).cpu()
         if self.args.offload_rewards and self._scorer:  # every rank has its rewards by now
             self._scorer.offload()
         group_ids = torch.arange(len(rewards)) // self.num_generations
@@ -413,7 +382,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             metrics["dead_prompts"].append(len(self._prompts.dead) / self._prompts.num_prompts)
         self._log_rollout(rewards, advantages, prompts, rollouts)
         self._detectors.see_rollout(rollouts, advantages)
-        here = local_slice(len(inputs), self.accelerator.process_index)
+        here = distributed.local_slice(len(inputs), self.accelerator.process_index)
         result = {
             "advantages": advantages[here].to(device, torch.float32),
             "normalized": normalized[here].to(device, torch.float32),
@@ -431,7 +400,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     def _rollout(self, embeddings: Embeddings, first_sample: int) -> Rollout:
         """Images of some of this rank's samples; noise is keyed by the sample, so that it is the same on any rank."""
         args, group, shape = self.args, self.num_generations, self.latent_shape
-        window = self._window(args, self._iteration)
+        window = self._window(self._iteration)
         samples = range(first_sample, first_sample + len(next(iter(embeddings.values()))))
         starts = [i // group for i in samples] if args.share_initial_noise else samples
         initial = keyed_noise(self._keys(INITIAL_NOISE, starts), shape)
@@ -445,8 +414,9 @@ class DiffusionGRPOTrainer(RunTrainer):
     def _keys(self, purpose: int, numbers: Sequence[int]) -> list[tuple[int, ...]]:
         return [(self.args.seed, purpose, self._iteration, i) for i in numbers]
 
-    def _window(self, args: DiffusionGRPOConfig, iteration: int) -> range:
+    def _window(self, iteration: int) -> range:
         """The stochastic steps of an iteration; none where the loss needs final latents alone."""
+        args = self.args
         if args.flow_matching:
             return range(0)
         steps, size, where = args.num_inference_steps, args.sde_window_size, args.sde_window_range
@@ -466,7 +436,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     def _open_scorer(self, funcs: list, names: list[str]) -> RewardScorer:
         """Scoring in the background, once every reward is known to work and has loaded its weights."""
         scorer = RewardScorer(funcs, names, timeout=self.args.reward_timeout)
-        with failing_together("the check of the rewards"), whole_models():
+        with distributed.failing_together("the check of the rewards"), distributed.whole_models():
             scorer.check()
         return scorer
 
@@ -523,12 +493,13 @@ class DiffusionGRPOTrainer(RunTrainer):
         """For the other losses: final latents `[B, C, H, W]`, noise levels `[B, N]`, fresh noise `[B, N, C, H, W]`."""
         clean = torch.cat([r.latents for r in rollouts])
         samples = range(first_sample, first_sample + len(clean))
-        levels = self._levels(self.args, samples, self._iteration)
+        levels = self._levels(samples, self._iteration)
         noise = keyed_noise(self._keys(ROW_NOISE, samples), (levels.shape[1], *self.latent_shape))
         return {"clean": clean, "levels": levels.to(clean.device), "noise": noise.to(clean.device), "window": range(0)}
 
-    def _levels(self, args: DiffusionGRPOConfig, samples: range, iteration: int) -> Tensor:
+    def _levels(self, samples: range, iteration: int) -> Tensor:
         """Noise levels `[B, N]` that these samples of an iteration are trained on."""
+        args = self.args
         assert args.timesteps_per_image is not None
         drawn = [
             losses.training_sigmas(
@@ -734,8 +705,6 @@ class DiffusionGRPOTrainer(RunTrainer):
         Args:
             eval_dataset (`datasets.Dataset` or dict of them, or `str`, *optional*): instead of the trainer's own, or the
                 name of one of these.
-            ignore_keys: accepted for compatibility.
-            metric_key_prefix (`str`): of the metrics' names.
 
         Returns:
             `dict`: `{prefix}_rewards/{name}/mean` and `/se` (standard error over prompts) of each reward and monitored
@@ -743,9 +712,6 @@ class DiffusionGRPOTrainer(RunTrainer):
             the weighted sum over prompts. A mean of which no prompt has a score is left out; these two as well, where the
             reward failed or an earlier evaluation had its mean. `eval_records` keeps row, prompt and scores of every
             prompt, and on the main process the images of its first 64 (`"image"` is None elsewhere).
-
-        Raises:
-            ValueError: if there is no dataset, or one that the constructor would refuse.
         """
         return evaluation.evaluate(self, eval_dataset, metric_key_prefix)
 
@@ -782,12 +748,14 @@ class DiffusionGRPOTrainer(RunTrainer):
         names, metrics = self.reward_func_names, self._metrics["train"]
         log_rewards(rewards, names, self.reward_weights, self.num_generations, metrics)
         if self.log_completions:
-            prompts, size = gather_list(prompts), len(rewards)
+            prompts, size = distributed.gather_list(prompts), len(rewards)
             pictures: list[list[Any]] = [[]] * size
             if self.accelerator.is_main_process:  # pictures are not gathered
                 pictures = shown_pictures(torch.cat([r.images for r in rollouts]), self.num_generations, size)
             columns: dict[str, list] = {"prompt": prompts, "completion": ["<image>"] * size, "images": pictures}
-            scores = dict(zip(names, rewards.double().T.tolist(), strict=True))
-            log_samples(self._logs, scores, **columns, advantages=advantages.tolist())
+            for column, values in (columns | {"advantages": advantages.tolist()}).items():
+                self._logs[column].extend(values)
+            for name, scores in zip(names, rewards.double().T.tolist(), strict=True):
+                self._logs["rewards"][name].extend(scores)
             self._unsent_images = True
         log_from_rewards((self._pending_metrics, self._pending_extra_logs), metrics, self._logs["extra"], len(rewards))

@@ -79,8 +79,8 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
 def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple[list[dict[str, Any]], set[str]]:
     """[`draw_and_score`] of every row of `dataset`, in order, with each rank's share, and which rewards failed; on every rank."""
     args, world, rank = trainer.args, trainer.accelerator.num_processes, trainer.accelerator.process_index
-    sizes = trainer._eval_sizes(args, dataset)
-    samplers = {size: trainer._sampler_of(args, args.eval_num_inference_steps, size) for size in set(sizes)}
+    sizes = trainer._eval_sizes(dataset)
+    samplers = {size: trainer._sampler_of(args.eval_num_inference_steps, size) for size in set(sizes)}
     guidance = args.guidance_scale if args.eval_guidance_scale is None else args.eval_guidance_scale
 
     def draw(rows: list[dict[str, Any]], numbers: list[int]) -> Tensor:

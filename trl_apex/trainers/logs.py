@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..distributed import all_reduce_sum, gather_list, gather_rows
 from ..redact import redacted
 from ..rewards.base import to_pil
 from ..rewards.scoring import ScoredBatch
+from .config import default_of
 
 logger = logging.getLogger(__name__)
 
@@ -185,14 +186,6 @@ def sum_counts(metrics: dict[str, list[float]]) -> None:
 # Pictures
 
 
-def log_samples(logs: dict[str, Any], rewards: dict[str, list[float]], **columns: list[Any]) -> None:
-    """Append the rows of a rollout to TRL's table of completions."""
-    for name, values in columns.items():
-        logs[name].extend(values)
-    for name, values in rewards.items():
-        logs["rewards"][name].extend(values)
-
-
 def newest_samples(logs: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     """The rows of TRL's table that have a picture: prompt, image and rewards."""
     shown = [i for i, images in enumerate(logs["images"]) if images]
@@ -265,8 +258,7 @@ def record_arguments(output_dir: Path, groups: Sequence[Any], command: str) -> N
     for group in groups:
         arguments |= group.to_dict() if hasattr(group, "to_dict") else vars(group)
         for f in fields(group):
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            if getattr(group, f.name, default) != default:
+            if getattr(group, f.name, default := default_of(f)) != default:
                 changed.append(f.name)
     date = datetime.now().astimezone().isoformat(" ", "minutes")
     record = {"command": command, "date": date, "changed": changed, "versions": versions()}

@@ -4,7 +4,6 @@ Trainer would upload `training_args.bin` with the token in it, leave out the ada
 uploads in between. Here an upload is one commit of what `UPLOADED` names.
 """
 
-import copy
 import fnmatch
 import json
 import logging
@@ -15,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +24,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..redact import redacted
-from ..report import write_figures, write_report
+from ..report import write_report
 from .weights import save_denoiser
 
 logger = logging.getLogger(__name__)
@@ -46,71 +44,13 @@ SENT_ONCE = ("/repos/create", "/validate-yaml", "/commit/")
 FACTS_FILE = "card.json"
 
 
-# Methods of the trainer
+# While a run goes on
 
 
-def without_token(args: Any) -> tuple[Any, str | None]:
-    """A copy of the arguments without the token of the Hub, since every checkpoint holds them, and the token."""
-    token = args.hub_token
-    if token:
-        args = copy.copy(args)
-        args.hub_token = None
-    return args, token
-
-
-def init_hf_repo(trainer: Any, token: str | None, private: bool | None) -> None:
-    """[`RunTrainer.init_hf_repo`]."""
-    if not trainer.is_world_process_zero():
-        return
-    args = trainer.args
-    name = args.hub_model_id or Path(args.output_dir).absolute().name
-    private = args.hub_private_repo if private is None else private
-    api = HfApi(token=token or trainer._hub_token)
-    repo = trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, api.endpoint)
-    trainer.hub_model_id = repo.repo_id
-    trainer.push_in_progress = None
-
-
-def push_to_hub(
-    trainer: Any, commit_message, blocking, token, revision, private, *, hub_model_id: str | None, **kwargs: Any
-) -> Any:
-    """[`RunTrainer.push_to_hub`]."""
-    if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
-        raise ValueError(
-            "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
-            f'{commit_message!r}. Pass hub_model_id="{commit_message}", here or in the configuration.'
-        )
-    if hub_model_id is not None:
-        trainer.args.hub_model_id, trainer.hub_model_id = hub_model_id, None
-    if trainer.hub_model_id is None:
-        trainer.init_hf_repo(token=token, private=private)
-    trainer.save_model(_internal_call=True)
-    if not trainer.is_world_process_zero():
-        return None
-    kwargs.pop("model_name", None)
-    run = trainer.args.output_dir
-    try:
-        write_figures(run)
-    except ImportError as error:
-        logger.warning("The model card has no pictures: %s", error)
-    trainer.create_model_card(**kwargs)
-    trainer._finish_current_push()
-    options: Any = {"token": token or trainer._hub_token, "revision": revision or trainer.args.hub_revision}
-    options |= {"create": False, "commit_message": commit_message or "End of training"}
-    push = partial(push_run, run, trainer.hub_model_id, **options)
-    return push() if blocking else HfApi().run_as_future(push)
-
-
-def create_model_card(
-    trainer: Any, model_name: str | None, dataset_name: str | None, tags: Any, **kwargs: Any
-) -> None:
-    """[`RunTrainer.create_model_card`]."""
-    if not trainer.is_world_process_zero():
-        return
-    further = [tags] if isinstance(tags, str) else list(tags or [])
+def card_facts(trainer: Any, dataset_name: str | None, tags: list[str], licence: str | None) -> "CardFacts":
+    """What the card of a trainer's run says."""
     rewards = zip(trainer.reward_func_names, trainer.reward_weights.tolist(), trainer.reward_funcs, strict=True)
-    adapter = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
-    facts = CardFacts(
+    return CardFacts(
         base_model=str(trainer.sources.model or ""),
         objectives=[
             {"name": name, "weight": weight, "licence": getattr(reward, "weights_licence", None)}
@@ -118,17 +58,16 @@ def create_model_card(
         ],
         tags=[
             "image-to-image" if trainer.policy.edits and tag == "text-to-image" else tag
-            for tag in dict.fromkeys([*trainer._tag_names, "lora", *further])
+            for tag in dict.fromkeys([*trainer._tag_names, "lora", *tags])
         ],
         trainer=type(trainer).__name__,
-        adapter=adapter,
+        adapter=isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel),
         denoiser=trainer.policy.denoiser_name,
         rule=trainer.args.multi_objective_aggregation,
         datasets=[dataset_name] if dataset_name else [],
-        licence=kwargs.get("license"),
+        licence=licence,
         ema_decay=trainer.args.ema_decay,
     )
-    write_model_card(trainer.args.output_dir, facts, getattr(trainer, "hub_model_id", None) or model_name)
 
 
 def write_run_report(run_dir: str | Path) -> None:

@@ -6,29 +6,26 @@ and names what a TRL release has added.
 """
 
 import logging
+import re
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed
 
-from ..distributed import (
-    OtherRankError,
-    failing_together,
-    gathered_for_rollout,
-    is_sharded,
-    lost_rank,
-    whole_models,
-)
+from .. import distributed
+from ..report import write_figures
 from . import checkpoint, publishing
 from .callbacks import is_finished
 from .logs import record_run
-from .manifest import checkpoints, last_valid
+from .manifest import checkpoints, defects, last_valid
 from .weights import frozen_copy
 
 logger = logging.getLogger(__name__)
@@ -67,29 +64,27 @@ class RunTrainer(GRPOTrainer):
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
-        if str(resume_from_checkpoint).lower() in ("true", "false"):  # of YAML and the command line
-            resume_from_checkpoint = str(resume_from_checkpoint).lower() == "true"
+        from_text = {"true": True, "false": False}  # of YAML and the command line
+        resume_from_checkpoint = from_text.get(str(resume_from_checkpoint).lower(), resume_from_checkpoint)
         self.resumed_from = resume_from_checkpoint = checkpoint.resume_point(self, resume_from_checkpoint)
         if self.args.should_save:
             if resume_from_checkpoint is None and (there := checkpoints(self.args.output_dir)):
                 logger.warning(
-                    "%s holds checkpoints of an earlier run, up to %s. This run starts anew and mixes with them: "
-                    "`resume_from_checkpoint=True` takes the one of the highest step. Delete them, or pass another "
-                    "`output_dir`.",
-                    self.args.output_dir,
-                    there[0].name,
+                    f"{self.args.output_dir} holds checkpoints of an earlier run, up to {there[0].name}. This run starts "
+                    "anew and mixes with them: `resume_from_checkpoint=True` takes the one of the highest step. Delete "
+                    "them, or pass another `output_dir`."
                 )
             record_run(self)
         self._scorer = self._open_scorer(self.reward_funcs, self.reward_func_names)
         self.save_and_stop = None
         try:
-            with whole_models():  # a reward may load its network at its first call
+            with distributed.whole_models():  # a reward may load its network at its first call
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except RuntimeError as error:
-            if isinstance(error, OtherRankError) or not lost_rank(error):
+            if isinstance(error, distributed.OtherRankError) or not distributed.lost_rank(error):
                 raise
             valid = last_valid(self.args.output_dir)
-            raise OtherRankError(
+            raise distributed.OtherRankError(
                 f"All {self.accelerator.num_processes} processes must live until the end. Found that another one is gone "
                 f"(at step {self.state.global_step}, on rank {self.accelerator.process_index}: {str(error)[:200]}). Look "
                 "for the first error of the other ranks, then "
@@ -128,7 +123,15 @@ class RunTrainer(GRPOTrainer):
         With `ema_decay`, these are the averaged weights, which `evaluate` uses too. Every rank must call it; the main
         process writes.
         """
-        checkpoint.save_model(self, output_dir, _internal_call)
+        directory = output_dir or str(self.args.output_dir)
+        checkpoint.save(self, directory, for_resume=False)
+        if self.args.should_save and Path(directory) == Path(self.args.output_dir):
+            self.state.save_to_json(str(Path(directory, "trainer_state.json")))
+            publishing.write_run_report(directory)
+            self.create_model_card()  # in place of PEFT's
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        distributed.wait_for_all()
 
     def _save_checkpoint(self, model, trial) -> None:
         checkpoint.save_checkpoint(self)
@@ -142,14 +145,41 @@ class RunTrainer(GRPOTrainer):
             super()._load_rng_state(checkpoint_dir)
 
     def _load_best_model(self) -> None:
-        checkpoint.load_best_model(self)
+        """Trainer's own at the end of training, with `load_best_model_at_end`; from a valid checkpoint only."""
+        best = str(self.state.best_model_checkpoint)
+        with distributed.failing_together("loading the best model"):
+            found = defects(best) if self.accelerator.is_main_process else []
+            if found:
+                raise ValueError(
+                    f"The best checkpoint must be valid to be loaded. Found {best}: {'; '.join(found[:3])}. The trained "
+                    f"weights are those of the last step; {last_valid(self.args.output_dir)} holds them too."
+                )
+        super()._load_best_model()
+        for copy in self._copies:
+            copy.load(best)
+
+    @property
+    def _best_metric(self) -> str:
+        return f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
 
     def _determine_best_metric(self, metrics, trial) -> bool:
-        return checkpoint.determine_best_metric(self, metrics, trial)
+        """Trainer's own; with `load_best_model_at_end` a new best is saved, whatever `save_steps` says."""
+        if self.args.metric_for_best_model and self._best_metric not in metrics:
+            logger.warning("%s could not be measured at step %d.", self._best_metric, self.state.global_step)
+            return False
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best and self.args.load_best_model_at_end
+        return best
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or find it, before any compute; PushError if the token, name or connection will not do."""
-        publishing.init_hf_repo(self, token, private)
+        if not self.is_world_process_zero():
+            return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        api = HfApi(token=token or self._hub_token)
+        repo = publishing.trying(lambda: api.create_repo(name, private=private, exist_ok=True), name, api.endpoint)
+        self.hub_model_id, self.push_in_progress = repo.repo_id, None
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None,
@@ -164,9 +194,35 @@ class RunTrainer(GRPOTrainer):
             ValueError: if the commit message is the name of a repository.
             PushError: if the upload fails. The model is saved by then, and `trl-apex push` tries again.
         """
-        return publishing.push_to_hub(
-            self, commit_message, blocking, token, revision, private, hub_model_id=hub_model_id, **kwargs
+        if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
+            raise ValueError(
+                "The first argument of `push_to_hub` is the commit message. Found what looks like a repository, "
+                f'{commit_message!r}. Pass hub_model_id="{commit_message}", here or in the configuration.'
+            )
+        if hub_model_id is not None:
+            self.args.hub_model_id, self.hub_model_id = hub_model_id, None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        try:
+            write_figures(self.args.output_dir)
+        except ImportError as error:
+            logger.warning("The model card has no pictures: %s", error)
+        kwargs.pop("model_name", None)
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        push = partial(
+            publishing.push_run,
+            self.args.output_dir,
+            self.hub_model_id,
+            token=token or self._hub_token,
+            revision=revision or self.args.hub_revision,
+            create=False,
+            commit_message=commit_message or "End of training",
         )
+        return push() if blocking else HfApi().run_as_future(push)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
         """Write the model card of the run as it stands.
@@ -177,7 +233,11 @@ class RunTrainer(GRPOTrainer):
             tags (`str` or `list[str]`, *optional*): further tags.
             kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
         """
-        publishing.create_model_card(self, model_name, dataset_name, tags, **kwargs)
+        if self.is_world_process_zero():
+            further = [tags] if isinstance(tags, str) else list(tags or [])
+            facts = publishing.card_facts(self, dataset_name, further, kwargs.get("license"))
+            name = getattr(self, "hub_model_id", None) or model_name
+            publishing.write_model_card(self.args.output_dir, facts, name)
 
     # Engines: where the weights are
 
@@ -211,13 +271,13 @@ class RunTrainer(GRPOTrainer):
 
     def _rollout_weights(self):
         """Whole weights on every rank for the length of a rollout, where an engine shards them and memory allows."""
-        return gathered_for_rollout(self.model_wrapped) if self.args.gather_for_rollout else nullcontext()
+        return distributed.gathered_for_rollout(self.model_wrapped) if self.args.gather_for_rollout else nullcontext()
 
     def _failing_together_unless_sharded(self):
         """Sharded layers are gathered in each forward; a rank that fails there leaves the others in that collective."""
-        if not self.args.gather_for_rollout and any(map(is_sharded, self.model.parameters())):
+        if not self.args.gather_for_rollout and any(map(distributed.is_sharded, self.model.parameters())):
             return nullcontext()
-        return failing_together("the rollout")
+        return distributed.failing_together("the rollout")
 
     def _prepare_reference(self, starts_from_adapter: bool) -> None:
         """Place the frozen copy that `beta` needs. A fresh adapter is switched off instead, and needs none."""
@@ -260,10 +320,9 @@ class RunTrainer(GRPOTrainer):
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
         """Trainer's own; a scheduler that follows a metric waits where an evaluation could not measure it."""
         metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
-        followed = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
         follows = type(self.lr_scheduler).__name__ in ("ReduceLROnPlateau", "GreedyLR") and not skip_scheduler
-        if follows and followed in metrics:
-            self.lr_scheduler.step(metrics[followed])
+        if follows and self._best_metric in metrics:
+            self.lr_scheduler.step(metrics[self._best_metric])
         return metrics
 
     def _finalize_training(self, *args: Any, **kwargs: Any):
