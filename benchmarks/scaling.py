@@ -12,7 +12,7 @@ from typing import NamedTuple
 from _bench import table
 
 from trl_apex import DiffusionGRPOConfig
-from trl_apex.plan import PerRow, PlanSettings, Shapes, count, load_shapes, measure_rows, memory
+from trl_apex.plan import PerRow, PlanSettings, Shapes, load_shapes, measure_rows, memory
 
 GPUS = (1, 8, 64, 256, 1024)
 MODELS = {"SD3.5-M": "sd3.5-medium", "SD3.5-L": "sd3.5-large"}
@@ -45,7 +45,8 @@ def blocks(name: str) -> int:
 
 
 def largest_block(name: str) -> int:
-    return max(map(count, shapes(name).policy.denoiser.transformer_blocks))
+    found = shapes(name).policy.denoiser.transformer_blocks
+    return max(sum(parameter.numel() for parameter in block.parameters()) for block in found)
 
 
 @cache

@@ -50,10 +50,9 @@ logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line (without the program's name); by default that of this process.
+    """Run the command line (without the program's name), by default that of this process.
 
-    Returns:
-        `int`: exit code: 0, 2 for a mistake of the user, 1 for another failure, 130 if interrupted.
+    The exit code is 0, 2 for a mistake of the user, 1 for another failure, or 130 if interrupted.
     """
     for name in ("transformers.utils.import_utils", "DeepSpeed"):
         logging.getLogger(name).addFilter(_is_no_start_up_line)
@@ -139,7 +138,7 @@ def _with_hyphens(argument: str) -> str:
 
 
 def _take_traceback_flag(arguments: list[str]) -> tuple[list[str], bool]:
-    """The arguments without `--traceback`, or `--debug`, its name in 0.1.0; and whether it was among them."""
+    """The arguments without `--traceback` (in 0.1.0 `--debug`), and whether it was there."""
     kept: list[str] = []
     for argument, following in pairwise([*arguments, ""]):
         transformers_own = following in ("underflow_overflow", "tpu_metrics_debug")  # its `--debug` takes a value
@@ -194,27 +193,18 @@ def build_parser() -> argparse.ArgumentParser:
     option("--help-all", action="store_true", help="show all options of a configuration with their defaults")
     option("--gpus", default=1, help="GPUs; generation_batch_size counts the images of all of them")
     option("--zero-stage", default=0, help="of DeepSpeed, 0 to 3; 0 for none")
-    option(
-        "--gpu-memory-gb", type=float, help="of one GPU; a plan that does not fit is an error that says what to change"
-    )
+    option("--gpu-memory-gb", type=float, help="of one GPU; a plan that does not fit is an error with a remedy")
     option("--num-prompts", default=0, dest="prompts", help="distinct prompts, for the size of their embeddings")
-    option(
-        "--rewards-gb", type=float, help="memory of reward networks on each GPU; by default from the rewards' names"
-    )
-    option(
-        "--gpu-tflops",
-        default=989.0,
-        help="half-precision peak of one GPU: 165 for an RTX 4090, 312 an A100, 989 an H100",
-    )
+    option("--rewards-gb", type=float, help="of reward networks on each GPU; by default from the rewards' names")
+    option("--gpu-tflops", default=989.0, help="half-precision peak of one GPU: RTX 4090 165, A100 312, H100 989")
     option("--utilization", default=0.3, help="share of that peak which a run reaches, assumed")
     option("--iteration-seconds", type=float, help="measured time of one iteration, instead of both")
 
-    option = command(
-        "evaluate",
-        _evaluate,
+    text = (
         "Compares tuned models with their base on the same prompts and noise. Options that are left out are those of the "
-        "run, from its config.json; a hub id has none, and needs --model, --dataset and --rewards.",
+        "run, from its config.json; a hub id has none, and needs --model, --dataset and --rewards."
     )
+    option = command("evaluate", _evaluate, text)
     option("adapters", nargs="+", metavar="RUN_DIR", help="run directory, or hub id of an adapter")
     option("--model")
     option("--dataset", dest="prompts")
@@ -240,12 +230,11 @@ def build_parser() -> argparse.ArgumentParser:
     option("-o", "--output", help="default: report.html in the run directory, or beside the first of several")
     option("--figures", action="store_true", help="write PNG figures into RUN_DIR/figures as well")
 
-    option = command(
-        "push",
-        _push,
+    text = (
         "Uploads adapter, aggregator state, model card, samples and report of a run in one commit. The token is that of "
-        "`hf auth login`, or HF_TOKEN.",
+        "`hf auth login`, or HF_TOKEN."
     )
+    option = command("push", _push, text)
     option("run_dir", metavar="RUN_DIR")
     option("--repo-id", required=True, metavar="USER/NAME", help="repository; created if it is missing")
     option("--private", action=argparse.BooleanOptionalAction, help="visibility of a new repository")
@@ -253,12 +242,11 @@ def build_parser() -> argparse.ArgumentParser:
     option("--no-create", action="store_false", dest="create", help="fail if the repository does not exist")
     option("--message", default="Upload run", dest="commit_message", help="commit message")
 
-    option = command(
-        "serve-rewards",
-        _serve_rewards,
+    text = (
         "Serves reward functions over HTTP. The token is read from a file or from TRL_APEX_REWARD_TOKEN, never from the "
-        "command line, where other users could see it.",
+        "command line, where other users could see it."
     )
+    option = command("serve-rewards", _serve_rewards, text)
     several = f"{HELP['rewards']}; may be repeated"
     option("-r", "--reward", action="append", default=[], metavar="REWARD", help=several)
     option("--env", help="serve from a virtual environment, which is made first: 'deqa', or a requirements file")
@@ -357,10 +345,6 @@ def train_options(
     """[`TrainArguments`] and [`APEXConfig`] from the flags of `trl-apex train` and the YAML file of `--config`.
 
     The `required` options must have a value. `on_gpu` reads them as on a machine with a GPU, if there is none here.
-
-    Raises:
-        ValueError: for an unknown flag or key, or a value that does not fit.
-        FileNotFoundError: if the YAML file does not exist.
     """
     import torch
     from transformers import HfArgumentParser

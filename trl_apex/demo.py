@@ -97,18 +97,8 @@ def run_demo(
 ) -> dict[str, Any]:
     """Train, evaluate base and tuned on held-out prompts with the same noise, reload the adapter, write the report.
 
-    Args:
-        output_dir (`str` or `Path`): everything goes here: adapter, checkpoints, `summary.json`, `report.html`, PNGs.
-        seed (`int`): of everything random.
-        test_prompts (`int`): held-out prompts, one image each.
-        console (`rich.console.Console`, *optional*): where to print.
-        overrides: other values for fields of [`APEXConfig`], e.g. `max_steps`.
-
-    Returns:
-        `dict`: what `summary.json` holds.
-
-    Raises:
-        RuntimeError: if the reloaded adapter makes other images than the trained model.
+    Adapter, checkpoints, `summary.json`, `report.html` and PNGs go to `output_dir`; the summary is returned as well.
+    `overrides` are other values for fields of [`APEXConfig`], e.g. `max_steps`.
     """
     console, output, started = console or Console(), Path(output_dir), time.perf_counter()
     if missing := [name for name in ("rapidocr", "onnxruntime", "matplotlib", "jinja2") if find_spec(name) is None]:
@@ -129,9 +119,8 @@ def run_demo(
     )
     trainer.sources, trainer.command = Sources("tiny", "tiny", "tiny", ["tiny"]), "trl-apex demo"
     trainer.remove_callback(transformers.PrinterCallback)  # the progress lines say it
-    console.print(
-        f"A tiny Stable Diffusion 3 pipeline, four rewards, {config.max_steps} updates. Evaluating the base ..."
-    )
+    steps = config.max_steps
+    console.print(f"A tiny Stable Diffusion 3 pipeline, four rewards, {steps} updates. Evaluating the base ...")
     seconds = {"setup": time.perf_counter() - started}
 
     def timed(name: str, call: Callable[[], Any]) -> None:
@@ -158,11 +147,8 @@ def run_demo(
     save_samples(output / "samples", base, tuned, count=24)
     report, figures = write_report([output]), write_figures(output)
     refresh_model_card(output)
-    console.print()
-    console.print(table(summary))
-    console.print(
-        f"Adapter, pictures and numbers: {output}/ ({len(figures)} figures); the whole run on one page: {report}"
-    )
+    console.print("", table(summary), sep="\n")
+    console.print(f"Adapter, pictures and numbers: {output}/ ({len(figures)} figures); all on one page: {report}")
     return summary
 
 
@@ -202,10 +188,9 @@ def table(summary: dict[str, Any]) -> Table:
         for name, row in summary[kind].items():
             label = name if kind == "objectives" else f"[dim]{name} (not trained on)[/dim]"
             gain, error = row["gain"], row["gain_se"]
-            if gain is None or error is None:  # the base scored the same on every prompt
-                result.add_row(label, f"{row['base']:.3f}", f"{row['tuned']:.3f}", "-", "-")
-                continue
-            colour = "green" if gain > 2 * error else "red" if gain < -2 * error else "default"
-            shown = f"[{colour}]{gain:+.2f}[/{colour}]"
-            result.add_row(label, f"{row['base']:.3f}", f"{row['tuned']:.3f}", shown, f"{error:.2f}")
+            shown = ["-", "-"]  # where the base scored the same on every prompt
+            if gain is not None and error is not None:
+                colour = "green" if gain > 2 * error else "red" if gain < -2 * error else "default"
+                shown = [f"[{colour}]{gain:+.2f}[/{colour}]", f"{error:.2f}"]
+            result.add_row(label, f"{row['base']:.3f}", f"{row['tuned']:.3f}", *shown)
     return result

@@ -53,14 +53,14 @@ def local_slice(size: int, rank: int) -> slice:
 
 
 def deal_groups(rows: list[Any], images: Tensor, group_size: int) -> tuple[list[Any], list[int], Tensor]:
-    """Deal out the groups of all ranks whole: the rows that this rank gets, their numbers among all, and their images."""
+    """Give each rank whole groups of the rows of all ranks: its rows, their numbers among all, and their images."""
     rows, images = gather_list(rows), gather_rows(images)
     mine = [i for i in range(len(rows)) if i // group_size % num_ranks() == this_rank()]
     return [rows[i] for i in mine], mine, images[mine]
 
 
 def collect_dealt(numbers: list[int], values: Tensor) -> Tensor:
-    """The values `[B, K]` of all ranks' rows, from those of the rows that [`deal_groups`] dealt to each rank."""
+    """Values `[B, K]` of all rows in their order, gathered from the rows that [`deal_groups`] gave to each rank."""
     found = sorted(gather_list(list(zip(numbers, values.tolist(), strict=True))))
     return torch.tensor([row for _, row in found])
 
@@ -111,7 +111,7 @@ def lost_rank(error: BaseException) -> bool:
 
 
 def check_equal(name: str, state: Any) -> None:
-    """Raise a RuntimeError on every rank if `state`, anything JSON can hold, differs between them; `name` is for the message."""
+    """Raise a RuntimeError on every rank if the JSON value `state` differs between them; `name` is for the message."""
     text = json.dumps(state, sort_keys=True, default=repr)
     digests = gather_list([hashlib.sha256(text.encode()).hexdigest()]) if _distributed() else []
     if len(set(digests)) > 1:
@@ -146,7 +146,7 @@ def local_shard(parameter: Any) -> Tensor:
 def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[str, Tensor]:
     """Unsharded trainable parameters by name, on the CPU; all ranks must call it, with `main_only` the others get none."""
     weights = {}
-    for name, parameter in _trainable(model):
+    for name, parameter in named_trainable(model):
         with _gathered([parameter]):
             value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             if not main_only or this_rank() == 0:
@@ -156,7 +156,7 @@ def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[st
 
 def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load unsharded weights, by name, into a model that an engine may have sharded; all ranks must call it."""
-    for name, parameter in _trainable(model):
+    for name, parameter in named_trainable(model):
         value = weights[name].to(parameter.device, parameter.dtype)
         if hasattr(parameter, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
@@ -169,17 +169,14 @@ def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
                 parameter.data.copy_(value)
 
 
-def _trainable(model: nn.Module) -> list[tuple[str, Any]]:
+def named_trainable(model: nn.Module) -> list[tuple[str, Any]]:
     """Trainable parameters by name; Any, since an engine adds to them what nn.Parameter does not have."""
     return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 @contextmanager
 def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
-    """Keep unsharded weights on every rank during a rollout, instead of gathering each layer in each forward.
-
-    `model` is as the engine wrapped it. Nothing happens if the engine shards no weights.
-    """
+    """Keep unsharded weights of a wrapped model on every rank, instead of gathering each layer in each forward."""
     parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
     sharded: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
     with _gathered(parameters), _without_zero3_hooks(model) if parameters else nullcontext():

@@ -84,11 +84,7 @@ class Shapes:
     encoders: dict[str, int]
 
     def adapter_parameters(self, rank: int, targets: list[str] | tuple[str, ...] | None = None) -> int:
-        """Of a LoRA adapter: `rank (inputs + outputs)` for every layer whose name ends as a target, the family's by default.
-
-        Raises:
-            ValueError: if a target matches no layer.
-        """
+        """Parameters of a LoRA adapter: `rank (inputs + outputs)` for every layer whose name ends with a target."""
         modules = self.policy.denoiser.named_modules()
         layers = {f".{name}": layer.weight for name, layer in modules if isinstance(layer, nn.Linear | nn.Conv2d)}
         ends = tuple(f".{target}" for target in targets or self.policy.lora_targets)
@@ -134,10 +130,6 @@ class Shapes:
         return counter.get_total_flops()
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def load_shapes(model: str, revision: str | None = None) -> Shapes:
     """Build a model on the meta device, from configurations alone.
 
@@ -161,8 +153,8 @@ def load_shapes(model: str, revision: str | None = None) -> Shapes:
     unsafe = {"requires_safety_checker": False} if "requires_safety_checker" in parameters else {}
     policy = family(cls(**{**required, **{key: part for key, part in parts.items() if key in parameters}, **unsafe}))
     buffer = sum(buffer.numel() for buffer in policy.denoiser.buffers())
-    encoders = {key: count(parts[key]) for key in family.encoder_names if key in parts}
-    return Shapes(name, policy, count(policy.denoiser), buffer, count(parts["vae"]), encoders)
+    encoders = {key: parts[key].num_parameters() for key in family.encoder_names if key in parts}
+    return Shapes(name, policy, policy.denoiser.num_parameters(), buffer, parts["vae"].num_parameters(), encoders)
 
 
 def _build(class_name: str, config: dict[str, Any]) -> Any:
@@ -244,7 +236,7 @@ class PlanSettings:
         self.anchor_forwards = c.anchored and (self.updates > 1 or c.anchor is not None)
 
     def but(self, **changes: Any) -> "PlanSettings":
-        """With other values of these fields, or of the configuration's."""
+        """A copy with other values of these fields, or of the configuration's."""
         own = {f.name: changes.pop(f.name) for f in fields(self) if f.name in changes}
         config = copy.copy(self.config)
         vars(config).update(changes)
@@ -295,7 +287,7 @@ def measure_rows(shapes: Shapes, settings: PlanSettings) -> PerRow:
 
 
 def _blocks(shapes: Shapes, settings: PlanSettings, kind: str) -> list[tuple[int, int, int]]:
-    """Of every block, elements of one hidden state `[tokens, width]`, kept for the backward pass, and live without one."""
+    """For each block, the elements of a hidden state, those kept for the backward pass, and those live without one."""
     policy, denoiser, config = shapes.policy, shapes.policy.denoiser, shapes.policy.denoiser.config
     _, height, width = policy.latent_shape(*settings.size(policy))
     kept = {layer: tensors[kind] for layer, tensors in KEPT.items()}
@@ -365,7 +357,7 @@ class Memory:
 
 
 def _quantized_bytes(config: Any) -> float | None:
-    """Of one weight, all taken as quantized: 4 bits and a float32 for each 64, or 8 bits; None where it is neither."""
+    """Bytes of a quantized weight: 4 bits, with a float32 for each 64 weights, or 8 bits; None for neither."""
     text = str(config or "").lower()
     return 4 / 8 + 4 / 64 if re.search("4bit|int4", text) else 1.0 if re.search("8bit|int8|float8", text) else None
 
@@ -424,12 +416,8 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
     before = s.own_reference + old  # predictions kept from before the updates
     kept = latent * (1 + c.rows_per_image * (1 + before)) + 12 * pixels
     add(ALWAYS, "trajectories and images", s.images * kept, f"{s.images} images x {kept / 1e6:.1f} MB")
-    add(
-        ROLLOUT if c.offload_rewards else ALWAYS,
-        "reward networks",
-        s.rewards_gb * 1e9,
-        "by the rewards' names, or as given",
-    )
+    phase = ROLLOUT if c.offload_rewards else ALWAYS
+    add(phase, "reward networks", s.rewards_gb * 1e9, "by the rewards' names, or as given")
 
     branches = 2 if policy.batched_guidance and c.guidance_scale != 1.0 else 1
     sampled, decoded = s.chunk * branches, min(s.chunk, max(1, base.DECODE_PIXELS // pixels))
@@ -443,9 +431,7 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
         add(ROLLOUT, "gathered weights", size, f"{(trained + frozen) / 1e6:,.1f} M x {half}")
 
     rows = s.rows * branches
-    if c.loss_type == "nft" and getattr(
-        c, "gradient_probe", False
-    ):  # the two branches of the loss as rows of their own
+    if c.loss_type == "nft" and getattr(c, "gradient_probe", False):  # each branch of the loss has rows of its own
         rows *= 2
     add(UPDATE, "embeddings", rows * row.embedding, f"{rows} rows x {row.embedding / 1e6:.1f} MB")
     activations = {"activations": row.saved}
@@ -489,7 +475,7 @@ def check_fit(shapes: Shapes, settings: PlanSettings, gpu_memory_gb: float) -> N
 
 
 def remedy(shapes: Shapes, settings: PlanSettings, gpu_memory_gb: float) -> str:
-    """A sentence with changes that make the plan fit: the first one that is enough, else the one that saves most and others."""
+    """A sentence with changes that make the plan fit: the first that is enough, else several that save most."""
     chosen: dict[str, Any] = {}
     lowest = memory(shapes, settings).peak
     while lowest > gpu_memory_gb:
@@ -550,10 +536,10 @@ def plan_text(
     """The estimate, each number beside its formula.
 
     Args:
-        gpu_memory_gb (`float`, *optional*): of one GPU, to name the first engine that fits.
-        prompts (`int`): distinct prompts, for the size of their embeddings and the length of an epoch.
-        gpu_tflops, utilization (`float`): peak of one GPU, an H100's by default, and the share of it that a run reaches.
-        iteration_seconds (`float`, *optional*): measured, instead of both.
+        gpu_memory_gb: of one GPU, to name the first engine that fits.
+        prompts: how many distinct ones, for the size of their embeddings and the length of an epoch.
+        gpu_tflops, utilization: peak of one GPU, an H100's by default, and the share of it that a run reaches.
+        iteration_seconds: measured, instead of both.
     """
     if min(gpu_tflops, utilization, 1.0 if iteration_seconds is None else iteration_seconds) <= 0:
         raise ValueError(
@@ -576,17 +562,13 @@ def plan_text(
         lines += [f"    {name:<36}{size:8.2f}  {found.formulas[name]}" for name, size in parts.items()]
         if phase in found.phases:
             lines += [f"    = {phase}".ljust(40) + f"{found.total(phase):8.2f}"]
-    note = (
-        "" if s.rewards_gb else " Networks of rewards that are not named come on top: pass their memory as rewards_gb."
-    )
+    note = " Networks of rewards that are not named come on top: pass their memory as rewards_gb."
     total = f", {embedding * prompts / 1e9:.1f} GB for {prompts:,}" if prompts else ""
-    lines += [f"Peak {found.peak:.1f} GB, during {found.peak_phase}.{note}"]
+    lines += [f"Peak {found.peak:.1f} GB, during {found.peak_phase}.{'' if s.rewards_gb else note}"]
     if s.gpus > 1:
-        peaks = [memory(shapes, s.but(zero_stage=stage)).peak for stage in range(4)]
-        lines += [
-            "By engine: " + ", ".join(f"{name} {peak:.1f} GB" for name, peak in zip(ENGINES, peaks, strict=True))
-        ]
-        if fits := [name for name, peak in zip(ENGINES, peaks, strict=True) if peak <= (gpu_memory_gb or 0)]:
+        peaks = {name: memory(shapes, s.but(zero_stage=stage)).peak for stage, name in enumerate(ENGINES)}
+        lines += ["By engine: " + ", ".join(f"{name} {peak:.1f} GB" for name, peak in peaks.items())]
+        if fits := [name for name, peak in peaks.items() if peak <= (gpu_memory_gb or 0)]:
             lines[-1] += f". The first that fits {gpu_memory_gb:g} GB: {fits[0]}."
     lines += [""]
     lines += [f"Prompt embeddings (CPU or disk): {embedding / 1e6:.2f} MB a prompt{total}", ""]
@@ -612,8 +594,10 @@ def plan_text(
 
 
 def count_passes(settings: PlanSettings, batched_guidance: bool) -> dict[str, tuple[int, int]]:
-    """Calls of the denoiser in one iteration on one GPU, and predictions, which `batched_guidance` doubles by a second branch.
-    What shared initial noise spares is not counted."""
+    """Calls of the denoiser in one iteration on one GPU, and its predictions, which `batched_guidance` doubles.
+
+    What shared initial noise spares is not counted.
+    """
     s, c, rows = settings, settings.config, settings.trained
     branches = 2 if batched_guidance and c.guidance_scale != 1.0 else 1
     chunks = -(-s.images // s.chunk)

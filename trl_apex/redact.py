@@ -37,7 +37,7 @@ def secret_from(variable: str) -> str | None:
 
 
 def checked_secret(secret: str | None, where: str) -> str:
-    """A key or token without white space around it; ValueError if no HTTP header can carry it, with `where` it is."""
+    """A key or token without white space around it; ValueError, which says `where` it is, if no HTTP header can carry it."""
     secret = (secret or "").strip()
     if not secret.isascii() or not secret.isprintable() or " " in secret:
         raise ValueError(
@@ -66,7 +66,7 @@ def redacted(value: Any) -> Any:
 
 
 def known_secrets() -> list[str]:
-    """The secrets in use and those in environment variables that are named like one, as they are and as URLs have them."""
+    """The secrets in use and in environment variables with such names, each also as a URL spells it."""
     named = {value.strip() for name, value in os.environ.items() if _SECRET_KEY.search(name)}
     found = _IN_USE | {secret for secret in named if len(secret) >= 8 and not os.path.exists(secret)}
     return sorted(found | {quote(secret, safe="") for secret in found}, key=len, reverse=True)

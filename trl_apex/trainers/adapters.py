@@ -59,10 +59,9 @@ WAYS_OUT = f" Leave out `peft_config` to train that adapter, or merge it first, 
 def prepare_denoiser(
     policy: DiffusionPolicy, args: Any, peft_config: Any, start: "Adapter | None"
 ) -> tuple[nn.Module, nn.Module | None]:
-    """The model to train, an adapter or all weights of the denoiser, and what it starts from, for `beta` > 0.
+    """The model to train (an adapter, or all weights of the denoiser), and the frozen copy that `beta` > 0 needs of the latter.
 
-    An adapter is `start`, what [`take_adapter`] found, or a new one by `peft_config`. It has no second model: it can be
-    switched off, and one that starts elsewhere is copied once it lies on its device.
+    The adapter is `start`, which [`take_adapter`] found, or a new one by `peft_config`.
     """
     denoiser = policy.denoiser
     _check_computation(denoiser, adapter=peft_config is not None or start is not None)
@@ -117,7 +116,7 @@ def _check_computation(denoiser: nn.Module, adapter: bool) -> None:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    """Whether an attention computes with one matrix for query, key and value, beside which their own layers lie idle."""
+    """Whether an attention computes query, key and value with one matrix, and not with their own layers."""
     flag = isinstance(module, AttentionModuleMixin) and module.fused_projections
     return flag or "Fused" in type(getattr(module, "processor", None)).__name__
 
@@ -132,13 +131,10 @@ class Adapter:
 
 
 def take_adapter(policy: DiffusionPolicy, source: str | Path | None = None) -> Adapter | None:
-    """Take the adapter to start from off the pipeline, which is the bare base afterwards; None where there is none.
+    """Take the adapter that training starts from off the pipeline, which then is the bare base; None if there is none.
 
-    It is loaded from `source` (run folder or hub id), came by `pipeline.load_lora_weights`, or is a `peft.PeftModel`.
-
-    Raises:
-        ValueError: for several adapters, and for one that is merged, switched off, scaled or on another part, since
-            training it would change the images at once.
+    It is loaded from `source` (run folder or hub id), came by `pipeline.load_lora_weights`, or is a `peft.PeftModel`. One that
+    is merged, switched off, scaled or on another part is refused, since training it would change the images at once.
     """
     file = None if source is None else load_adapter(policy, source)
     for name, component in policy.pipeline.components.items():
@@ -181,7 +177,7 @@ def take_adapter(policy: DiffusionPolicy, source: str | Path | None = None) -> A
 
 
 def _add_adapter(policy: DiffusionPolicy, peft_config: Any, start: Adapter | None) -> PeftModel:
-    """Freeze the denoiser and put an adapter on it: `start`, which `peft_config` may describe, or a new one by `peft_config`."""
+    """Freeze the denoiser and put an adapter on it: `start`, or a new one by `peft_config`."""
     denoiser: Any = policy.denoiser
     config: Any = start.config if peft_config is None and start is not None else peft_config
     _check_options(config)
@@ -201,8 +197,7 @@ def _add_adapter(policy: DiffusionPolicy, peft_config: Any, start: Adapter | Non
     model = get_peft_model(denoiser, config)
     if start is None:
         return model
-    wrong = _other_adapter(model, start)
-    if wrong:
+    if wrong := _other_adapter(model, start):
         denoiser.unload_lora()  # a refused pipeline stays as it was
         _fill(get_peft_model(denoiser, start.config), start)
         raise ValueError(wrong + (WAYS_OUT if peft_config is not None else " Set it to 1 before training."))
@@ -231,7 +226,7 @@ def _fill(model: PeftModel, start: Adapter) -> PeftModel:
 
 
 def _check_options(config: Any) -> None:
-    """Raise ValueError for what cannot be trained, or not be saved in a form that `load_lora_weights` reads."""
+    """Raise ValueError for an adapter that cannot be trained, or that `load_lora_weights` could not read."""
     if not isinstance(config, LoraConfig) or config.peft_type != "LORA":
         raise ValueError(
             "`peft_config` must be a `peft.LoraConfig`, the kind of adapter that diffusers' pipelines load. Found "
@@ -273,7 +268,7 @@ def _check_targets(denoiser: nn.Module, targets: Any) -> None:
 
 
 def check_place(source: str | Path) -> None:
-    """Raise ValueError for an adapter that is no folder, and reads like one: a typo need not wait for the Hub."""
+    """Raise ValueError for an adapter that reads like a folder and is none: a typo need not wait for the Hub."""
     path = Path(source).expanduser()
     is_path = str(source).count("/") != 1 or str(source).startswith((".", "/", "~")) or path.parent.is_dir()
     if is_path and not path.exists():
@@ -305,9 +300,9 @@ def check_adapter(policy: DiffusionPolicy, source: str | Path, ema: bool = False
 
 @contextmanager
 def adapted(policy: DiffusionPolicy, source: str | Path, ema: bool = False) -> Iterator[None]:
-    """The policy with a saved adapter or fully trained weights, of a run directory or a hub id; afterwards the base again.
+    """The policy with the adapter, or all weights, of a run directory or hub id; afterwards the base again.
 
-    `ema` takes the averaged weights that were saved beside. Only runs of 0.1.0 have others in the adapter itself.
+    `ema` takes the average that was saved beside them. Only runs of 0.1.0 need it: later adapters hold the average.
     """
     path = Path(source).expanduser()
     full = _full_weights(policy, path)

@@ -47,12 +47,12 @@ class APEXTrainer(DiffusionGRPOTrainer):
     @wraps(DiffusionGRPOTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.aggregator = MultiObjectiveRewardAggregator(
+        names, weights, rule = (
             self.reward_func_names,
-            weights=self.reward_weights.tolist(),
-            rule=self.args.multi_objective_aggregation,
-            options=self.args.apex_options(),
+            self.reward_weights.tolist(),
+            self.args.multi_objective_aggregation,
         )
+        self.aggregator = MultiObjectiveRewardAggregator(names, weights, rule, self.args.apex_options())
         warmup = self.aggregator.options.warmup_iterations if self.aggregator.rule == "apex" else 0
         if 0 < self.args.max_steps <= warmup * self.updates_per_iteration:
             logger.warning(
@@ -61,10 +61,10 @@ class APEXTrainer(DiffusionGRPOTrainer):
                 "end. Lower `updates_per_iteration` or `warmup_iterations`."
             )
         self.probe: GradientProbe | None = None
-        self.population = PopulationConflict(len(self.reward_func_names))
+        self.population = PopulationConflict(len(names))
         if self.args.gradient_probe:
             every = 1 if self.aggregator.options.conflict_source == "population" else self.args.probe_every
-            self.probe = GradientProbe(self.model, self.reward_func_names, self.args.probe_layers, every)
+            self.probe = GradientProbe(self.model, names, self.args.probe_layers, every)
 
     def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
         self.aggregator.weights = self.reward_weights.tolist()  # a callback may have changed them
@@ -122,8 +122,8 @@ class APEXTrainer(DiffusionGRPOTrainer):
 def both_branches(rows: dict[str, Any]) -> dict[str, Any]:
     """The rows twice, for a probed step of 'nft': with its good branch alone (r = 1), then with its bad one (r = 0).
 
-    The loss is `r l(r = 1) + (1 - r) l(r = 0)`. As rows of their own, weighted by their `share` r or 1 - r, the two have
-    gradients of their own, from which those of each objective follow. They add up to the gradient of the plain loss.
+    The loss is `r l(r = 1) + (1 - r) l(r = 0)`. Each branch is a row with the weight `share` (r or 1 - r), so the probe sees
+    the gradient of each. Their sum is the gradient of the plain loss.
     """
     count = len(rows["advantages"])
     good, scores = nft_share(rows["advantages"]), nft_share(rows["normalized"])

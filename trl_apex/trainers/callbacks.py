@@ -70,11 +70,11 @@ class GradientGuardCallback(TrainerCallback):
         self.update_is_dead = True  # until a micro-batch of it has an advantage
         self._nonfinite_in_a_row = 0
         self._warned_of_epsilon = False
-        self._ratios: list[tuple[torch.Tensor, dict[str, Any]]] = []  # of each micro-batch of the update
+        self._ratios: list[tuple[torch.Tensor, ...]] = []  # of each micro-batch of the update, with samples and steps
 
     def remember(self, ratio: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Keep the ratios of a micro-batch, to name its samples should the update fail."""
-        self._ratios.append((ratio.detach(), {"samples": inputs["samples"], "steps": inputs["steps"]}))
+        self._ratios.append((ratio.detach(), inputs["samples"], inputs["steps"]))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Skip an update that is dead (no advantage, no KL) or not finite, on all ranks alike."""
@@ -101,16 +101,16 @@ class GradientGuardCallback(TrainerCallback):
             else:
                 self._compare_with_epsilon(norm, sum(g.numel() for g in gradients), args.adam_epsilon)
 
-    def _report_nonfinite(self, ratios: list[tuple[torch.Tensor, dict[str, Any]]], update: int) -> None:
+    def _report_nonfinite(self, ratios: list[tuple[torch.Tensor, ...]], update: int) -> None:
         """Name the rows of a skipped update whose ratio is not a number; stop the run after too many in a row."""
         trainer, culprits = self.trainer, []
         prompts = trainer._iteration_rollout["prompts"]
         first = trainer.accelerator.process_index * len(prompts)
-        for ratio, rows in ratios:
-            for row in (~ratio.isfinite()).nonzero().flatten().tolist():
-                sample, step = int(rows["samples"][row]), int(rows["steps"][row])
+        for ratio, samples, steps in ratios:
+            wrong = ~ratio.isfinite().cpu()
+            for sample, step in zip(samples.cpu()[wrong].tolist(), steps.cpu()[wrong].tolist(), strict=True):
                 culprits.append(f"image {sample} ({prompts[sample - first]!r:.60}) at denoising step {step}")
-        scaler = getattr(trainer.accelerator, "scaler", None)  # of float16; it starts too high and lowers its scale
+        scaler = trainer.accelerator.scaler  # of float16; it starts too high and lowers its scale
         scale = 1.0 if scaler is None else float(scaler.get_scale())
         if scale > 1 and not any_rank(bool(culprits), trainer.accelerator.device):
             self._count(overflow=True)
@@ -134,7 +134,7 @@ class GradientGuardCallback(TrainerCallback):
         for name, skipped in (("dead", dead), ("nonfinite", nonfinite)):
             metrics[f"skipped_updates/{name}"].append(float(skipped))
             metrics[f"skipped_updates/{name}_rate"].append(float(skipped))
-        if getattr(self.trainer.accelerator, "scaler", None) is not None:
+        if self.trainer.accelerator.scaler is not None:
             metrics["skipped_updates/overflow_rate"].append(float(overflow))
 
     def _compare_with_epsilon(self, norm: float, count: int, epsilon: float) -> None:
@@ -189,7 +189,7 @@ class InterruptCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a progress bar with the latest reward and priority of the objectives `names`, or, without a terminal, a line."""
+    """Shows a progress bar with the latest rewards and priorities; without a terminal, a line at each log."""
 
     def __init__(self, names: list[str], console: Console | None = None):
         self.names, self.console = names, console or Console()
@@ -227,7 +227,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class RewardHackingWatch:
-    """Warns, once, when a monitored reward has fallen since the first evaluation while the `trained` first ones rose."""
+    """Warns once when a monitored reward fell since the first evaluation while the trained ones rose."""
 
     def __init__(self, trained: int):
         self._trained = trained

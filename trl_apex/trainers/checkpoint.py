@@ -144,7 +144,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def refusing_other_states(checkpoint: str | Path, *files: str) -> Iterator[None]:
-    """While PyTorch and Trainer read states: a ValueError that names the files, also for what would have to be unpickled."""
+    """Turn what PyTorch and Trainer raise while they read these files into a ValueError that names them."""
     where = f"{' and '.join(files)} in {checkpoint}"
     try:
         yield
@@ -163,7 +163,7 @@ def refusing_other_states(checkpoint: str | Path, *files: str) -> Iterator[None]
 
 
 def save_checkpoint(trainer: Any) -> None:
-    """Write a checkpoint in a place that no resume looks at, and give it its name once it is complete."""
+    """Write a checkpoint under `.partial/`, and move it to its place once it is complete."""
     for name, owner in trainer._stateful().items():
         check_equal(f"The state of the {name}", owner.state_dict())
     run, name = Path(trainer.args.output_dir), f"checkpoint-{trainer.state.global_step}"
@@ -189,7 +189,7 @@ def save_checkpoint(trainer: Any) -> None:
 
 
 def save_before_failing(trainer: Any) -> None:
-    """Save the step that the run has come to, where it is about to end with an error between two iterations."""
+    """Save the current step of a run that is about to fail between two iterations."""
     step = trainer.state.global_step
     if trainer._scorer is None or step == 0 or step % trainer.updates_per_iteration:
         return
@@ -208,8 +208,7 @@ def save_before_failing(trainer: Any) -> None:
 def resume_point(trainer: Any, wanted: str | bool | None) -> str | None:
     """The valid checkpoint behind `resume_from_checkpoint`, the same on every rank; None to start anew.
 
-    Raises:
-        ValueError: if there is none, or this run cannot go on from it; before anything is loaded.
+    ValueError if there is none, or this run cannot go on from it.
     """
     if wanted is None or wanted is False:
         return None
@@ -242,7 +241,7 @@ def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
 
 
 def check_settings(checkpoint: str | Path, args: Any) -> None:
-    """ValueError for another kind of optimizer than the checkpoint's; a warning for what its optimizer's settings replace."""
+    """Raise ValueError for another optimizer than the checkpoint's; warn of settings that the checkpoint's replace."""
     saved = (manifest.read(checkpoint) or {}).get("settings", {})
     changed = {name: value for name, value in saved.items() if getattr(args, name, value) != value}
     if "optim" in changed:
@@ -256,7 +255,7 @@ def check_settings(checkpoint: str | Path, args: Any) -> None:
 
 
 def check_state(stateful: dict[str, Any], checkpoint: str | Path) -> None:
-    """Raise ValueError, with the name of the file, if a checkpoint's states cannot be restored. The objects keep theirs."""
+    """Raise ValueError, with the name of the file, if a checkpoint's states cannot be restored. Nothing is changed."""
     file = Path(checkpoint, "trainer_state.json")
     progress = _read_object(file)
     wrong = [name for name, kind in PROGRESS.items() if not isinstance(progress.get(name), kind)]

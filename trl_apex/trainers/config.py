@@ -626,10 +626,6 @@ class APEXGRPOConfig(AggregationFields, GRPOConfig):
     Nothing of TRL's is changed or forbidden; only `multi_objective_aggregation` is "apex" by default and may name any
     rule of [`MultiObjectiveRewardAggregator`]. `scale_rewards` is TRL's option and reaches the rules that know it.
 
-    Raises:
-        ValueError: for an unknown rule, an option out of its range, or a conflict source that needs the gradient probe,
-            which the language trainer does not have.
-
     Example:
         >>> config = APEXGRPOConfig("run", use_cpu=True, bf16=False, warmup_iterations=5)
         >>> config.multi_objective_aggregation, config.warmup_iterations, config.epsilon

@@ -24,12 +24,12 @@ SKETCH = 64
 
 
 class LearningDetectors(TrainerCallback):
-    """Watches for runs that go on and learn nothing, or something else than the reward.
+    """Warns of a run that learns nothing, or something other than the reward. In a sound run
 
-    - Every objective scores some image, and most iterations have an advantage.
-    - The denoiser that samples gives another velocity for the same noise once its weights have changed.
-    - The importance ratio of a first update is 1, up to rounding.
-    - Pixels, latents and velocities keep the size that they had in the first iteration.
+    - every objective scores some image, and most iterations have an advantage;
+    - the denoiser that samples gives another velocity for the same noise once its weights have changed;
+    - the importance ratio of a first update is 1, up to rounding;
+    - pixels, latents and velocities keep the size that they had in the first iteration.
     """
 
     def __init__(self, trainer):

@@ -117,8 +117,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         adapter (`str` or `Path`, *optional*): run folder or hub id of an adapter to go on from. An adapter that is on
             the pipeline already is gone on from likewise. `beta` measures the KL divergence to that start.
 
-    Raises:
-        ValueError: for anything of the above that cannot work, before any compute.
+    What cannot work is a ValueError before any compute.
     """
 
     _tag_names = ["trl", "grpo", "diffusers", "text-to-image"]
@@ -441,7 +440,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         return scorer
 
     def _submit(self, scorer: Any, rows: list, images: Tensor, completions: list | None = None, **keywords: Any):
-        """Have images scored, with what TRL gives to rewards beside; the result is a future of a `ScoredBatch`."""
+        """Score images in the background, with all that TRL gives to rewards; returns a future of a `ScoredBatch`."""
         state = copy.copy(self.state)  # what a reward changes in it is not the run's
         state.log_history = list(state.log_history)
         return submit(
@@ -462,7 +461,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     # Advantages
 
     def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn gathered rewards `[B, K]` into advantages `[B]`, and what each objective alone would say `[B, K]`.
+        """Turn gathered rewards `[B, K]` into advantages `[B]`, and the normalized scores of each objective `[B, K]`.
 
         All on the CPU: some accelerators have no float64. `APEXTrainer` has its aggregator here.
         """
@@ -511,7 +510,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         return torch.cat(drawn)
 
     def _rows(self, rollout: dict[str, Any], pairs: Tensor) -> dict[str, Any]:
-        """The rows of these pairs `[R, 2]` of sample and place: what a forward takes, and what is known of its answer."""
+        """The rows of these pairs `[R, 2]` of sample and place: inputs of a forward, and earlier predictions for them."""
         sample, place = pairs.to(self.accelerator.device).unbind(1)
         embeddings = {name: value[rollout["prompt_of"][sample]] for name, value in rollout["embeddings"].items()}
         steps = pairs[:, 1] + rollout["window"].start  # on the CPU, where the schedule is
@@ -537,7 +536,7 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     @torch.no_grad()
     def _predictions_before_updates(self, rollout: dict[str, Any]) -> dict[str, Tensor]:
-        """What the policy that sampled, the slow copy and the frozen copy say of every row before the first update.
+        """Predictions for every row before the first update: of the policy that sampled, the slow and the frozen copy.
 
         `old` `[B, N]` is the likelihood of each row under the policy that sampled, for 'awm' and 'fpo'. `anchor`
         `[B, N, C, H, W]` is the velocity that the slow copy predicts, for 'nft' and 'awm'. Neither is needed where it is
@@ -565,7 +564,7 @@ class DiffusionGRPOTrainer(RunTrainer):
     def _predict_rows(
         self, model: nn.Module, rollout: dict[str, Any], pairs: Tensor, what: Callable[..., Tensor] | None = None
     ) -> Tensor:
-        """Predictions for these pairs `[R, 2]`, in eval mode and as many at a time as in an update, or `what` makes of them."""
+        """Predictions for these pairs `[R, 2]`, or `what` of them, in eval mode and as many at a time as in an update."""
         was_training, kept = model.training, []
         model.eval()
         for chunk in pairs.split(self.args.per_device_train_batch_size * self.args.timestep_batch_size):
@@ -675,7 +674,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         return self.sampler.log_prob(rows["next_latents"], transition)
 
     def _distances(self, model: nn.Module, prediction: Tensor, rows: dict[str, Any]) -> dict[str, Tensor]:
-        """Mean distances that the loss holds small: `kl` to the reference, and of 'awm' `trust_region` to its slow copy."""
+        """Mean distances that the loss keeps small: `kl` to the reference, and for 'awm' `trust_region` to the slow copy."""
         found = {}
         if self.beta > 0:
             found["kl"] = self._distance(model, prediction, rows)

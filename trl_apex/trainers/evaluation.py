@@ -77,7 +77,7 @@ def evaluate(trainer: Any, eval_dataset: Any = None, metric_key_prefix: str = "e
 
 
 def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple[list[dict[str, Any]], set[str]]:
-    """[`draw_and_score`] of every row of `dataset`, in order, with each rank's share, and which rewards failed; on every rank."""
+    """The records of all rows of `dataset`, of which each rank draws its share, and the names of rewards that failed."""
     args, world, rank = trainer.args, trainer.accelerator.num_processes, trainer.accelerator.process_index
     sizes = trainer._eval_sizes(dataset)
     samplers = {size: trainer._sampler_of(args.eval_num_inference_steps, size) for size in set(sizes)}
@@ -104,7 +104,7 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple
 
 
 def _lost(history: list[dict[str, Any]], prefix: str, found: dict[str, Any], failed: set[str]) -> set[str]:
-    """Names of the rewards without a score, that failed or scored in an earlier evaluation: a sum without them misleads."""
+    """Names of rewards without a score that failed, or had one before: a weighted sum without them misleads."""
     measured = {key for entry in history for key in entry}
     means = [key for key, value in found.items() if key.endswith("/mean") and value is None]
     names = {key: key.split("/", 1)[1].removesuffix("/mean") for key in means}
@@ -123,9 +123,7 @@ def reward_means(rewards: Tensor, names: list[str]) -> dict[str, dict[str, Any]]
 
 
 def batches_of_one_size(sizes: Sequence[Any], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """This rank's share of the rows whose images have these sizes, in batches of one size; on each rank as many.
-
-    A row may come again, to fill up a rank's last batch of a size.
+    """This rank's share of the rows of these sizes, in batches of one size; a row may come again, so that all ranks have as many.
 
     Example:
         >>> batches_of_one_size(["wide", "tall", "wide", "wide"], batch_size=2)
@@ -148,18 +146,13 @@ def draw_and_score(
     names: list[str],
     pictures: int,
 ) -> list[dict[str, Any]]:
-    """Draw and score some rows of a dataset.
+    """Draw and score some rows of a dataset: `row`, `prompt`, `image` (PIL, or None) and `rewards` by name, row by row.
 
     Args:
-        dataset: a sequence of rows with a `prompt`.
-        batches (`Sequence[list[int]]`): the numbers of rows to draw together.
+        batches: the numbers of rows to draw together.
         draw: `(rows, their numbers) -> images [B, 3, H, W]`.
         submit: `(rows, images, PIL images) -> future of a ScoredBatch`.
-        names (`list[str]`): of the rewards.
-        pictures (`int`): how many images to keep, those of the first rows.
-
-    Returns:
-        `list[dict]`: `row`, `prompt`, `image` (PIL, or None) and `rewards` by name, in the order of the rows.
+        pictures: how many images to keep, those of the first rows.
     """
     shown = sorted(number for batch in batches for number in batch)[:pictures]
     records: list[dict[str, Any]] = []

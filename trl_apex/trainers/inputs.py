@@ -27,7 +27,7 @@ SIDES = ("height", "width")
 
 @dataclass
 class Sources:
-    """Where a run's model, prompts and rewards come from, for its `config.json`: names, or None for what has none."""
+    """The names of a run's model, prompts and rewards, for its `config.json`; None for what has no name."""
 
     model: str | None = None
     dataset: str | None = None
@@ -63,11 +63,9 @@ def load_model(model: Any, args: Any, quantization_config: Any = None) -> Diffus
     keywords = loading_arguments(model, args)
     if quantization_config is not None:
         # Without a dtype diffusers takes float16 for the rest of a model that bitsandbytes quantizes.
-        keywords = {
-            **dtype_argument(torch.float32),
-            **keywords,
-            "quantization_config": _of_pipeline(quantization_config),
-        }
+        keywords = (
+            dtype_argument(torch.float32) | keywords | {"quantization_config": _of_pipeline(quantization_config)}
+        )
     policy = load_policy(load_tiny_pipeline() if model == "tiny" else model, **keywords)
     if quantization_config is not None and not policy.quantized:
         raise ValueError(
@@ -78,7 +76,7 @@ def load_model(model: Any, args: Any, quantization_config: Any = None) -> Diffus
 
 
 def _of_pipeline(config: Any) -> Any:
-    """What a pipeline's `from_pretrained` takes, from its like, or from the configuration of a model or its dictionary."""
+    """The quantization configuration of a pipeline, from one of a model, its dictionary, or one of a pipeline."""
     from diffusers import PipelineQuantizationConfig
     from diffusers.quantizers import DiffusersAutoQuantizer
 
@@ -119,12 +117,7 @@ def upgraded(args: Any, config_class: Any) -> Any:
 
 
 def check_inputs(
-    args: Any,
-    reward_funcs: list,
-    monitor_funcs: list,
-    train_dataset: Any,
-    eval_dataset: Any,
-    callbacks: Any,
+    args: Any, reward_funcs: list, monitor_funcs: list, train_dataset: Any, eval_dataset: Any, callbacks: Any
 ) -> list[str]:
     """Raise for what a constructor cannot work with; returns the names of all rewards, monitored ones last."""
     if not reward_funcs:
@@ -137,9 +130,9 @@ def check_inputs(
         check_writable(args.output_dir)
     check_dataset(train_dataset, "train_dataset")
     if args.prompt_mix is not None and args.prompt_mix_column not in train_dataset.column_names:
-        found = f"Found {train_dataset.column_names}. Add it, or name another one with `prompt_mix_column`."
         raise ValueError(
-            f"`prompt_mix` needs the column {args.prompt_mix_column!r} with the kind of each prompt. {found}"
+            f"`prompt_mix` needs the column {args.prompt_mix_column!r} with the kind of each prompt. Found "
+            f"{train_dataset.column_names}. Add it, or name another one with `prompt_mix_column`."
         )
     check_calls(reward_funcs, names[: len(reward_funcs)], train_dataset)
     _warn_of_hidden_columns(train_dataset, "train_dataset")
@@ -151,7 +144,7 @@ def check_inputs(
 
 
 def check_images(policy: DiffusionPolicy, where: str, dataset: Any) -> None:
-    """Raise where a model that edits images gets a dataset without them, of the name `where`."""
+    """Raise where a model that edits images gets a dataset without images; `where` is its name."""
     if policy.edits:
         check_sources(dataset, where)
 

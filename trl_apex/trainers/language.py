@@ -37,12 +37,8 @@ class APEXGRPOTrainer(GRPOTrainer):
     gathers the scores of all rewards over ranks, and the aggregator's advantages take the place of its own.
     Reconstructed from the abstract of APEX (arXiv 2601.06574).
 
-    Args:
-        model, reward_funcs, args, ...: as in `trl.GRPOTrainer`. `args` is an [`APEXGRPOConfig`]; a plain `trl.GRPOConfig`
-            is accepted and gets the aggregator's defaults.
-
-    Raises:
-        ValueError: for weights that do not fit, or a rule that does not exist.
+    Arguments are those of `trl.GRPOTrainer`. `args` is an [`APEXGRPOConfig`]; a plain `trl.GRPOConfig` is accepted and gets
+    the aggregator's defaults.
 
     Example:
         ```python
@@ -82,12 +78,8 @@ class APEXGRPOTrainer(GRPOTrainer):
         rule = args.multi_objective_aggregation
         # TRL computes advantages of its own before ours replace them, and stops at a rule that it does not know.
         self.multi_objective_aggregation = rule if rule in STATIC_RULES else "sum_then_normalize"
-        self.aggregator = MultiObjectiveRewardAggregator(
-            self.reward_func_names,
-            weights=self.reward_weights.tolist(),
-            rule=rule,
-            options=args.apex_options(),
-        )
+        weights, options = self.reward_weights.tolist(), args.apex_options()
+        self.aggregator = MultiObjectiveRewardAggregator(self.reward_func_names, weights, rule, options)
         self._gathered_rewards: Tensor | None = None
 
     # The seam: what two private methods of TRL return. The tests name the release that moves either.

@@ -6,7 +6,7 @@ import math
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import datetime
@@ -106,9 +106,9 @@ def log_from_rewards(
 ) -> None:
     """Collect what reward functions logged through `log_metric` and `log_extra` on any rank, in one exchange.
 
-    A column without a value for each of the `size` images is left empty, since nobody knows whose its values are. A call
-    that outlasted its timeout may still be logging from its thread, hence the copies.
+    A column without a value for each of the `size` images is left empty, since nobody knows whose its values are.
     """
+    # Copies, since a call that outlasted its timeout may still be logging from its thread.
     own = tuple({name: list(values) for name, values in list(logged.items())} for logged in pending)
     for logged in pending:
         logged.clear()
@@ -124,11 +124,7 @@ def log_from_rewards(
 
 
 def logged_number(value: Any) -> float | None:
-    """What a reward gave to `log_metric`, as a number; None if it is missing (None or NaN).
-
-    Raises:
-        ValueError: for anything else; inside the reward, which it costs its own samples.
-    """
+    """What a reward gave to `log_metric`, as a number; None if it is missing (None or NaN)."""
     try:
         number = math.nan if value is None else float(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -137,7 +133,7 @@ def logged_number(value: Any) -> float | None:
 
 
 def logged_column(values: Any) -> list:
-    """What a reward gave to `log_extra`, as a list that a table holds: of texts, where its values are something else."""
+    """What a reward gave to `log_extra`, as a list for a table; values that no table holds become texts."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, list | tuple):
         raise ValueError(f"`log_extra` takes a list, one value per image. Found {type(values).__name__}.")
@@ -188,14 +184,10 @@ def sum_counts(metrics: dict[str, list[float]]) -> None:
 
 def newest_samples(logs: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     """The rows of TRL's table that have a picture: prompt, image and rewards."""
-    shown = [i for i, images in enumerate(logs["images"]) if images]
     return [
-        {
-            "prompt": logs["prompt"][i],
-            "image": logs["images"][i][0],
-            "rewards": {n: logs["rewards"][n][i] for n in names},
-        }
-        for i in shown
+        {"prompt": logs["prompt"][i], "image": images[0], "rewards": {n: logs["rewards"][n][i] for n in names}}
+        for i, images in enumerate(logs["images"])
+        if images
     ]
 
 
@@ -238,32 +230,28 @@ def send_picture(callbacks: Iterable[Any], name: str, picture: Image.Image, step
 
 
 def record_run(trainer: Any) -> None:
-    """Write what a trainer was given: `config.json`, `environment.json`, and evaluation prompts that have no name."""
+    """Write what a trainer was given, without secrets: `config.json`, `environment.json`, evaluation prompts without a name.
+
+    `environment.json` holds the command, the date, the versions, and the names of arguments that differ from their defaults.
+    """
     output_dir, dataset = Path(trainer.args.output_dir), trainer.eval_dataset
-    record_arguments(output_dir, [trainer.sources, trainer.args], trainer.command or shlex.join(sys.argv))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    arguments: dict[str, Any] = vars(trainer.sources) | trainer.args.to_dict()
+    changed = [
+        f.name
+        for group in (trainer.sources, trainer.args)
+        for f in fields(group)
+        if getattr(group, f.name, default := default_of(f)) != default
+    ]
+    date = datetime.now().astimezone().isoformat(" ", "minutes")
+    command = trainer.command or shlex.join(sys.argv)
+    record = {"command": command, "date": date, "changed": changed, "versions": versions()}
+    for name, content in (("config.json", dict(sorted(arguments.items()))), ("environment.json", record)):
+        (output_dir / name).write_text(json.dumps(redacted(content), indent=1, default=str))
     if isinstance(dataset, Dataset) and trainer.sources.eval_dataset is None:
         with suppress(TypeError):  # a column of pictures
             rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in dataset]
             (output_dir / EVAL_PROMPTS).write_text("".join(rows), encoding="utf-8")
-
-
-def record_arguments(output_dir: Path, groups: Sequence[Any], command: str) -> None:
-    """Write every argument of the dataclasses `groups` to `config.json`, without secrets, and `environment.json`.
-
-    That one holds the command, the date, the versions, and the names of the arguments that differ from their defaults.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    arguments: dict[str, Any] = {}
-    changed = []
-    for group in groups:
-        arguments |= group.to_dict() if hasattr(group, "to_dict") else vars(group)
-        for f in fields(group):
-            if getattr(group, f.name, default := default_of(f)) != default:
-                changed.append(f.name)
-    date = datetime.now().astimezone().isoformat(" ", "minutes")
-    record = {"command": command, "date": date, "changed": changed, "versions": versions()}
-    for name, content in (("config.json", dict(sorted(arguments.items()))), ("environment.json", record)):
-        (output_dir / name).write_text(json.dumps(redacted(content), indent=1, default=str))
 
 
 def versions() -> dict[str, str]:
@@ -277,7 +265,7 @@ def versions() -> dict[str, str]:
 
 @contextmanager
 def recorded_warnings(output_dir: Path | None, trainer: Any) -> Iterator[None]:
-    """Append this package's warnings, with the trainer's step, to `warnings.jsonl`, each once; with None they are only shown."""
+    """Write each of this package's warnings once, with its step, to `warnings.jsonl` of `output_dir`, if that is not None."""
     if output_dir is None:
         yield
         return

@@ -66,7 +66,7 @@ def finalize(partial: str | Path, final: str | Path, **facts: Any) -> None:
 
 @contextmanager
 def saving(name: str, run: Path) -> Iterator[None]:
-    """While the checkpoint `name` of a run is written: a failure of the disk becomes a SaveError; other errors pass."""
+    """Turn a failure of the disk, while the checkpoint `name` of a run is written, into a SaveError."""
     try:
         yield
     except Exception as error:
@@ -120,7 +120,7 @@ def check_writable(folder: str | Path) -> None:
 
 
 def to_resume_from(wanted: str | Path | Literal[True], run: str | Path) -> Path:
-    """The checkpoint that `resume_from_checkpoint` means: the one named, or the run's last for True; ValueError if not valid."""
+    """The checkpoint that `resume_from_checkpoint` names, or the run's last one for True; ValueError if it is not valid."""
     if wanted is True:
         valid = last_valid(run)
         if valid is not None:

@@ -15,23 +15,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ProbeResult:
-    r"""What one optimizer step says about the objectives' gradients.
+    """What one optimizer step says about the objectives' gradients g_k, and the direction d that training takes."""
 
-    Args:
-        gramian (`Tensor` of shape `[K, K]`): inner products of the objectives' gradients, float64.
-        cosine (`Tensor` of shape `[K, K]`): their cosines; NaN where a gradient is zero.
-        harmony (`float`): \(\min_k \cos(d, g_k)\), d the direction that training takes; below 0, some objective gets
-            worse to first order. NaN where all are zero.
-        cross (`Tensor` of shape `[K, K]`, *optional*): \(\langle g_k^{(1)}, g_l^{(2)} \rangle\) between the two halves
-            of the prompts, where halves were given.
-        rows (`int`): (sample, step) rows behind it, over all ranks.
-    """
-
-    gramian: Float[Tensor, "K K"]
-    cosine: Float[Tensor, "K K"]
-    harmony: float
-    cross: Float[Tensor, "K K"] | None
-    rows: int
+    gramian: Float[Tensor, "K K"]  # inner products of the g_k, float64
+    cosine: Float[Tensor, "K K"]  # NaN where a gradient is zero
+    harmony: float  # min_k cos(d, g_k): below 0, some objective gets worse to first order; NaN where all are zero
+    cross: Float[Tensor, "K K"] | None  # inner products between the two halves of the prompts, where halves were given
+    rows: int  # (sample, step) rows behind it, over all ranks
 
 
 class GradientProbe:
@@ -53,7 +43,6 @@ class GradientProbe:
             By default all linear layers with a trainable weight: right for LoRA, costly for full fine-tuning, since a
             probed step holds K + 1 copies of every probed weight.
         every (`int`): optimizer steps between two probes.
-        min_advantage (`float`): rows with a smaller \(|A_i|\) are left out.
 
     Raises:
         ValueError: if no trainable linear layer is found.
@@ -85,9 +74,7 @@ class GradientProbe:
         every: int = 10,
         min_advantage: float = 1e-6,
     ) -> None:
-        self.objectives = list(objectives)
-        self.every = every
-        self.min_advantage = min_advantage
+        self.objectives, self.every, self.min_advantage = list(objectives), every, min_advantage
         self._layers = dict(_linear_layers(model, layers))
         if not self._layers:
             raise ValueError(
@@ -135,10 +122,9 @@ class GradientProbe:
         """Say what the rows of this micro-batch are.
 
         Args:
-            advantages (`Tensor` of shape `[R]`): what the loss multiplies each row's log-probability with.
-            scores (`Tensor` of shape `[R, K]`): each objective's own, e.g. `aggregator.normalized` of the row's sample.
-            halves (`Tensor` of shape `[R]`, *optional*): 0 or 1, the half that the row's *prompt* belongs to, for the
-                cross-fitted population estimate.
+            advantages: what the loss multiplies each row's log-probability with.
+            scores: each objective's own, e.g. `aggregator.normalized` of the row's sample.
+            halves: 0 or 1, the half that the row's *prompt* belongs to, for the cross-fitted population estimate.
         """
         size = len(self.objectives)
         if scores.ndim != 2 or scores.shape != (len(advantages), size):
@@ -222,18 +208,11 @@ class _Listen(torch.autograd.Function):
 def weighted_gradients(
     inputs: Tensor, gradient: Tensor, coefficients: Float[Tensor, "R M"], bias: bool = False
 ) -> Float[Tensor, "M N"]:
-    r"""Gradients of a linear layer for several weightings of its rows.
+    r"""Gradients `[M, out * in]` of a linear layer, float32, for M weightings c of its rows; with the bias `[M, out * in + out]`.
 
     $$g_m = \sum_i c_{im}\, d_i^\top a_i$$
 
-    Args:
-        inputs (`Tensor` of shape `[R, ..., in]`): \(a\).
-        gradient (`Tensor` of shape `[R, ..., out]`): \(d\), gradient of the layer's output.
-        coefficients (`Tensor` of shape `[R, M]`): \(c\).
-        bias (`bool`): whether to append the gradient of the bias.
-
-    Returns:
-        `Tensor` of shape `[M, out * in]`, or `[M, out * in + out]` with the bias, float32.
+    `inputs` is a `[R, ..., in]`, and `gradient` d `[R, ..., out]`, that of the layer's output.
     """
     rows, wide, narrow = len(gradient), gradient.shape[-1], inputs.shape[-1]
     d, a = gradient.float().reshape(rows, -1, wide), inputs.float().reshape(rows, -1, narrow)

@@ -120,7 +120,7 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """Give a file another place too: as a link, or as a copy where the disk has no links."""
+    """Link a file to another place, or copy it where the disk has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -182,7 +182,6 @@ def push_run(
         token (`str`, *optional*): by default that of `hf auth login` or HF_TOKEN.
         private (`bool`, *optional*): visibility of a repository that is created.
         revision (`str`, *optional*): branch to commit to.
-        create (`bool`): create the repository if it is missing.
 
     Raises:
         FileNotFoundError: if there is no such run, or it holds no weights.
@@ -200,7 +199,7 @@ def push_run(
 
 
 def trying(attempt: Callable[[], T], repo_id: str, endpoint: str, run_dir: str | Path | None = None) -> T:
-    """Call something that talks to the Hub; after a network failure in a request that its client sends once, call it again."""
+    """Call something that talks to the Hub; call it again after a network failure that the Hub's client does not repeat."""
     for pause in (*PAUSES, None):
         try:
             return attempt()
@@ -290,10 +289,8 @@ def write_model_card(run_dir: str | Path, facts: CardFacts, repo_id: str | None 
         datasets=facts.datasets or None,
         widget=[{"text": s["prompt"], "output": {"url": s["image"]}} for s in samples[:6]] or None,
     )
-    text = _render(
-        run_dir, facts, repo_id or (run_dir.name if run_dir.is_absolute() else str(run_dir)), hub_model, samples
-    )
-    path = run_dir / "README.md"
+    name = repo_id or (run_dir.name if run_dir.is_absolute() else str(run_dir))
+    text, path = _render(run_dir, facts, name, hub_model, samples), run_dir / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
     return path
 

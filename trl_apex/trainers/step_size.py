@@ -16,8 +16,8 @@ class StepSizeControl(TrainerCallback):
     """Holds the [`movement`] of an iteration near `target_movement`.
 
     After each update, a forward on one row of each image says how far the prediction has moved from that of the policy that
-    sampled. At the end of the iteration the factor on the learning rate follows from it. A pass that
-    overshoots ends the iteration there: the rest of its updates are left out. All ranks see the same mean.
+    sampled. At the end of the iteration the factor on the learning rate follows from it. An update that [`overshoots`] ends
+    the iteration: its other updates are left out.
     """
 
     def __init__(self, trainer, target: float):
@@ -83,10 +83,6 @@ def next_rate_factor(factor: float, moved: float, target: float) -> float:
     A [`movement`] grows with the square of the rate, hence the root. An iteration that moved nothing (all advantages 0),
     or was not finite, says nothing about the rate and leaves it. So does an infinite target, with which it is only measured.
 
-    Args:
-        factor: of the iteration that is over; 1 at the start. It is all the state that there is.
-        moved, target: in the same unit, a movement or a KL divergence; equal on all ranks.
-
     Example:
         >>> next_rate_factor(1.0, moved=0.04, target=0.05)
         1.118...
@@ -102,5 +98,5 @@ def next_rate_factor(factor: float, moved: float, target: float) -> float:
 
 
 def overshoots(moved: float, target: float) -> bool:
-    """Whether the rest of a pass is left out: the policy has moved more than 1.5 times the target."""
+    """Whether the policy has moved more than 1.5 times the target."""
     return moved > 1.5 * target

@@ -56,7 +56,6 @@ class RunTrainer(GRPOTrainer):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint, or True for the run's last valid one; by
                 default that of the configuration. False starts anew.
-            trial, ignore_keys_for_eval: as in `transformers.Trainer`.
 
         Raises:
             ValueError: if the checkpoint is not valid or of other settings, before anything is loaded.
@@ -213,25 +212,15 @@ class RunTrainer(GRPOTrainer):
         kwargs.pop("model_name", None)
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        push = partial(
-            publishing.push_run,
-            self.args.output_dir,
-            self.hub_model_id,
-            token=token or self._hub_token,
-            revision=revision or self.args.hub_revision,
-            create=False,
-            commit_message=commit_message or "End of training",
-        )
+        options: dict[str, Any] = {"token": token or self._hub_token, "revision": revision or self.args.hub_revision}
+        options |= {"create": False, "commit_message": commit_message or "End of training"}
+        push = partial(publishing.push_run, self.args.output_dir, self.hub_model_id, **options)
         return push() if blocking else HfApi().run_as_future(push)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
-        """Write the model card of the run as it stands.
+        """Write the model card of the run as it stands, with further `tags`, the hub id of the prompts, and a `license`.
 
-        Args:
-            model_name (`str`, *optional*): by default the name of the repository or of the output directory.
-            dataset_name (`str`, *optional*): hub id of the prompts.
-            tags (`str` or `list[str]`, *optional*): further tags.
-            kwargs: `license`; Trainer's other keywords are accepted and have no meaning here.
+        It has the name of the repository, else `model_name`. Trainer's other keywords are accepted and have no meaning here.
         """
         if self.is_world_process_zero():
             further = [tags] if isinstance(tags, str) else list(tags or [])

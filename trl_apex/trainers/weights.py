@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from ..aggregation.options import did_you_mean
 from ..diffusion.families.base import DiffusionPolicy
 from ..diffusion.losses import Decay
-from ..distributed import full_trainable_weights, local_shard, set_trainable_weights
+from ..distributed import full_trainable_weights, local_shard, named_trainable, set_trainable_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class _Config(FrozenDict):
         return dict(self)
 
     def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, default=str)
+        return json.dumps(self, indent=2, default=str)
 
 
 def answer_as_transformers(denoiser: Any) -> None:
@@ -66,11 +66,7 @@ def frozen_copy(model: nn.Module, share_frozen: bool = False) -> nn.Module:
 
 
 def choose_attention(denoiser: Any, backend: str) -> None:
-    """Let every attention of a denoiser call a kernel, by diffusers' name for it.
-
-    Raises:
-        ValueError: for an unknown kernel, one without a backward pass or a package, and a model that calls PyTorch's always.
-    """
+    """Let every attention of a denoiser call a kernel, by diffusers' name for it; ValueError where it cannot."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     known = [name.value for name in AttentionBackendName if "sage" not in name.value]  # those only infer
@@ -114,9 +110,6 @@ def compile_blocks(denoiser: nn.Module, backend: Any = "inductor") -> int:
 
     Shapes are dynamic: one graph serves all batch sizes. Past `RECOMPILE_LIMIT` graphs of one block PyTorch raises instead
     of going on without compiling, since rollout and update would then differ.
-
-    Raises:
-        ValueError: if the model does not say which of its blocks repeat.
     """
     names = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or []
     blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
@@ -168,11 +161,7 @@ def save_denoiser(denoiser: Any, directory: str | Path, weights: dict[str, Tenso
 def save_diffusers_lora(
     model: PeftModel, policy: DiffusionPolicy, directory: str | Path, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write weights (the model's own, or gathered or averaged ones) for `pipeline.load_lora_weights(directory)`.
-
-    Raises:
-        RuntimeError: if the number of weights is not that of the adapter.
-    """
+    """Write weights (the model's own, or gathered or averaged ones) for `pipeline.load_lora_weights(directory)`."""
     adapter = get_peft_model_state_dict(model, state_dict=weights)
     layers = {plain_name(name): value.contiguous().cpu() for name, value in adapter.items()}
     config: Any = model.peft_config[model.active_adapter]
@@ -235,14 +224,7 @@ def plain_name(name: str) -> str:
 class WeightCopy:
     """A copy of the trained weights that follows them: `copy <- d copy + (1 - d) weights` every few optimizer steps.
 
-    Args:
-        decay: d by the number of the step; None for no copy.
-        every: steps between two updates of the copy.
-        file: what it is saved in.
-        offload: keep it on the CPU.
-
-    Raises:
-        ValueError: under FSDP1, which keeps no weight by its name.
+    `decay` is d by the number of the step, or None for no copy. It is saved in `file`; `offload` keeps it on the CPU.
     """
 
     def __init__(self, trainer, decay: Decay | None, every: int, file: str = EMA_FILE, offload: bool = False):
@@ -260,7 +242,7 @@ class WeightCopy:
             self.copy = [weight.to("cpu" if self.offload else weight.device, copy=True) for weight in self._weights()]
 
     def follow(self, step: int) -> None:
-        """Move the copy after the optimizer step of this number, if it is one at which it moves."""
+        """Move the copy towards the weights, if it is due after this optimizer step."""
         if self.decay is None or self.copy is None or step % self.every:
             return
         decay = self.decay.at(step)
@@ -269,7 +251,7 @@ class WeightCopy:
 
     @contextmanager
     def applied(self):
-        """The model with the copy's weights for a while; nothing else of it is touched."""
+        """The model with the copy's weights; afterwards with its own again."""
         self._swap()
         try:
             yield
@@ -308,7 +290,7 @@ class WeightCopy:
         file = Path(checkpoint, self.file)
         if self.decay is None or not file.is_file():
             return
-        trained = [(n.removeprefix("module."), p) for n, p in self.trainer.model.named_parameters() if p.requires_grad]
+        trained = named_trainable(self.trainer.model)
         expected = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in trained} | {"optimization_step": []}
         differs = difference(stored_shapes(file), expected)
         if differs:
@@ -318,10 +300,10 @@ class WeightCopy:
 
     def _weights(self) -> list[Tensor]:
         """What this rank holds of the trained weights: views, so that what is written there is used."""
-        return [local_shard(p) for p in self.trainer.model.parameters() if p.requires_grad]
+        return [local_shard(parameter) for _, parameter in named_trainable(self.trainer.model)]
 
     def _swap(self) -> None:
-        """Exchange copy and weights, one after the other, so that no second model is needed for it."""
+        """Exchange copy and weights, one tensor at a time, so that memory holds no third copy."""
         for own, weight in zip(self.copy or [], self._weights() if self.copy else [], strict=True):
             held = weight.clone()
             weight.copy_(own)
