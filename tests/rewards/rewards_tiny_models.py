@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPModel,
     LlamaConfig,
     LlavaConfig,
@@ -13,8 +14,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-
-from trl_apex.rewards.clip import pillow_image_processor
 
 TEXT = "How would you rate the quality of this image ? The is USER : ASSISTANT"
 LEVELS = ["excellent", "good", "fair", "poor", "bad"]
@@ -45,7 +44,7 @@ def save_tokenizer(folder: Path, words: list[str], length: int = 12, wrap: bool 
 
 
 def image_processor(side: int = 16):
-    return pillow_image_processor()(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def save_clip(folder: Path, projection: int = 16, **body: str) -> Path:

@@ -3,6 +3,7 @@
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -59,8 +60,6 @@ def tiny_vlm():
     """A LLaVA with 8 x 8 images in patches of 4, and its processor."""
     from transformers import LlavaProcessor
 
-    from trl_apex.rewards.clip import pillow_image_processor
-
     set_seed(0)
     vision = CLIPVisionConfig(
         image_size=8, patch_size=4, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
@@ -74,7 +73,7 @@ def tiny_vlm():
     )
     size = {"height": 8, "width": 8}
     processor = LlavaProcessor(
-        image_processor=pillow_image_processor()(size=size, crop_size=size, do_center_crop=False),
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False),
         tokenizer=tiny_tokenizer(),
         patch_size=4,
         vision_feature_select_strategy="default",

@@ -241,13 +241,10 @@ def training_sigmas(
     | logit_normal | sigmoid of a normal draw, shifted, clamped to `[low, high]` |
 
     Args:
-        grid: the rollout's noise levels, falling to 0.
+        grid: the rollout's noise levels, falling to 0, at least N of them in the bounds.
         shape: B, N.
         generator: on the CPU.
         shift: s of the continuous strategies, `t <- s t / (1 + (s - 1) t)`; 1 for none.
-
-    Raises:
-        ValueError: if the grid has fewer than N levels in the bounds.
 
     Example:
         >>> levels = training_sigmas("grid", torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]), (2, 4), torch.Generator())

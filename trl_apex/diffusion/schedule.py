@@ -111,9 +111,6 @@ def sde_window(
         window_range: the first step that a window may hold, and one past the last; by default the first half of the
             steps, or as many as the size needs. The start is drawn by `seed` and `iteration`.
 
-    Raises:
-        ValueError: if the window does not fit.
-
     Example:
         >>> sde_window(10, None, None, seed=0, iteration=3)
         range(0, 9)

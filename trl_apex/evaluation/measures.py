@@ -55,10 +55,7 @@ def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[s
     gain = mean(tuned - base) / std(base)     gain_se = se / std(base)     se = std(tuned - base) / sqrt(n)
     ```
 
-    A pair with a missing value is left out; `n` pairs are whole. `base` and `tuned` are means.
-
-    Raises:
-        ValueError: if fewer than two whole pairs are left.
+    A pair with a missing value is left out; `n` pairs are whole, at least 2. `base` and `tuned` are means.
 
     Example:
         >>> result = paired_gain(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))

@@ -87,9 +87,6 @@ def run_evaluation(
     Returns:
         `dict`: what `results.json` holds: `settings`, and what [`summarize_models`] returns.
 
-    Raises:
-        ValueError: if there are no rewards or prompts, an adapter does not load, or a reward cannot be called.
-
     Note:
         Writes `results.json`, `results.md`, `grid.png` (a row a prompt, a column a model), `{name}_grid.png` for each model,
         and with one adapter also `summary.json` and `samples/`, which `trl-apex report` reads.

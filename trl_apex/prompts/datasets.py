@@ -78,15 +78,7 @@ def load_prompts(
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """Raise unless `dataset` is a `datasets.Dataset` with a text in the column `prompt` of every row.
-
-    Args:
-        dataset: what a user passed or a file held.
-        name (`str`): where it comes from, for the message.
-
-    Raises:
-        ValueError: says what is missing.
-    """
+    """Raise a ValueError unless `dataset`, called `name`, is a `datasets.Dataset` with a text as `prompt` in every row."""
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
@@ -184,11 +176,7 @@ def decoded(row: dict[str, Any], features: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_sources(dataset: Any, name: str) -> None:
-    """Raise unless `dataset` has an image in the column `source_image` of every row; files are opened, not read.
-
-    Raises:
-        ValueError: says which row has none.
-    """
+    """Raise a ValueError unless each row of `dataset` has an image in `source_image`; files are opened, not read."""
     if SOURCE_COLUMN not in dataset.column_names:
         raise ValueError(
             f"A model that edits images needs the column `{SOURCE_COLUMN}` in `{name}`: PIL images, or paths of files. Found "
@@ -361,16 +349,10 @@ def text_prompts(
 
     Args:
         count (`int`): prompts.
-        seed (`int`): of the draw.
-        words (`Sequence[str]`): to choose from.
         templates (`Sequence[str]`, *optional*): each with `{text}` in double quotes; by default 16 places in 6 styles.
-        max_words (`int`): the longest text.
 
     Returns:
         `datasets.Dataset`: columns `prompt` and `target` (the text to read, for [`OCRReward`]), `words` (how many).
-
-    Raises:
-        ValueError: if a template has no `"{text}"`, or there are not so many different prompts.
 
     Example:
         >>> row = text_prompts(3, seed=1)[0]
@@ -408,13 +390,7 @@ def text_prompts(
         text = case(" ".join(chosen))
         prompt = templates[int(generator.integers(len(templates)))].replace("{text}", text)
         rows.setdefault(prompt, (text, size))
-    return Dataset.from_dict(
-        {
-            "prompt": list(rows),
-            "target": [text for text, _ in rows.values()],
-            "words": [size for _, size in rows.values()],
-        }
-    )
+    return Dataset.from_list([{"prompt": key, "target": text, "words": size} for key, (text, size) in rows.items()])
 
 
 METADATA_COLUMN = "prompt_metadata"

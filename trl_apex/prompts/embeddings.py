@@ -72,12 +72,7 @@ def prepare_embeddings(
 
 
 def precompute(embeddings: "PromptEmbeddings", datasets: list[Any]) -> None:
-    """Encode every distinct prompt of some datasets; if they are kept on disk, each rank encodes its share.
-
-    Args:
-        embeddings ([`PromptEmbeddings`]): filled here.
-        datasets (`list`): of pairs: a `datasets.Dataset`, and the size of each row's image.
-    """
+    """Encode every distinct prompt of pairs (dataset, size of each row's image); on disk, each rank encodes its share."""
     prompts = sorted({prompt for dataset, sizes in datasets for prompt in embeddings.keys(dataset, sizes)})
     with failing_together("the prompt embeddings"):
         if not embeddings.on_disk:  # the first batch tells how large all will be
@@ -236,9 +231,6 @@ class EmbeddingStore:
     Any number of processes may read and write one folder at the same time: a shard gets its name only once it is complete,
     and never changes afterwards. A shard that cannot be read is renamed to `.bad` with a warning, and its prompts
     count as unknown: another process may still have it open, and the cause may be the disk.
-
-    Args:
-        folder (`Path`): of one encoder fingerprint; made if needed.
 
     Example:
         >>> import tempfile, torch

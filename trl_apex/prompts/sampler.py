@@ -35,9 +35,6 @@ class GroupSampler(Sampler[int]):
         dead_rate (`float`, *optional*, defaults to `1.0`): how likely a dead prompt, one that [`see`] was told of, takes part in
             a round of the prompts. What counts is which prompts were dead when the epoch began.
 
-    Raises:
-        ValueError: if there are fewer prompts, of one size, than one iteration needs, or the mix does not fit the kinds.
-
     Example:
         >>> list(GroupSampler(5, groups=2, group_size=2, repeats=1, shuffle=False, seed=0))
         [0, 0, 1, 1, 2, 2, 3, 3]
@@ -215,10 +212,7 @@ def update_rows(
 def updates_per_pass(
     samples: int, window: int, batch_size: int, timestep_batch_size: int, accumulation_steps: int
 ) -> int:
-    """Optimizer steps that one pass over this rank's `samples * window` rows takes.
-
-    Raises:
-        ValueError: if the rows do not split into whole updates.
+    """Optimizer steps that one pass over this rank's `samples * window` rows takes; a ValueError unless they are whole.
 
     Example:
         >>> updates_per_pass(samples=8, window=3, batch_size=4, timestep_batch_size=1, accumulation_steps=2)

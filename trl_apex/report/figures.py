@@ -19,11 +19,7 @@ LINE = 12  # pixels from one line of a caption to the next
 def write_figures(run_dir: Path | str) -> list[Path]:
     """Write `rewards.png`, `priorities.png` and `samples.png` into `figures/` of a run directory, and return their paths.
 
-    A figure without data is left out.
-
-    Raises:
-        FileNotFoundError: if the directory does not exist or holds nothing of a run.
-        ImportError: if matplotlib is not installed.
+    A figure without data is left out. Needs matplotlib.
     """
     run = read_run(Path(run_dir))
     folder = run.path / "figures"
@@ -93,13 +89,13 @@ def _priorities(curves: list[tuple[str, str, list[float], list[float]]]) -> Any:
     return figure
 
 
-def _samples(run: Run, most: int = 8, side: int = 160) -> Image.Image:
-    """The first images, base above tuned."""
-    samples = run.samples[:most]
+def _samples(run: Run) -> Image.Image:
+    """The first eight images, base above tuned."""
+    samples = run.samples[:8]
     images = []
     for path in [*(s.base for s in samples), *(s.tuned for s in samples)]:
         with Image.open(path) as image:
-            images.append(ImageOps.contain(image.convert("RGB"), (side, side)))
+            images.append(ImageOps.contain(image.convert("RGB"), (160, 160)))
     return image_grid(images, columns=len(samples), gap=4)
 
 

@@ -56,7 +56,6 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | str | None = Non
         output (`Path`, *optional*): the page; by default `report.html` in the run directory, or beside the first of several.
 
     Raises:
-        ValueError: if no directory is given.
         FileNotFoundError: if a directory does not exist or holds nothing of a run.
     """
     if not run_dirs:

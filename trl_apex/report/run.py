@@ -55,11 +55,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read the `output_dir` of a run.
-
-    Raises:
-        FileNotFoundError: if it does not exist, or holds nothing that a report could show.
-    """
+    """Read the `output_dir` of a run; a FileNotFoundError if it holds nothing that a report could show."""
     if not path.is_dir():
         raise FileNotFoundError(
             f"A run directory must exist. Found no directory {path}. Pass the `output_dir` of a training run."

@@ -49,7 +49,8 @@ class Reward:
         name (`str`, *optional*): Name of the objective. Defaults to the class's own.
         device (`str` or `torch.device`, *optional*): Where the network runs; without an index, the current device of
             the thread that loads it. Defaults to the GPU if there is one.
-        dtype (`torch.dtype`, *optional*): Precision of the network. Defaults to float32.
+        dtype (`torch.dtype`, *optional*): Precision of the network. Defaults to float32; that of a large language model, on
+            an accelerator, to bfloat16.
         batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass, at least 1.
     """
 
@@ -57,6 +58,7 @@ class Reward:
     range: ClassVar[str] = ""
     weights_licence: ClassVar[str] = ""
     extra: ClassVar[str] = ""  # of this package, that it needs
+    accelerator_dtype: ClassVar[torch.dtype] = torch.float32  # the default there
     whole_groups: ClassVar[bool] = False
 
     def __init__(
@@ -70,7 +72,7 @@ class Reward:
             raise ValueError(f"`batch_size` must be at least 1. Found {batch_size}. Pass the samples per forward.")
         self.__name__ = name or self.default_name
         self.device = torch.device(device) if device is not None else default_device()
-        self.dtype = dtype or torch.float32
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else self.accelerator_dtype)
         self.batch_size = batch_size
         self._loaded: Any = None
         self._lock = threading.RLock()
@@ -263,11 +265,7 @@ def reward_from_ddpo(reward_function: Callable, name: str | None = None) -> Call
 
 
 def one_per_prompt(name: str, prompts: Sequence[str], completions: Any, images: Images | None = None) -> Images:
-    """The images of a call of the reward `name`: those in `images`, else those in `completions`.
-
-    Raises:
-        ValueError: If there is not one image per prompt.
-    """
+    """The images of a call of the reward `name`, in `images` or else in `completions`; a ValueError unless there is one each."""
     batch = completions if images is None else images
     if batch is None or len(batch) != len(prompts):
         found = "no images" if batch is None else f"{len(batch)} images"
@@ -305,12 +303,7 @@ def default_device() -> torch.device:
 
 
 def to_uint8(images: Tensor) -> UInt8[Tensor, "B 3 H W"]:
-    """Quantize float images to bytes, as saving them to a file would.
-
-    `u = round(255 clip(x, 0, 1))`, `x = images` in [0, 1]. Bytes pass unchanged.
-
-    Raises:
-        ValueError: If `images` has another shape or is neither float nor uint8.
+    """Quantize float images in [0, 1] to bytes, as saving them to a file would: `u = round(255 clip(x, 0, 1))`; bytes pass.
 
     Example:
         >>> to_uint8(torch.tensor([0.0, 0.5, 1.2]).reshape(1, 3, 1, 1)).flatten().tolist()
@@ -345,9 +338,6 @@ def to_pil(images: Images) -> list[Image.Image]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL image in RGB; 16-bit gray is scaled to 8 bits, which `convert("RGB")` would clip.
 
-    Raises:
-        ValueError: If the image is in a mode whose range is not defined.
-
     Example:
         >>> to_rgb(Image.new("I;16", (1, 1), 51400)).getpixel((0, 0))
         (200, 200, 200)
@@ -375,7 +365,18 @@ def read_weights(source: str, keyword: str, dtype: torch.dtype | None = torch.fl
     """
     path = Path(source)
     if not path.is_file():
-        path = _download(str(source), keyword)
+        from huggingface_hub import HfApi, hf_hub_download
+
+        repo, _, filename = str(source).partition(":")
+        if not filename:
+            names = [name for name in HfApi().list_repo_files(repo) if name.endswith((".safetensors", ".pth", ".pt"))]
+            if len(names) != 1:
+                raise RewardLoadError(
+                    f"`{keyword}` must name one weights file. Found {len(names)} in {repo}: {names}. "
+                    f'Pass "{repo}:FILE" with one of them.'
+                )
+            (filename,) = names
+        path = Path(hf_hub_download(repo, filename))
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -388,21 +389,6 @@ def read_weights(source: str, keyword: str, dtype: torch.dtype | None = torch.fl
     return {
         key: value.to(dtype or value.dtype) if value.is_floating_point() else value for key, value in state.items()
     }
-
-
-def _download(source: str, keyword: str) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-
-    repo, _, filename = source.partition(":")
-    if not filename:
-        names = [name for name in HfApi().list_repo_files(repo) if name.endswith((".safetensors", ".pth", ".pt"))]
-        if len(names) != 1:
-            raise RewardLoadError(
-                f"`{keyword}` must name one weights file. Found {len(names)} in {repo}: {names}. "
-                f'Pass "{repo}:FILE" with one of them.'
-            )
-        filename = names[0]
-    return Path(hf_hub_download(repo, filename))
 
 
 def renamed(key: str, patterns: Sequence[tuple[str, str]]) -> str:
@@ -418,11 +404,7 @@ def renamed(key: str, patterns: Sequence[tuple[str, str]]) -> str:
 
 
 def load_strictly(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict that was read from `source`.
-
-    Raises:
-        RewardLoadError: If tensors are missing or left over, buffers of positions aside.
-    """
+    """Load a state dict that was read from `source`; it must hold all tensors, as [`check_tensors`] says."""
     found = module.load_state_dict(state, strict=False)
     check_tensors(found.missing_keys, found.unexpected_keys, source, type(module).__name__)
 

@@ -40,7 +40,7 @@ class CLIPScoreReward(Reward):
     Args:
         model (`str`, *optional*): Hub id or local folder of a `CLIPModel`. [`AestheticReward`] has the same one.
         processor (`str`, *optional*): Hub id or local folder of its processor. Defaults to `model`.
-        name, device, dtype, batch_size: See [`Reward`].
+        options: See [`Reward`].
 
     Reference:
         Hessel et al., CLIPScore, arXiv 2104.08718.
@@ -50,16 +50,8 @@ class CLIPScoreReward(Reward):
     range = "-100 to 100, in practice 10 to 40, larger is better"
     weights_licence = "MIT"
 
-    def __init__(
-        self,
-        model: str = CLIP_L,
-        processor: str | None = None,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(name, device, dtype, batch_size)
+    def __init__(self, model: str = CLIP_L, processor: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self.model, self.processor = model, processor
 
     def _load(self) -> "CLIPTower":
@@ -103,7 +95,7 @@ class PickScoreReward(CLIPScoreReward):
     Args:
         model (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
         processor (`str`, *optional*): Hub id or local folder of its processor; None for `model`'s own.
-        name, device, dtype, batch_size: See [`Reward`].
+        options: See [`Reward`].
 
     Reference:
         Kirstain et al., Pick-a-Pic, arXiv 2305.01569.
@@ -113,15 +105,9 @@ class PickScoreReward(CLIPScoreReward):
     range = "raw, about 15 to 26, larger is better"
 
     def __init__(
-        self,
-        model: str = "yuvalkirstain/PickScore_v1",
-        processor: str | None = CLIP_H,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
+        self, model: str = "yuvalkirstain/PickScore_v1", processor: str | None = CLIP_H, **options: Any
     ) -> None:
-        super().__init__(model, processor, name, device, dtype, batch_size)
+        super().__init__(model, processor, **options)
 
     def _score(self, loaded: "CLIPTower", images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         return (loaded.logit_scale * loaded.cosines(prompts, images)).tolist()
@@ -136,7 +122,7 @@ class HPSv2Reward(Reward):
     Args:
         weights (`str`, *optional*): A local file in open_clip's layout, or `"owner/repo:FILE"` on the hub.
         clip (`str`, *optional*): Hub id or local folder with the configuration and processor of the same CLIP.
-        name, device, dtype, batch_size: See [`Reward`].
+        options: See [`Reward`].
 
     Reference:
         Wu et al., Human Preference Score v2, arXiv 2306.09341.
@@ -146,16 +132,8 @@ class HPSv2Reward(Reward):
     range = "raw cosine, about 0.15 to 0.35, larger is better"
     weights_licence = "Apache-2.0"
 
-    def __init__(
-        self,
-        weights: str = "xswu/HPSv2:HPS_v2.1_compressed.pt",
-        clip: str = CLIP_H,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
-    ) -> None:
-        super().__init__(name, device, dtype, batch_size)
+    def __init__(self, weights: str = "xswu/HPSv2:HPS_v2.1_compressed.pt", clip: str = CLIP_H, **options: Any) -> None:
+        super().__init__(**options)
         self.weights, self.clip = weights, clip
 
     def _load(self) -> "CLIPTower":
@@ -183,8 +161,7 @@ class AestheticReward(Reward):
         clip (`str`, *optional*): Hub id or local folder of a `CLIPModel`.
         head (`str`, *optional*): The head's weights: a local file, `"owner/repo:FILE"` or `"owner/repo"` on the hub.
         processor (`str`, *optional*): Hub id or local folder of CLIP's processor. Defaults to `clip`.
-        dtype (`torch.dtype`, *optional*): Precision of CLIP, float32 by default; the head is always float32.
-        name, device, batch_size: See [`Reward`].
+        options: See [`Reward`]. The `dtype` is CLIP's; the head is always float32.
 
     Reference:
         LAION's improved aesthetic predictor, on the SAC, Logos and AVA ratings.
@@ -199,12 +176,9 @@ class AestheticReward(Reward):
         clip: str = CLIP_L,
         head: str = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth",
         processor: str | None = None,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
+        **options: Any,
     ) -> None:
-        super().__init__(name, device, dtype, batch_size)
+        super().__init__(**options)
         self.clip, self.head, self.processor = clip, head, processor
 
     def _load(self) -> tuple["CLIPTower", "AestheticHead"]:
@@ -224,28 +198,15 @@ class AestheticReward(Reward):
         return head(tower.encode_images(images)).tolist()
 
 
-def pillow_image_processor() -> Any:
-    """The class of CLIP's image processor that resizes by Pillow, as the published scores do."""
-    import transformers
-
-    # transformers 4 has it under the other name
-    return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-
-
-def pooled(features: Any) -> Tensor:
-    """The projected embedding that `get_image_features` or `get_text_features` returns; transformers 4 gives it bare."""
-    return features if isinstance(features, Tensor) else features.pooler_output
-
-
 class CLIPTower:
     """A `CLIPModel` with its processor; embeddings come out L2-normalized, in float32, on the model's device."""
 
     def __init__(self, model: Any, processor: str) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, CLIPImageProcessorPil  # resizes by Pillow, as the published scores do
 
         self.model = model.eval().requires_grad_(False)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(processor)
-        self.image_processor: Any = pillow_image_processor().from_pretrained(processor)
+        self.image_processor: Any = CLIPImageProcessorPil.from_pretrained(processor)
         self.image_embeddings = EmbeddingCache(1024)
         self.text_embeddings = EmbeddingCache(65536)
         self._lock = threading.RLock()
@@ -268,7 +229,7 @@ class CLIPTower:
             new = [arrays[i] for i in missing]
             inputs = self.image_processor(new, return_tensors="pt", input_data_format="channels_last")
             pixels = inputs["pixel_values"].to(self.model.device, self.model.dtype)
-            return normalize(pooled(self.model.get_image_features(pixel_values=pixels)).float())
+            return normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float())
 
         with self._lock, torch.inference_mode():
             return self.image_embeddings.get(keys, embed)
@@ -285,7 +246,7 @@ class CLIPTower:
                 return_tensors="pt",
             ).to(self.model.device)
             ids, mask = tokens["input_ids"], tokens["attention_mask"]
-            return normalize(pooled(self.model.get_text_features(input_ids=ids, attention_mask=mask)).float())
+            return normalize(self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output.float())
 
         with self._lock, torch.inference_mode():
             return self.text_embeddings.get(prompts, embed)

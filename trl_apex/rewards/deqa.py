@@ -34,11 +34,7 @@ class DeQAReward(Reward):
             to the processor's chat template, else `"USER: {image}\\n{question}\\nASSISTANT: {answer}"`.
         levels (`tuple[str, ...]`, *optional*): The level words, best first; each must be one token.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
-        dtype (`torch.dtype`, *optional*): Defaults to bfloat16 on an accelerator, float32 on the CPU.
-        name, device, batch_size: See [`Reward`].
-
-    Raises:
-        RewardLoadError: At the first call, if a level word is not one token of its own.
+        options: See [`Reward`].
 
     Reference:
         You et al., DeQA-Score, arXiv 2501.11561. Flow-GRPO trains on the value divided by 5.
@@ -47,6 +43,7 @@ class DeQAReward(Reward):
     default_name = "deqa"
     range = "1 (bad) to 5 (excellent), larger is better"
     weights_licence = "that of the model passed"
+    accelerator_dtype = torch.bfloat16
 
     def __init__(
         self,
@@ -56,14 +53,10 @@ class DeQAReward(Reward):
         template: str | None = None,
         levels: tuple[str, ...] = LEVELS,
         trust_remote_code: bool = False,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
         batch_size: int = 8,
+        **options: Any,
     ) -> None:
-        super().__init__(name, device, dtype, batch_size)
-        if dtype is None and self.device.type != "cpu":
-            self.dtype = torch.bfloat16
+        super().__init__(batch_size=batch_size, **options)
         self.model, self.question, self.answer, self.template = model, question, answer, template
         self.levels, self.trust_remote_code = tuple(levels), trust_remote_code
 
@@ -141,6 +134,7 @@ class PublishedDeQAReward(Reward):
     default_name = "deqa"
     range = "1 (bad) to 5 (excellent), larger is better"
     weights_licence = "Apache-2.0 by their authors' metadata, on a LLaMA-2 base with Meta's community licence"
+    accelerator_dtype = torch.float16
 
     def __init__(
         self, model: str = PUBLISHED, trust_remote_code: bool = False, revision: str = "main", **options: Any
@@ -156,7 +150,7 @@ class PublishedDeQAReward(Reward):
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
             attn_implementation="eager",
-            torch_dtype=self.dtype if self.device.type == "cpu" else torch.float16,
+            torch_dtype=self.dtype,
         )
         return model.to(self.device).eval()
 
@@ -192,11 +186,7 @@ def build_text(processor: Any, question: str, answer: str, template: str | None 
 
 
 def level_token_ids(tokenizer: Any, text: str, levels: tuple[str, ...]) -> list[int]:
-    """The token that each level word adds after `text`, which the model continues.
-
-    Raises:
-        RewardLoadError: If a word is split, unknown, or shares its token with another.
-    """
+    """The token that each level word adds after `text`, which the model continues; a word must be one token of its own."""
 
     def encode(string: str) -> list[int]:
         return list(tokenizer(string, add_special_tokens=False)["input_ids"])

@@ -19,7 +19,7 @@ from trl_apex.rewards.base import (
     renamed,
     to_pil,
 )
-from trl_apex.rewards.clip import AestheticHead, pillow_image_processor
+from trl_apex.rewards.clip import AestheticHead
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 PROMPT_TOKENS = 35
@@ -35,8 +35,7 @@ class ImageReward(Reward):
     Args:
         weights (`str`, *optional*): A local file in the authors' layout, or `"owner/repo:FILE"` on the hub.
         tokenizer (`str`, *optional*): Hub id or local folder of BERT's uncased tokenizer.
-        dtype (`torch.dtype`, *optional*): Precision of BLIP, float32 by default; the MLP is always float32.
-        name, device, batch_size: See [`Reward`].
+        options: See [`Reward`]. The `dtype` is BLIP's; the MLP is always float32.
 
     Reference:
         Xu et al., ImageReward, arXiv 2304.05977.
@@ -50,22 +49,19 @@ class ImageReward(Reward):
         self,
         weights: str = "THUDM/ImageReward:ImageReward.pt",
         tokenizer: str = "google-bert/bert-base-uncased",
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        batch_size: int = 16,
+        **options: Any,
     ) -> None:
-        super().__init__(name, device, dtype, batch_size)
+        super().__init__(**options)
         self.weights, self.tokenizer = weights, tokenizer
 
     def _load(self) -> tuple["ImageRewardModel", Any, Any]:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-        model = ImageRewardModel.from_state(from_authors_layout(read_weights(self.weights, "weights")), self.weights)
+        model = ImageRewardModel.from_state(read_weights(self.weights, "weights"), self.weights)
         model.vision_model.to(self.dtype)
         model.text_encoder.to(self.dtype)
         side = model.vision_model.config.image_size
-        processor = pillow_image_processor()(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         return model.to(self.device), processor, AutoTokenizer.from_pretrained(self.tokenizer)
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
@@ -103,12 +99,11 @@ class ImageRewardModel(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], source: str) -> "ImageRewardModel":
-        """A model with the sizes of the tensors, filled with them; `source` is where they were read.
-
-        Raises:
-            RewardLoadError: If tensors are missing or left over.
-        """
+        """A model with the sizes of the authors' tensors, filled with them; `source` is where they were read."""
         from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        parts = ("text_encoder.", "vision_model.", "mlp.")  # what scoring uses
+        state = {key: value for name, value in state.items() if (key := renamed(name, NAMES)).startswith(parts)}
 
         def shape(key: str) -> torch.Size:
             if key not in state:
@@ -165,13 +160,6 @@ NAMES = (
 )
 
 
-def from_authors_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the authors' tensors to those of [`ImageRewardModel`], and leave out what scoring does not use."""
-    converted = {renamed(key, NAMES): value for key, value in state.items()}
-    parts = ("text_encoder.", "vision_model.", "mlp.")
-    return {key: value for key, value in converted.items() if key.startswith(parts)}
-
-
 PIXELS = 256 * 28 * 28  # to which every image is scaled
 IMAGE_TOKEN, REWARD_TOKEN = "<|image_pad|>", "<|Reward|>"
 
@@ -188,9 +176,7 @@ class HPSv3Reward(Reward):
         base (`str`, *optional*): Hub id or local folder with Qwen2-VL's configuration, tokenizer and image processor.
         instruction (`str`, *optional*): Text with `{text_prompt}` and `<|Reward|>`. Defaults to that of the authors'
             package, which is read and not run: `pip install --no-deps hpsv3`.
-        dtype (`torch.dtype`, *optional*): Precision of Qwen2-VL. Defaults to bfloat16 on an accelerator, float32 on the
-            CPU; the head is always float32.
-        name, device, batch_size: See [`Reward`].
+        options: See [`Reward`]. The `dtype` is Qwen2-VL's; the head is always float32.
 
     Reference:
         Ma et al., HPSv3, arXiv 2508.03789.
@@ -199,20 +185,17 @@ class HPSv3Reward(Reward):
     default_name = "hpsv3"
     range = "raw, models average 0 to 11, larger is better"
     weights_licence = "MIT, on Qwen2-VL-7B, Apache-2.0"
+    accelerator_dtype = torch.bfloat16
 
     def __init__(
         self,
         weights: str = "MizzenAI/HPSv3:HPSv3.safetensors",
         base: str = "Qwen/Qwen2-VL-7B-Instruct",
         instruction: str | None = None,
-        name: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
         batch_size: int = 4,
+        **options: Any,
     ) -> None:
-        super().__init__(name, device, dtype, batch_size)
-        if dtype is None and self.device.type != "cpu":
-            self.dtype = torch.bfloat16
+        super().__init__(batch_size=batch_size, **options)
         self.weights, self.base, self.instruction = weights, base, instruction
 
     def _load(self) -> tuple[Any, nn.Module, Any, str]:
@@ -275,11 +258,7 @@ class HPSv3Reward(Reward):
 
 
 def published_instruction() -> str:
-    """The text that HPSv3 was trained with, read out of the authors' package without running it.
-
-    Raises:
-        ImportError: If the package is not installed.
-    """
+    """The text that HPSv3 was trained with, read out of the authors' package without running it."""
     package = find_spec("hpsv3")
     if package is None or not package.submodule_search_locations:
         raise ImportError(

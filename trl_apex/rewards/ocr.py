@@ -72,7 +72,6 @@ class OCRReward(Reward):
         name, batch_size: See [`Reward`].
 
     Example:
-        >>> from trl_apex.rewards import OCRReward
         >>> OCRReward(workers=1)(prompts=["a red bird"], completions=[Image.new("RGB", (32, 32))])
         [None]
 

@@ -59,9 +59,6 @@ def load_reward(spec: str) -> Callable:
         spec (`str`): A name (`"ocr"`), a name with arguments (`'deqa(model="path")'`), or `"module:attribute"` for a
             function, instance or class of your own, in the current folder as well, with arguments or without.
 
-    Raises:
-        ValueError: For a name that is not known, a module that cannot be imported, or arguments that do not fit.
-
     Example:
         >>> load_reward("jpeg_compressibility(quality=50)").quality
         50

@@ -73,11 +73,7 @@ class RewardScorer:
         max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`].
         max_failure_rate, failure_window: Deprecated, without effect.
 
-    Raises:
-        ValueError: If names are not one per function and unique, or an option is out of range.
-
     Example:
-        >>> from trl_apex.rewards import RewardScorer
         >>> def brightness(completions, **kwargs):
         ...     return [0.5, None]
         >>> with RewardScorer([brightness]) as scorer:

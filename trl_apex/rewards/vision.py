@@ -10,8 +10,6 @@ from torch.nn.functional import cosine_similarity
 from trl_apex.rewards.base import Images, Reward, RewardLoadError, to_pil
 from trl_apex.rewards.clip import SourceReward, load_network
 
-QUALITY = 95
-
 
 class SafetyReward(Reward):
     """How safe a classifier finds an image: `r` = the sum of its probabilities of the labels `safe`, 0 to 1.
@@ -93,7 +91,6 @@ class JPEGCompressibilityReward(Reward):
         name (`str`, *optional*, defaults to `"jpeg_compressibility"`): Name of the objective.
 
     Example:
-        >>> from trl_apex.rewards import JPEGCompressibilityReward
         >>> JPEGCompressibilityReward()(prompts=["x"], completions=[Image.new("RGB", (8, 8))])[0] < 0
         True
 
@@ -106,14 +103,19 @@ class JPEGCompressibilityReward(Reward):
     weights_licence = "no weights"
     sign: ClassVar[int] = -1
 
-    def __init__(self, quality: int = QUALITY, name: str | None = None) -> None:
+    def __init__(self, quality: int = 95, name: str | None = None) -> None:
         if not 1 <= quality <= 95:
             raise ValueError(f"`quality` must be between 1 and 95. Found {quality}. Pass 95 for DDPO's reward.")
         super().__init__(name=name, device="cpu", batch_size=64)
         self.quality = quality
 
     def _score(self, loaded: Any, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
-        return [self.sign * jpeg_kilobytes(image, self.quality) for image in to_pil(images)]
+        kilobytes = []
+        for image in to_pil(images):
+            buffer = io.BytesIO()
+            image.save(buffer, format="JPEG", quality=self.quality)
+            kilobytes.append(self.sign * len(buffer.getbuffer()) / 1000)
+        return kilobytes
 
 
 class JPEGIncompressibilityReward(JPEGCompressibilityReward):
@@ -122,10 +124,3 @@ class JPEGIncompressibilityReward(JPEGCompressibilityReward):
     default_name = "jpeg_incompressibility"
     range = "kB, above 0, larger is better"
     sign = 1
-
-
-def jpeg_kilobytes(image: Image.Image, quality: int = QUALITY) -> float:
-    """Size of an RGB image as JPEG, in kB of 1,000 bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=quality)
-    return len(buffer.getbuffer()) / 1000

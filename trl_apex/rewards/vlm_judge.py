@@ -75,7 +75,6 @@ class VLMJudgeReward:
         pair_instruction (`str`, *optional*): What it is told about two images, with the field `{prompt}`.
 
     Raises:
-        ValueError: If `low` is not below `high`, or an instruction has other fields.
         RuntimeError: At a call, if no image at all could be judged because the endpoint is away or busy.
 
     Reference:

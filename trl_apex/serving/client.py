@@ -61,9 +61,6 @@ class RemoteReward:
         whole_groups (`bool`, *optional*, defaults to `False`): Whether it compares the images of a group, one to a request.
         columns (`Sequence[str]`, *optional*): Dataset columns that are sent. Defaults to all, which must hold JSON values.
 
-    Raises:
-        ValueError: If there is no `name`, or not one of `url` and `command`.
-
     Example:
         >>> RemoteReward("http://127.0.0.1:8000", "deqa").__name__
         'deqa'

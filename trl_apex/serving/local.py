@@ -81,9 +81,6 @@ def make_environment(name: str) -> Path:
     """The Python of a virtual environment for rewards, which is made if it is missing or its requirements changed.
 
     It is `envs/NAME` in the current folder; `name` is one that comes with the package (`"deqa"`), or a requirements file.
-
-    Raises:
-        ValueError: If there is no such file.
     """
     import fcntl
 

@@ -125,9 +125,6 @@ def make_server(
         port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for any free one.
         token, token_file (`str`, *optional*): Bearer token, or the file that holds it; see [`read_token`].
         ssl_certfile, ssl_keyfile (`str`, *optional*): Certificate, to serve https, and its key where it is another file.
-
-    Raises:
-        ValueError: If the address is not loopback and there is no token, or a reward is unknown.
     """
     token = read_token(token, token_file)
     if host not in LOOPBACK and token is None:
@@ -156,11 +153,7 @@ def make_server(
 
 
 def read_token(token: str | None = None, token_file: str | Path | None = None) -> str | None:
-    """The bearer token: as given, else from the file, else from the variable `TRL_APEX_REWARD_TOKEN`, else None.
-
-    Raises:
-        ValueError: If the token is shorter than 16 characters or not plain ASCII.
-    """
+    """The bearer token, of at least 16 characters: as given, else from the file, else from `TRL_APEX_REWARD_TOKEN`, else None."""
     if token is not None:
         found = checked_secret(token, "`token`")
     elif token_file is not None:
@@ -195,9 +188,6 @@ def build_app(
         token (`str`, *optional*): Bearer token that every request but `GET /health` must carry.
         limits ([`Limits`], *optional*): Bounds on what clients may send.
         max_batch, batch_wait: See [`ServedReward`].
-
-    Raises:
-        ValueError: If two rewards have one name, or there are none.
     """
     limits = limits or Limits()
     served = {

@@ -55,10 +55,7 @@ def encode_request(prompts: Sequence[str], images: Images, columns: dict[str, li
 
 
 def decode_images(pixels: memoryview, dtype: str, sizes: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """The images behind the header line, as arrays of shape `[H, W, 3]` that are views of `pixels`.
-
-    Raises:
-        ValueError: If the bytes do not fill the sizes.
+    """The images behind the header line, as arrays of shape `[H, W, 3]` that are views of `pixels`, which they must fill.
 
     Example:
         >>> decode_images(memoryview(bytes(range(9))), "uint8", [[1, 1], [2, 1]])[1].tolist()
@@ -75,9 +72,6 @@ def decode_images(pixels: memoryview, dtype: str, sizes: Sequence[Sequence[int]]
 
 def json_columns(columns: dict[str, Any], size: int) -> dict[str, list]:
     """The columns among the keywords of a reward call for `size` images: lists with one JSON value per image.
-
-    Raises:
-        ValueError: For a value that would not arrive as it is.
 
     Example:
         >>> json_columns({"target": ["cat"], "log_metric": print, "seed": 3}, size=1)
