@@ -2,12 +2,11 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from families import build
 from peft import LoraConfig
 from PIL import Image
 
@@ -15,9 +14,6 @@ from trl_apex import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_apex.diffusion.families import load_policy
 from trl_apex.evaluation.run import markdown_table, run_evaluation
 from trl_apex.trainers.weights import save_denoiser
-
-sys.path.insert(0, str(Path(__file__).parent / "policy"))
-from families import build
 
 PROMPTS = Dataset.from_dict(
     {"prompt": ['a red circle with "CAT"', 'a blue star with "HUT"', "a green star"], "level": [1, 2, 3]}

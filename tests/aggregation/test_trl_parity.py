@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_language_models import tiny_causal_lm, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_apex.aggregation import MultiObjectiveRewardAggregator
@@ -31,16 +28,7 @@ GAPS = [
 
 @pytest.fixture(scope="module")
 def language_model():
-    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "a", "b", "c", "d", "e"])}
-    backend = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config), tokenizer
+    return tiny_causal_lm(), tiny_tokenizer()
 
 
 def trl_advantages(language_model, folder, rewards, monkeypatch, **settings) -> torch.Tensor:

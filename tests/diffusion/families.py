@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from trl_apex.prompts.datasets import edits_of
-from trl_apex.tiny.pipeline import PROMPT_VOCABULARY, build_tokenizer
+from trl_apex.tiny.pipeline import PROMPT_VOCABULARY, build_tokenizer, token_ids
 
 
 def vae(channels: int, shift: float | None) -> AutoencoderKL:
@@ -69,16 +69,13 @@ def vae(channels: int, shift: float | None) -> AutoencoderKL:
 def clip(projected: bool, width: int = 16):
     tokenizer = build_tokenizer()
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=32,
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **token_ids(tokenizer),
     )
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 

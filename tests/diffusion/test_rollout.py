@@ -30,10 +30,8 @@ def test_noise_depends_on_its_key_alone():
 
 def test_log_prob_of_the_trajectory_is_what_the_update_recomputes():
     predict, window = Counting(), range(1, 4)
-    initial, noise = (
-        keyed_noise([(0, i) for i in range(8)], SHAPE),
-        keyed_noise([(1, i) for i in range(8)], (3, *SHAPE)),
-    )
+    initial = keyed_noise([(0, i) for i in range(8)], SHAPE)
+    noise = keyed_noise([(1, i) for i in range(8)], (3, *SHAPE))
     final, trajectory = denoise(predict, SAMPLER, initial, window, noise)
     assert trajectory.latents.shape == (8, 4, *SHAPE) and trajectory.log_prob.shape == (8, 3)
     assert predict.rows == [8] * 6

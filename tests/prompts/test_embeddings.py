@@ -1,20 +1,17 @@
 """Prompts are encoded once, kept in memory or on disk, and read back bit by bit."""
 
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from families import build
 from safetensors import safe_open
 
 from trl_apex.diffusion.families import load_policy
 from trl_apex.prompts import PromptEmbeddings
 from trl_apex.prompts import embeddings as module
 from trl_apex.prompts.embeddings import encoder_fingerprint
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "diffusion"))
-from families import build
 
 
 class Encoder:

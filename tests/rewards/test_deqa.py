@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from rewards_tiny_models import LEVELS, save_llava
-from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from trl_apex.rewards import DeQAReward, RewardLoadError, VLMYesReward
 from trl_apex.rewards.deqa import build_text, level_score
@@ -23,18 +23,18 @@ def images():
     return [Image.fromarray(array) for array in noise]
 
 
+def probabilities(folder, image, text, words):
+    """Of the words after the text, from the full distribution."""
+    model, processor = LlavaForConditionalGeneration.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model.eval()(**processor(images=image, text=text, return_tensors="pt")).logits
+    return logits[0, -1].double().softmax(-1)[processor.tokenizer.convert_tokens_to_ids(words)]
+
+
 def by_hand(folder, images, text):
-    """One image at a time: probabilities of the five words from the full distribution, renormalized."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    processor, tokenizer = AutoProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    scores = []
-    for image in images:
-        inputs = processor(images=image, text=text, return_tensors="pt")
-        with torch.no_grad():
-            probabilities = model(**inputs).logits[0, -1].double().softmax(-1)
-        levels = torch.stack([probabilities[tokenizer.convert_tokens_to_ids(word)] for word in LEVELS])
-        scores.append((levels / levels.sum() * torch.tensor([5.0, 4, 3, 2, 1])).sum().item())
-    return scores
+    """One image at a time: probabilities of the five words, renormalized."""
+    chances = torch.stack([probabilities(folder, image, text, LEVELS) for image in images])
+    return (chances / chances.sum(1, keepdim=True) @ torch.arange(5.0, 0, -1).double()).tolist()
 
 
 def test_score_is_the_expected_level(llava_folder, images):
@@ -87,13 +87,7 @@ def test_a_start_token_is_not_doubled(tmp_path):
 
 
 def yes_by_hand(folder, image, text):
-    """log p(Yes), from the full distribution after the text."""
-    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor(images=image, text=text, return_tensors="pt")
-    with torch.no_grad():
-        probabilities = model(**inputs).logits[0, -1].double().softmax(-1)
-    return probabilities[processor.tokenizer.convert_tokens_to_ids("Yes")].log().item()
+    return probabilities(folder, image, text, ["Yes"]).log().item()
 
 
 @pytest.mark.parametrize("chat_template", [None, CHAT])

@@ -151,10 +151,8 @@ def test_scores(url, monkeypatch):
 def test_unified_reward_scores_an_image_and_judges_a_pair(url):
     judge = load_reward(f'unified_reward(url="{url}", model="unified")')
     assert isinstance(judge, UnifiedReward)
-    assert asyncio.run(judge(prompts=["a cat", "a dog"], completions=pictures(50, 100))) == [
-        2.0,
-        3.0,
-    ]  # mean of r, r + 1, r + 2
+    rewards = asyncio.run(judge(prompts=["a cat", "a dog"], completions=pictures(50, 100)))
+    assert rewards == [2.0, 3.0], "the mean of r, r + 1, r + 2"
     columns = {"first": ["x", "y"], "second": ["x", "y"]}  # of a dataset
     assert asyncio.run(judge(["a cat", "a dog"], pictures(50, 100), **columns)) == [2.0, 3.0]
     wins = PairwiseReward(judge)

@@ -13,7 +13,7 @@ import pytest
 from loopback import http, running, wait_for
 
 from trl_apex.rewards import JPEGCompressibilityReward
-from trl_apex.serving.server import Limits, make_server
+from trl_apex.serving.server import Limits
 from trl_apex.serving.wire import MEDIA_TYPE
 
 LIMITS = Limits(
@@ -332,9 +332,3 @@ def test_floods(count, at_once):
     assert set(seen) <= {"200", "503", "closed"}, seen
     assert seen.get("200", 0) > 0
     assert grown < 400 * 2**20, f"{grown / 2**20:.0f} MB more after {count} requests"
-
-
-def test_bounded_server_options():
-    config = make_server([JPEGCompressibilityReward()], limits=LIMITS).config
-    assert config.h11_max_incomplete_event_size == 16 * 1024 and config.timeout_keep_alive == 5
-    assert config.limit_concurrency == 64 and config.ws == "none"

@@ -10,9 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
 import pytest
-import torch
 from loopback import TOKEN, http, running, wait_for
 from PIL import Image
 from processes import reserved_port
@@ -20,7 +18,7 @@ from processes import reserved_port
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward, RemoteReward, RewardList
 from trl_apex.rewards.registry import load_reward
 from trl_apex.serving.server import Limits, build_app, make_server, read_token
-from trl_apex.serving.wire import MEDIA_TYPE, decode_images, encode_request
+from trl_apex.serving.wire import MEDIA_TYPE, encode_request
 
 
 def zero(prompts, **kwargs):
@@ -313,15 +311,6 @@ def test_stopping_finishes_what_is_under_way(served, tmp_path):
     assert "Traceback" not in err
     with pytest.raises(httpx.ConnectError):
         http.get(f"{url}/health")
-
-
-def test_arrays_survive_the_wire():
-    images = torch.rand(2, 3, 4, 5)
-    header, _, pixels = encode_request(["a", "b"], images, {}, as_uint8=False).partition(b"\n")
-    arrays = decode_images(memoryview(pixels), "float32", [[4, 5], [4, 5]])
-    assert torch.equal(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2), images)
-    with pytest.raises(ValueError, match="must have 480 bytes, as the header says. Found 479"):
-        decode_images(memoryview(pixels)[:-1], "float32", [[4, 5], [4, 5]])
 
 
 def test_limits():

@@ -62,7 +62,7 @@ def guided_prediction(
 def _branches(embeddings: Embeddings, negative: Embeddings | None, guidance_scale: float) -> Embeddings:
     """Embeddings `[2R, ...]` of both branches, the unconditional one first; `[R, ...]` where there is only one.
 
-    What the unconditional branch has no value of its own for is the same in both, such as a source image.
+    An entry without a value for the unconditional branch, such as a source image, is the same in both.
     """
     own = {k.removeprefix("negative_"): v for k, v in embeddings.items() if k.startswith("negative_")}
     embeddings = {k: v for k, v in embeddings.items() if not k.startswith("negative_")}

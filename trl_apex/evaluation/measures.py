@@ -81,7 +81,7 @@ def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[s
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error, without missing values; nothing can be said of fewer than two."""
+    """Mean and its standard error, without missing values; 0 and infinity for fewer than two."""
     values = values[values.isfinite()]
     if len(values) < 2:
         return 0.0, float("inf")

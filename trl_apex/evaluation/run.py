@@ -58,7 +58,7 @@ def run_evaluation(
     grid_prompts: int = 24,
     report: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Draw images with the base and with each adapter, score them, and write what came of it.
+    """Draw images with the base and with each adapter, score them, and write the results.
 
     Deterministic sampling: image j of prompt i starts from the same noise for every model, the noise of the trainer's
     `evaluate` at the same seed. The prompt is the unit of all statistics: the rewards of its images are averaged first.
@@ -70,14 +70,11 @@ def run_evaluation(
         prompts (`str`, `Path` or `datasets.Dataset`): as in [`load_prompts`], with `split`, `prompt_column` and
             `max_prompts`; every column reaches the rewards.
         rewards, monitors (callable or list): the objectives, and rewards that were not trained on, reported apart.
-        output_dir (`str` or `Path`): where results go.
         images_per_prompt (`int`): each from its own noise.
         num_inference_steps, guidance_scale, negative_prompt: of the sampler; a scale of 1 is no guidance.
         height, width (`int`, *optional*): pixels. None: as the trainer, by the columns of these names, else 512 for flow
             models, else the model's own.
         max_sequence_length (`int`): tokens of the longest text encoder, as in training.
-        seed (`int`): of the noise.
-        batch_size (`int`): images at a time.
         ema (`bool`): evaluate the averaged weights (`ema.safetensors`) that a run saved beside its adapter.
         dtype (`torch.dtype`, *optional*): of a model loaded by name; bfloat16 on a GPU, float32 on a CPU.
         device (*optional*): a GPU if there is one.
@@ -179,7 +176,6 @@ def summarize_models(records: dict[str, list[Record]], names: list[str], objecti
     Args:
         records (`dict`): the base's first, under its name, then each adapter's; row by row alike.
         names (`list[str]`): rewards, the objectives first.
-        objectives (`int`): how many of them are objectives.
     """
     tables = {name: _by_prompt(rows, names) for name, rows in records.items()}
     base, *tuned = tables

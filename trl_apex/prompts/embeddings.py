@@ -106,7 +106,6 @@ class PromptEmbeddings:
 
     Args:
         encode (`Callable[[list[str]], Embeddings]`): the policy's text encoders.
-        batch_size (`int`): prompts encoded at a time.
         cache_dir (`str` or `Path`, *optional*): keep the embeddings in this folder instead of in memory, for this run and
             others. They are read row by row through the memory map, so that they take no memory of their own.
         fingerprint (`str` or `Callable`): names the encoders in `cache_dir`; see [`encoder_fingerprint`].
@@ -114,8 +113,7 @@ class PromptEmbeddings:
         budget (`float`, *optional*): bytes in memory; `LARGE` by default.
         encode_negative (`Callable[[], Embeddings]`, *optional*): embeddings `[1, ...]` of the negative prompt.
         device (`torch.device` or `str`): where embeddings are returned.
-        keys (`Callable`): from rows of a dataset, and the sizes of their images, to what is encoded of them: their prompts, or
-            each an [`Edit`].
+        keys (`Callable`): what is encoded of rows of a dataset, given these and the sizes of their images: prompts or [`Edit`]s.
 
     Example:
         >>> cache = PromptEmbeddings(lambda prompts: {"x": torch.tensor([[float(len(p))] for p in prompts])})

@@ -24,15 +24,11 @@ def write_figures(run_dir: Path | str) -> list[Path]:
     run = read_run(Path(run_dir))
     folder = run.path / "figures"
     folder.mkdir(exist_ok=True)
-    rewards, priorities = _curves(run, "rewards/{}/mean"), _curves(run, "priority/{}")
     written = []
-    for name, picture in (
-        ("rewards", _rewards(rewards) if rewards else None),
-        ("priorities", _priorities(priorities) if priorities else None),
-    ):
-        if picture:
+    for name, draw, key in (("rewards", _rewards, "rewards/{}/mean"), ("priorities", _priorities, "priority/{}")):
+        if curves := _curves(run, key):
             written.append(folder / f"{name}.png")
-            picture.savefig(written[-1], facecolor="white", metadata={"Software": None})
+            draw(curves).savefig(written[-1], facecolor="white", metadata={"Software": None})
     if run.samples:
         written.append(folder / "samples.png")
         _samples(run).save(written[-1])
@@ -126,7 +122,6 @@ def reward_grid(samples: Sequence[Mapping[str, Any]], columns: int, side: int = 
 
     Args:
         samples (`Sequence[Mapping]`): each with `prompt`, `image` (PIL) and `rewards` (name to number or None).
-        columns (`int`): images in a row.
         side (`int`): pixels of the longer side of an image.
 
     Example:
@@ -150,12 +145,11 @@ def reward_grid(samples: Sequence[Mapping[str, Any]], columns: int, side: int = 
 
 
 def save_samples(folder: str | Path, base: Sequence[dict], tuned: Sequence[dict], count: int) -> None:
-    """Write images for the same prompts and noise one by one, and as two grids beside the folder.
+    """Write the first `count` images for the same prompts and noise one by one, and as two grids beside the folder.
 
     Args:
         folder (`str` or `Path`): usually `samples` of a run directory; made if needed.
         base, tuned (sequences of `dict`): records with `prompt`, `image` (PIL) and `rewards`, in the same order.
-        count (`int`): write the first `count`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

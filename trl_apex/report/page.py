@@ -51,9 +51,7 @@ HEALTH = (
 def write_report(run_dirs: Sequence[Path | str], output: Path | str | None = None) -> Path:
     """Write `report.html` about training runs, and return its path.
 
-    Args:
-        run_dirs (`Sequence[Path]`): one run directory, or several to compare.
-        output (`Path`, *optional*): the page; by default `report.html` in the run directory, or beside the first of several.
+    `output` is the page, by default `report.html` in the run directory, or beside the first of several.
 
     Raises:
         FileNotFoundError: if a directory does not exist or holds nothing of a run.

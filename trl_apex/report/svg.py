@@ -134,14 +134,14 @@ def plane_chart(x_name: str, y_name: str, tracks: Sequence[Track], note: str) ->
     return _figure(spoken[0], note, names + axes.format(y_name, x_name) + picture)
 
 
-def strips(title: str, pairs: Mapping[str, Sequence[float]], note: str, columns: int = 40) -> Markup:
+def strips(title: str, pairs: Mapping[str, Sequence[float]], note: str) -> Markup:
     """Measures over time, each as a strip of colour: negative in one, positive in another; empty without `pairs`."""
     if not pairs:
         return Markup("")
     largest = max(max(map(abs, values)) for values in pairs.values()) or 1.0
     rows = []
     for name, values in pairs.items():
-        cells = thin(values, columns)
+        cells = thin(values, 40)
         width = 100 / len(cells)
         parts = [
             element("rect", x=i * width, y=0, width=width + 0.1, height=10, class_="against" if v < 0 else "along",
@@ -192,19 +192,18 @@ def decimals_for(spread: float, digits: int = 2) -> int:
     return min(max(digits - 1 - math.floor(math.log10(spread)), 0), 6)
 
 
-def trend(values: Sequence[float], width: float | None = None) -> tuple[list[float], list[float]]:
+def trend(values: Sequence[float]) -> tuple[list[float], list[float]]:
     r"""Gaussian-weighted moving mean and its standard error.
 
     $$m_t = \sum_s k_{ts} y_s, \qquad \mathrm{se}_t = \hat\sigma \sqrt{\textstyle\sum_s k_{ts}^2}$$
 
-    with \(k_t\) a Gaussian in index distance that sums to one, of standard deviation `width` (a thirtieth of the length by
-    default, at least 1.5), and \(\hat\sigma\) from the differences of neighbours.
+    with \(k_t\) a Gaussian in index distance that sums to one, as wide as a thirtieth of the length, at least 1.5, and
+    \(\hat\sigma\) from the differences of neighbours.
     """
     y = np.asarray(values, dtype=float)
     if len(y) < 3:
         return list(values), [0.0] * len(y)
-    width = max(len(y) / 30, 1.5) if width is None else width
-    index = np.arange(len(y))
+    index, width = np.arange(len(y)), max(len(y) / 30, 1.5)
     kernel = np.exp(-0.5 * ((index[:, None] - index[None, :]) / width) ** 2)
     kernel /= kernel.sum(1, keepdims=True)
     noise = np.diff(y).std() / np.sqrt(2)

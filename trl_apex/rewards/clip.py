@@ -257,13 +257,11 @@ class EmbeddingCache:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.misses = 0
         self._kept: OrderedDict[Any, Tensor] = OrderedDict()
 
     def get(self, keys: list, embed: Callable[[list[int]], Tensor]) -> Float[Tensor, "B D"]:
         """The embedding of each key; `embed` computes those of the positions in `keys` that are new."""
         missing = [i for i, key in enumerate(keys) if key not in self._kept and keys.index(key) == i]
-        self.misses += len(missing)
         if missing:
             # A clone per row, so that a kept row does not hold the whole batch in memory.
             self._kept |= {keys[i]: row.clone() for i, row in zip(missing, embed(missing), strict=True)}

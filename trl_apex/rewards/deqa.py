@@ -28,7 +28,6 @@ class DeQAReward(Reward):
 
     Args:
         model (`str`): Hub id or local folder of a model that `AutoModelForImageTextToText` loads.
-        question (`str`, *optional*): The question about the image.
         answer (`str`, *optional*): The start of the answer, which a level word continues.
         template (`str`, *optional*): The whole text, with the fields `{image}`, `{question}` and `{answer}`. Defaults
             to the processor's chat template, else `"USER: {image}\\n{question}\\nASSISTANT: {answer}"`.

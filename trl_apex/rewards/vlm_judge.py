@@ -68,10 +68,8 @@ class VLMJudgeReward:
         max_concurrency (`int`, *optional*, defaults to `16`): Requests under way at the same time.
         max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`]; for each image.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one request.
-        max_tokens (`int`, *optional*, defaults to `512`): Length of the answer.
         mean (`bool`, *optional*, defaults to `False`): Take the mean of the scores in an answer, as for the three that
             UnifiedReward-2.0 states, instead of the last.
-        name (`str`, *optional*, defaults to `"vlm_judge"`): Name of the objective.
         pair_instruction (`str`, *optional*): What it is told about two images, with the field `{prompt}`.
 
     Raises:

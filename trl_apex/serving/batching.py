@@ -42,8 +42,6 @@ class ServedReward:
     A request that finds the reward free takes all waiting requests that fit into one call along.
 
     Args:
-        name (`str`): Name of the objective.
-        func (`Callable`): The reward function, blocking or async.
         requests (`int`): Requests whose bodies are held at a time.
         timeout (`float`): Seconds that one call may take.
         max_batch (`int`): Images joined into one call.
