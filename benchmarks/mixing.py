@@ -1,6 +1,6 @@
 """One run on mixed prompts against the chain of stages that one would make by hand, on the tiny world.
 
-    python benchmarks/mixing.py                               # about an hour of one core
+    python benchmarks/mixing.py                               # about 45 minutes of one core
     python benchmarks/mixing.py --smoke --out runs/smoke     # two updates a run, to see that it works
 
 Every finished run is kept under `runs/`, so that the command can be stopped and started again.
