@@ -599,19 +599,14 @@ class DiffusionGRPOTrainer(RunTrainer):
         }
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """One micro-batch, or none once the policy has moved far enough.
-
-        DeepSpeed steps inside the backward, so that an update without a signal is left out here as well.
-        """
-        stopped = self._step_size is not None and self._step_size.stopped
-        if not self.is_deepspeed_enabled and not stopped:
+        """DeepSpeed steps inside the backward, so that an update without a signal is left out here as well."""
+        if not self.is_deepspeed_enabled:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         self._guard.update_is_dead = inputs["dead"] and self.args.skip_dead_updates and self.beta == 0
-        if not self._guard.update_is_dead and not stopped:
+        if not self._guard.update_is_dead:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self.is_deepspeed_enabled:
-            self.model_wrapped._global_grad_norm = 0.0  # is logged, and would be that of the last update
+        self.model_wrapped._global_grad_norm = 0.0  # is logged, and would be that of the last update
         self._step += 1
         return torch.zeros((), device=self.accelerator.device)
 

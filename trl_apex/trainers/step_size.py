@@ -23,8 +23,6 @@ class StepSizeControl(TrainerCallback):
     def __init__(self, trainer, target: float):
         self.trainer, self.target = trainer, target
         self.factor = 1.0
-        self.stopped = False
-        """Whether the rest of this iteration's updates is left out."""
         self._rollout: dict[str, Any] = {}
         self._before: Tensor | None = None  # what the policy that sampled predicts
 
@@ -54,17 +52,14 @@ class StepSizeControl(TrainerCallback):
             group["lr"] = rate * self.factor
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.trainer.updates_per_iteration:
+            return
         assert self._before is not None, "an update follows a rollout"
-        last = state.global_step % self.trainer.updates_per_iteration == 0
-        if not self.stopped:
-            moved = gather_rows(movement(self._predictions(), self._before)[None]).mean().item()
-            self.stopped = overshoots(moved, self.target)
-            if last or self.stopped:
-                metrics = self.trainer._metrics["train"]
-                metrics["movement"].append(moved)
-                metrics["rate_factor"].append(self.factor)  # that led to this movement
-                self.factor = next_rate_factor(self.factor, moved, self.target)
-        self.stopped &= not last
+        moved = gather_rows(movement(self._predictions(), self._before)[None]).mean().item()
+        metrics = self.trainer._metrics["train"]
+        metrics["movement"].append(moved)
+        metrics["rate_factor"].append(self.factor)  # that led to this movement
+        self.factor = next_rate_factor(self.factor, moved, self.target)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._rollout, self._before = {}, None
@@ -95,8 +90,3 @@ def next_rate_factor(factor: float, moved: float, target: float) -> float:
         return factor
     step = min(max((target / moved) ** 0.5, 1 / 1.5), 1.5)
     return min(max(factor * step, 0.1), 10.0)
-
-
-def overshoots(moved: float, target: float) -> bool:
-    """Whether the policy has moved more than 1.5 times the target."""
-    return moved > 1.5 * target
