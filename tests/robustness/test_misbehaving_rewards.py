@@ -145,33 +145,11 @@ def test_a_reward_that_hangs_is_given_up(tmp_path):
     assert_as_if_masked(trainer, by_hand)
 
 
-WRONG = {
-    "too_short": (lambda scores: scores[:-1], "4 here. Found 3"),
-    "too_long": (lambda scores: [*scores, 0.0], "4 here. Found 5"),
-    "empty": (lambda scores: [], "4 here. Found 0"),
-    "string": (lambda scores: "good", "Found a str"),
-    "strings": (some("0.5"), "Found '0.5' of type str"),
-    "bytes": (some(b"1"), "of type bytes"),
-    "nothing": (lambda scores: None, "Found a NoneType"),
-    "one_number": (lambda scores: 0.5, "Found a float"),
-    "mapping": (lambda scores: dict(enumerate(scores)), "Found a dict"),
-    "generator": (lambda scores: (score for score in scores), "Found a generator"),
-    "two_dimensions": (lambda scores: torch.tensor(scores)[:, None], "of type list"),
-    "unreadable_tensor": (lambda scores: torch.empty(4, device="meta"), "Found a Tensor that cannot be read"),
-    "unreadable_numbers": (lambda scores: list(torch.empty(4, device="meta")), "of type Tensor"),
-    "complex": (some(1j), "of type complex"),
-}
-
-
-@pytest.mark.parametrize(
-    "kind", [k if k == "unreadable_tensor" else pytest.param(k, marks=pytest.mark.slow) for k in WRONG]
-)
-def test_a_bug_in_mid_run_stops_with_a_checkpoint_of_the_step(kind, tmp_path, sound):
-    harm, told = WRONG[kind]
-    trainer = tiny_trainer(tmp_path, (redness, Misbehaves(harm)), max_steps=4)
-    with pytest.raises(ValueError, match="contrast") as error:
+def test_a_bug_in_mid_run_stops_with_a_checkpoint_of_the_step(tmp_path, sound):
+    unreadable = Misbehaves(lambda scores: torch.empty(4, device="meta"))
+    trainer = tiny_trainer(tmp_path, (redness, unreadable), max_steps=4)
+    with pytest.raises(ValueError, match="`contrast` must return numbers or None. Found a Tensor that cannot be read"):
         trainer.train()
-    assert told in str(error.value)
     assert [c.name for c in checkpoints(tmp_path)] == ["checkpoint-2"] and not defects(last_valid(tmp_path))
     mended = run(tmp_path, contrast, resume=True)
     assert mended.resumed_from == str(tmp_path / "checkpoint-2")

@@ -113,8 +113,7 @@ def adaptive_normalize(
 
     with \(S_k\) = `scale`, \(\beta\) = `blend`, \(c\) = `clip` and \(G_p\) the size of the group; 0 where dead or missing. At
     \(\beta = 0\) the scale is the group's standard deviation, at infinity the pooled one. In between, a nearly constant group
-    keeps nearly zero scores instead of having its noise blown up. The epsilon is relative, so \(z\) does not change under a
-    positive affine map of a reward.
+    keeps nearly zero scores instead of having its noise blown up. A positive affine map of a reward does not change \(z\).
     """
     if math.isinf(blend):
         sigma = scale.expand_as(moments.variance)

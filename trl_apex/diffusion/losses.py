@@ -199,8 +199,7 @@ def nft_loss(
         l± = mean (x±  - x0)^2 / max(mean |x± - x0|, 1e-5)                x± = x_t - t v±, the divisor without gradient
         loss = c (r l+ + (1 - r) l-) / beta
 
-    Where v = v_old the value does not depend on the advantage; the gradient does, with the factor `2 r - 1`. Everywhere the
-    loss is affine in r.
+    The loss is affine in r. Where v = v_old its value does not depend on r; its gradient does, with the factor `2 r - 1`.
 
     Args:
         old_velocity: of the policy that sampled: in the paper a copy of the weights that follows slowly.

@@ -24,8 +24,7 @@ def keyed_generator(*key: int) -> torch.Generator:
 def keyed_noise(keys: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:
     """Unit normal noise of shape `[len(keys), *shape]`, float32; equal keys give equal noise.
 
-    A key is e.g. `(seed, INITIAL_NOISE, iteration, sample)`. The draw is on the CPU, so that a seed gives the same noise
-    on any hardware.
+    A key is e.g. `(seed, INITIAL_NOISE, iteration, sample)`. The draw is on the CPU, the same on any hardware.
     """
     return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
 
@@ -99,8 +98,7 @@ def denoise(
         computed     a c  a c  abcd abcd abcd abcd      representative = [0, 0, 2, 2] of the samples a b c d
 
     Args:
-        predict: `(latents [R, C, H, W], timesteps [R], samples [R]) -> prediction [R, C, H, W]`, guided; `samples` says
-            whose rows these are.
+        predict: `(latents [R, C, H, W], timesteps [R], samples [R]) -> prediction [R, C, H, W]`, guided, for rows of `samples`.
         initial: noise as the schedule starts from, float32.
         window: empty for a deterministic run.
         noise: unit normal, one draw a stochastic step.

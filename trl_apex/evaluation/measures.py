@@ -115,8 +115,7 @@ def joint_hypervolume(gains: list[dict[str, float | None]]) -> float | None:
 def hypervolume(points: Float[Tensor, "M K"], reference: Float[Tensor, " K"]) -> float:
     """Volume that a set of points dominates above a reference point; larger is better. Exact, for tens of points.
 
-    A point is, for example, the gains of a checkpoint, and the reference the base model (zeros). A point below the reference
-    on any axis counts nothing.
+    A point is e.g. a checkpoint's gains above the base model, the reference (zeros). One below it on any axis counts nothing.
 
     Example:
         >>> hypervolume(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.zeros(2))

@@ -72,8 +72,7 @@ def run_evaluation(
         rewards, monitors (callable or list): the objectives, and rewards that were not trained on, reported apart.
         images_per_prompt (`int`): each from its own noise.
         num_inference_steps, guidance_scale, negative_prompt: of the sampler; a scale of 1 is no guidance.
-        height, width (`int`, *optional*): pixels. None: as the trainer, by the columns of these names, else 512 for flow
-            models, else the model's own.
+        height, width (`int`, *optional*): pixels; by default as the trainer, from the dataset's columns or the model.
         max_sequence_length (`int`): tokens of the longest text encoder, as in training.
         ema (`bool`): evaluate the averaged weights (`ema.safetensors`) that a run saved beside its adapter.
         dtype (`torch.dtype`, *optional*): of a model loaded by name; bfloat16 on a GPU, float32 on a CPU.

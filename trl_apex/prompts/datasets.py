@@ -108,8 +108,7 @@ class Edit(str):
 
     Args:
         prompt (`str`): the instruction.
-        load (`Callable[[], PIL.Image.Image]`): gives the image, at the size that the model sees; called when it is needed, so
-            that images need not stay in memory.
+        load (`Callable[[], PIL.Image.Image]`): gives the image, at the size that the model sees, each time it is needed.
         negative (`str`, *optional*): instruction of the unconditional branch, where guidance has one.
 
     Example:

@@ -22,8 +22,7 @@ class GroupSampler(Sampler[int]):
     With a `mix`, every iteration holds `groups * share` prompts of each kind, up or down to a whole number so that the shares
     hold over the epoch. It goes once through the kind with the most prompts for its share; the others repeat.
 
-    With `sizes`, every iteration holds prompts of one size. Each size has as many iterations of an epoch as its prompts fill,
-    and the sizes take turns.
+    With `sizes`, every iteration holds prompts of one size. The sizes take turns, each as often as its prompts fill iterations.
 
     Args:
         num_prompts (`int`): length of the dataset.
@@ -178,8 +177,7 @@ def update_rows(
 ) -> Int[Tensor, "U M 2"]:
     """Split the rows of this rank's samples over the updates of one pass, evenly and at random.
 
-    Where a sample's rows go depends only on its number among all ranks' samples, so each update sees the same rows on any
-    number of processes.
+    Where a sample's rows go depends only on its number among all ranks' samples, so not on the number of processes.
 
     Args:
         num_samples (`int`): samples on this rank.

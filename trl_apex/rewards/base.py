@@ -49,8 +49,7 @@ class Reward:
         name (`str`, *optional*): Name of the objective. Defaults to the class's own.
         device (`str` or `torch.device`, *optional*): Where the network runs; without an index, the current device of
             the thread that loads it. Defaults to the GPU if there is one.
-        dtype (`torch.dtype`, *optional*): Precision of the network. Defaults to float32; that of a large language model, on
-            an accelerator, to bfloat16.
+        dtype (`torch.dtype`, *optional*): Precision. Defaults to float32; for large language models on a GPU, to bfloat16.
         batch_size (`int`, *optional*, defaults to `16`): Samples per forward pass, at least 1.
     """
 
@@ -124,12 +123,7 @@ class Reward:
         return rewards
 
     def load(self) -> Any:
-        """Load the weights now instead of at the first call.
-
-        Raises:
-            RewardLoadError: If the weights cannot be loaded.
-            ImportError: If an optional dependency is missing.
-        """
+        """Load the weights now instead of at the first call; a RewardLoadError or ImportError says what is missing."""
         with self._lock:
             if self._loaded is None:
                 try:
@@ -221,12 +215,7 @@ class RewardLoadError(ValueError):
 
 
 class TransientRewardError(ConnectionError):
-    """A failure that may pass, such as a busy server. The scorer tries the call again.
-
-    Args:
-        message (`str`): The cause, in one line.
-        retry_after (`float`, *optional*): Seconds that the other side asked to wait.
-    """
+    """A failure that may pass, such as a busy server: the scorer tries again, after the seconds that the other side asked for."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)

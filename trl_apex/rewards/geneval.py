@@ -117,8 +117,7 @@ def requirements_met(masks: Mapping[str, list[Image.Image]], row: Mapping, colou
 def relations(a: Image.Image, b: Image.Image) -> set[str]:
     """Where the box of mask `a` is to that of `b`: of "left of", "right of", "above" and "below" none, one or two.
 
-    With the offset `o` of the centres and the sizes `s`, `v = sign(o) max(|o| - 0.1 (s_a + s_b), 0) / ||o||`; a component of
-    `v` beyond 0.5 counts.
+    `v = sign(o) max(|o| - 0.1 (s_a + s_b), 0) / ||o||`, o the offset of the centres, s the sizes; a part of v beyond 0.5 counts.
     """
     first, second = np.reshape([a.getbbox(), b.getbbox()], (2, 2, 2))
     offset = first.mean(0) - second.mean(0)

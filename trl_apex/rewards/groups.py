@@ -89,13 +89,11 @@ class RankReward(_Comparison):
 class PairwiseReward(_Comparison):
     """The share of comparisons that an image wins against the others of its group, by a judge of pairs, each in both orders.
 
-    `r_i = mean over j of (p(i, j) + 1 - p(j, i)) / 2`; a group of n images takes `n (n - 1)` comparisons. None for an image
-    without an answer.
+    `r_i = mean over j of (p(i, j) + 1 - p(j, i)) / 2`, in `n (n - 1)` comparisons; None for an image without an answer.
 
     Args:
         judge (`Callable` or `str`): `judge(prompts, first, second, **columns)`, blocking or async, with lists of PIL images.
-            Returns for each pair the probability p that the first image is the better one, or None. A string is read as
-            in [`load_reward`].
+            Returns for each pair the probability p that the first image is better, or None. Or what [`load_reward`] takes.
         name (`str`, *optional*): Name of the objective. Defaults to `wins_by_` and the judge's.
     """
 

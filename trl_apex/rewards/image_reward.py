@@ -168,8 +168,7 @@ class HPSv3Reward(Reward):
     """HPSv3: the mean of people's preference, for which a head on Qwen2-VL predicts a Gaussian.
 
     `r = mu`, `(mu, log sigma) = W_3 relu(W_2 relu(W_1 h))` with biases, `h` = the last hidden state at the token
-    `<|Reward|>` of the instruction. Models average about 0 to 11 in the article. Positions are counted token by token, also in
-    the image, as in the authors' code.
+    `<|Reward|>` of the instruction. Models average about 0 to 11 in the article. Every token, also of the image, is a position.
 
     Args:
         weights (`str`, *optional*): A safetensors file in the authors' layout, local or `"owner/repo:FILE"` on the hub.

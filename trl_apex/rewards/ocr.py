@@ -51,21 +51,17 @@ ENGINE = {
 class OCRReward(Reward):
     """How well the text in the image matches the text that the prompt quotes, read by PP-OCR through RapidOCR.
 
-    `r = text_similarity(text in the image, target)`, 0 to 1, times the recognizer's confidence where `confidence` is
-    set; None for a prompt that asks for no text.
+    `r = text_similarity(text in the image, target)`, 0 to 1, or times the confidence; None for a prompt that asks for no text.
 
     Args:
         target_column (`str`, *optional*): Dataset column with the target: a text, a number, or a list of them. Defaults
             to the column `target`, else `text`, else the prompt's quoted text.
-        several (`"first"` or `"mean"`, *optional*, defaults to `"first"`): With several targets, score the first one,
-            as Flow-GRPO does, or the mean over all.
-        min_side (`int`, *optional*, defaults to `128`): Images whose shorter side is below this many pixels are
-            enlarged to it bicubically; small text is not found otherwise.
+        several (`"first"` or `"mean"`, *optional*): Of several targets, score the first, as Flow-GRPO does, or take the mean.
+        min_side (`int`, *optional*): Pixels of the shorter side to which smaller images are enlarged, to find small text.
         confidence (`bool`, *optional*, defaults to `False`): Multiply by the recognizer's confidence in [0, 1]. Short
             targets otherwise give few different values (four for three letters), and groups without a difference.
         workers (`int`, *optional*, defaults to `2`): Images read at the same time.
-        pool (`"thread"` or `"process"`, *optional*, defaults to `"thread"`): Kind of workers. The OCR engine works
-            outside the interpreter lock.
+        pool (`"thread"` or `"process"`, *optional*): Kind of workers. The OCR engine works outside the interpreter lock.
         engine_params (`dict`, *optional*): Settings of RapidOCR by their dotted names, over the ones used here. With
             `{"Rec.rec_img_shape": [3, 48, 96]}` the recognizer does not pad short words to 320 pixels, which is twice
             as fast on them and gives slightly other confidences.

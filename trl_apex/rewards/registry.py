@@ -36,11 +36,7 @@ REWARDS = {
 
 
 def load_rewards(rewards: Iterable[Any]) -> list[Any]:
-    """Make the reward functions that strings name; functions pass unchanged.
-
-    Args:
-        rewards (`Iterable[str | Callable]`): Each as in [`load_reward`], or `"tiny"` for the tiny world's four.
-    """
+    """Make the reward functions that strings name, as in [`load_reward`] or `"tiny"` for four; functions pass unchanged."""
     functions: list[Any] = []
     for reward in rewards:
         if not isinstance(reward, str):

@@ -68,8 +68,7 @@ class RewardScorer:
     Args:
         reward_funcs (`Sequence[Callable]`): The reward functions, blocking or async.
         names (`Sequence[str]`, *optional*): One objective name per function. Defaults to [`reward_name`] of each.
-        timeout (`float` or `Sequence[float | None]`, *optional*): Seconds that one call may take, for all functions
-            or one per function. Defaults to no limit.
+        timeout (`float` or `Sequence[float | None]`, *optional*): Seconds that one call may take, of all functions or of each.
         max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`].
         max_failure_rate, failure_window: Deprecated, without effect.
 
@@ -155,10 +154,9 @@ class RewardScorer:
         return asyncio.run_coroutine_threadsafe(self._score_batch(keywords, images, groups), self._loop)
 
     def check(self) -> None:
-        """Call the `check()` of every reward that has one: weights are loaded, a remote reward asks its server.
+        """Call the `check()` of every reward that has one, which loads its weights or asks its server.
 
-        Raises:
-            RewardLoadError: With the name of the reward and what is wrong, in one line.
+        A RewardLoadError names the reward and what is wrong, in one line.
         """
         for func, name in zip(self.reward_funcs, self.names, strict=True):
             check = getattr(func, "check", None)
@@ -260,9 +258,8 @@ class RewardTimeoutError(RuntimeError):
 class RewardCaller:
     """Calls one reward function from one event loop: a blocking one in a thread of its own, one call at a time.
 
-    A call that overruns its time is given up, but a thread cannot be stopped: later calls wait for it, no longer than
-    their own timeout, since a network that runs in two threads at once gives wrong numbers. The thread is a daemon and
-    never keeps the process alive.
+    A call that overruns its time is given up, but its thread, a daemon, cannot be stopped: later calls wait for it, no longer
+    than their own timeout, since a network that runs in two threads at once gives wrong numbers.
     """
 
     def __init__(self, func: Callable, name: str, timeout: float | int | None = None) -> None:

@@ -53,8 +53,7 @@ class DINOSourceReward(SourceReward):
 
     Args:
         model (`str`, *optional*): Hub id or local folder of a DINO, DINOv2 or other ViT that `AutoModel` loads.
-        patches (`bool`, *optional*, defaults to `False`): Take the mean over the patches' own cosines instead, which also
-            counts where things are.
+        patches (`bool`, *optional*): Take the mean of the patches' cosines instead, which counts where things are too.
         options: Those of [`Reward`]. The column is that of [`SourceReward`].
 
     Reference:

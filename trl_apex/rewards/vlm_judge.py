@@ -21,6 +21,7 @@ Think briefly about each point of the caption, then end with one line of the for
 Final Score: X
 where X is a number from {low:g} (worst) to {high:g} (best).
 Caption: {prompt}"""
+SHARES = "\n".join(f"{respect} Score:\n Image 1: X\n Image 2: Y" for respect in ("Alignment", "Coherence", "Style"))
 RESPECTS = """Alignment: the image shows what the caption says.
 Coherence: everything in it makes sense, without broken shapes or other visible errors.
 Style: it is pleasing to look at, whatever the caption says."""
@@ -34,15 +35,7 @@ Text Caption: [{{prompt}}]"""
 PAIR = f"""Compare two generated images, Image 1 and Image 2, that share a caption, in three respects.
 {RESPECTS}
 In each, share out 1.0 between the two images, more to the better one. Answer in this form, decimals allowed:
-Alignment Score:
- Image 1: X
- Image 2: Y
-Coherence Score:
- Image 1: X
- Image 2: Y
-Style Score:
- Image 1: X
- Image 2: Y
+{SHARES}
 Text Caption: [{{prompt}}]"""
 SCORE = re.compile(r"\bscore\b(?: ?\([^)]*\))?[\s*_`]*(?:is|of|:|=)[\s*_`]*(-?\d+(?:\.\d+)?)", re.IGNORECASE)
 SHARE = re.compile(r"\bImage ([12])[\s*_`]*[:=][\s*_`]*(\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -63,13 +56,11 @@ class VLMJudgeReward:
         model (`str`): The model's name at the endpoint.
         instruction (`str`, *optional*): What the judge is told, with the fields `{prompt}`, `{low}` and `{high}`.
         low, high (`float`, *optional*, default to `1`, `5`): The worst and the best score.
-        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable with the key, read at
-            each call and never stored.
+        api_key_env (`str`, *optional*): Environment variable with the key, read at each call and never stored.
         max_concurrency (`int`, *optional*, defaults to `16`): Requests under way at the same time.
         max_retries, backoff (`int`, `float`, *optional*, default to `2`, `0.5`): See [`retrying`]; for each image.
         timeout (`float`, *optional*, defaults to `60`): Seconds for one request.
-        mean (`bool`, *optional*, defaults to `False`): Take the mean of the scores in an answer, as for the three that
-            UnifiedReward-2.0 states, instead of the last.
+        mean (`bool`, *optional*): Take the mean of an answer's scores, such as UnifiedReward-2.0's three, instead of the last.
         pair_instruction (`str`, *optional*): What it is told about two images, with the field `{prompt}`.
 
     Raises:

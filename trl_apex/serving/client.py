@@ -43,16 +43,14 @@ class RemoteReward:
     Args:
         url (`str` or `Sequence[str]`): Address of the server, such as `"http://127.0.0.1:8000"`, or of several.
         name (`str`): The reward's name on the server, and of the objective.
-        token_env (`str`, *optional*, defaults to `"TRL_APEX_REWARD_TOKEN"`): Environment variable with the bearer
-            token, read at each call and never stored.
+        token_env (`str`, *optional*): Environment variable with the bearer token, read at each call and never stored.
         timeout (`float`, *optional*, defaults to `300`): Seconds for one request, waiting for a busy server included.
         startup_timeout (`float`, *optional*, defaults to `120`): Seconds that `check` waits for a loading server.
         batch_size (`int`, *optional*, defaults to `8`): Images per request. The server joins requests again.
         as_uint8 (`bool`, *optional*): True rounds float images to bytes, as the rewards of this package do; False sends
             float32, four times the size. Defaults to what gives the numbers of a local call: bytes for the rewards of
             this package and those that take no `images`, as the server says.
-        max_retries, backoff (`int`, `float`, *optional*, default to `0`, `0.5`): See [`retrying`]; for each request. The
-            scorer has retries of its own.
+        max_retries, backoff (`int`, `float`, *optional*): See [`retrying`]; for each request, beside the scorer's own retries.
         max_concurrency (`int`, *optional*, defaults to `8`): Requests of a call under way at the same time.
         command (`str` or `Sequence[str]`, *optional*): Instead of `url`: arguments of a `trl-apex serve-rewards` that this
             process starts on this machine, such as `"--reward my_rewards:redness"`. It is started again once if it dies.
@@ -190,11 +188,7 @@ class RemoteReward:
         return rewards
 
     def check(self) -> None:
-        """Ask the servers whether they have this reward ready, after starting that of `command`; waits while they load.
-
-        Raises:
-            RewardLoadError: With what is wrong, in one line.
-        """
+        """Start the server of `command`, and wait until all have this reward ready; a RewardLoadError says what is wrong."""
         with _STARTING:
             if self.command and self._server is None:
                 self._server = LocalServer(self.command, self.python, self.device)
@@ -297,12 +291,10 @@ class RemoteReward:
             raise RuntimeError(f"{url} did not answer within {self.timeout:g} s{said}") from None
         except httpx.TransportError as error:
             raise TransientRewardError(f"{url} does not answer ({describe(error)})") from error
-        if response.status_code in (408, 429, 502, 504):
-            raise TransientRewardError(f"{url} answers {response.status_code}: {detail(response)}")
-        if response.status_code in (400, 413, 422):
-            raise RefusedError(f"{url} answers {response.status_code}: {detail(response)}")
-        if response.status_code != 200:
-            raise RuntimeError(f"{url} answers {response.status_code}: {detail(response)}")
+        if (status := response.status_code) != 200:
+            passing, refused = status in (408, 429, 502, 504), status in (400, 413, 422)
+            kind = TransientRewardError if passing else RefusedError if refused else RuntimeError
+            raise kind(f"{url} answers {status}: {detail(response)}")
         answer = response.json()
         if not len(answer["rewards"]) == len(answer["errors"]) == size:
             raise RuntimeError(f"{url} answers with {len(answer['rewards'])} rewards for {size} images")

@@ -86,11 +86,7 @@ def serve(
     parent: int | None = None,
     **options: Any,
 ) -> None:
-    """Run the server of [`make_server`] until `Ctrl-C`, SIGTERM or the end of process `parent`; finishes requests under way.
-
-    Raises:
-        RuntimeError: If the server cannot listen on the address.
-    """
+    """Run the server of [`make_server`] until `Ctrl-C`, SIGTERM or the end of process `parent`; finishes requests under way."""
     server = make_server(rewards, host, port, **options)
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
@@ -183,8 +179,7 @@ def build_app(
     which a web page that the user has open would.
 
     Args:
-        rewards (`Mapping[str, Callable]` or `Sequence[Callable | str]`): Reward functions by name, or a list of
-            functions and of what [`load_reward`] takes.
+        rewards (`Mapping[str, Callable]` or `Sequence[Callable | str]`): Functions by name, or as [`load_rewards`] takes them.
         token (`str`, *optional*): Bearer token that every request but `GET /health` must carry.
         limits ([`Limits`], *optional*): Bounds on what clients may send.
         max_batch, batch_wait: See [`ServedReward`].

@@ -118,8 +118,7 @@ def build_word_tokenizer(
 ) -> Any:
     """Build a tokenizer of whole words that can be saved and loaded, and pads on the right with id 0.
 
-    What the regular expression `isolated` finds is a token of its own; `template` has the special tokens around a text. Words
-    outside the vocabulary become `<unk>`.
+    What the regular expression `isolated` finds is a token of its own; `template` has the special tokens around a text.
     """
     ids = {token: index for index, token in enumerate((*SPECIAL, *vocabulary))}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))

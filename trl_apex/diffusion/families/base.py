@@ -206,8 +206,7 @@ def flow_schedule(
 ) -> Schedule:
     """The grid of a `FlowMatchEulerDiscreteScheduler`, which is left as it is.
 
-    Dynamic shifting depends on `tokens`, the patches of an image, unless `shift` is given. `sigmas`, if given, are the noise
-    levels before shifting.
+    Dynamic shifting depends on `tokens`, the patches of an image, unless `shift` is given. `sigmas` are levels before shifting.
     """
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
