@@ -108,8 +108,3 @@ def test_log_probability_of_yes(tmp_path, images, chat_template):
     assert reward(prompts=["cat", "dog", "cat"], completions=images, questions=asked) == pytest.approx(
         expected, abs=1e-5
     )
-
-
-def test_an_unknown_answer_is_refused(llava_folder):
-    with pytest.raises(RewardLoadError, match="'Yes'"):
-        VLMYesReward(str(llava_folder), device="cpu").load()

@@ -15,7 +15,7 @@ from transformers import (
     ViTModel,
 )
 
-from trl_apex.rewards import DINOSourceReward, RewardLoadError, SourceReward
+from trl_apex.rewards import DINOSourceReward, SourceReward
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,3 @@ def test_dino_features_of_the_class_token_or_of_the_patches(dino_folder, picture
         rewards == [*(pytest.approx(value, abs=1e-5) for value in expected), None]
         and abs(rewards[0] - rewards[1]) > 1e-4
     )
-
-
-def test_pickled_weights_of_a_folder_are_refused(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(RewardLoadError, match="must hold safetensors"):
-        DINOSourceReward(str(tmp_path), device="cpu").load()

@@ -194,10 +194,9 @@ AGGREGATION_OPTIONS: dict[str, tuple[Any, str]] = {
 }
 
 
-def option_table(indent: str = "    ") -> str:
+def option_table() -> str:
     """Every option with its default and what it does, for `help()`."""
-    rows = [f"{name} ({default!r}): {text}" for name, (default, text) in AGGREGATION_OPTIONS.items()]
-    return "".join(f"\n{indent}    {row}" for row in rows)
+    return "".join(f"\n        {name} ({value!r}): {text}" for name, (value, text) in AGGREGATION_OPTIONS.items())
 
 
 ApexOptions.__doc__ = f"{ApexOptions.__doc__}\n    Args:{option_table()}\n"
@@ -210,19 +209,18 @@ def checked_options(
     objectives: list[str], given: ApexOptions | dict[str, Any] | None, flat: dict[str, Any]
 ) -> ApexOptions:
     """The options as one object; `flat` are those passed as keywords of their own, as in 0.1.0."""
+    if flat and given is not None:
+        raise ValueError(
+            f"Options must be passed in one place. Found `options` and {', '.join(flat)}. Pass all in `options`."
+        )
+    result = ApexOptions.read(flat or given)
     if flat:
-        if given is not None:
-            raise ValueError(
-                f"Options must be passed in one place. Found `options` and {', '.join(flat)}. Pass all in `options`."
-            )
-        ApexOptions.read(flat)  # raises before it warns
         warnings.warn(
             f"Options of MultiObjectiveRewardAggregator are passed as one object. Found the keywords {', '.join(flat)}, "
             f"which the next release will refuse. Pass options=ApexOptions({', '.join(f'{n}=...' for n in flat)}).",
             FutureWarning,
             stacklevel=3,
         )
-    result = ApexOptions.read(flat or given)
     targets = result.reward_targets
     if targets is not None and len(targets) != len(objectives):
         raise ValueError(

@@ -28,7 +28,8 @@ SMALL_FACTOR = 0.1  # keeps one vanishing factor of the product from silencing a
 def presence(moments: GroupMoments, groups: Groups, max_missing: float) -> tuple[Flags, Flags, Vector]:
     """Find the objectives that are absent from the batch, and those that lack more than `max_missing` of their rewards.
 
-    A group without any reward of an objective is a prompt that it does not apply to. Last comes the live share of the others.
+    A group without any reward of an objective is a prompt that it does not apply to, which is not missing. The third result
+    is the share of live groups among the others.
     """
     has = moments.count > 0
     absent = ~has.any(0)

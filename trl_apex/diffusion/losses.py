@@ -144,13 +144,11 @@ def squared_error(prediction: Latents, target: Latents) -> PerRow:
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-def awm_log_likelihood(
-    velocity: Latents, target: Latents, sigmas: PerRow, weighting: str = "ghuber", power: float = 0.25
-) -> PerRow:
+def awm_log_likelihood(velocity: Latents, target: Latents, sigmas: PerRow, weighting: str = "ghuber") -> PerRow:
     """Advantage Weighted Matching's surrogate of an image's log-likelihood; 0 where the prediction is perfect.
 
         m = mean (v - u)^2
-        ghuber   L = -(t / p) ((m + 1e-10)^p - (1e-10)^p)      p = power
+        ghuber   L = -(t / p) ((m + 1e-10)^p - (1e-10)^p)      p = 1/4
         huber    L = -t (sqrt(m + 1e-10) - 1e-5)
         uniform  L = -m         t  L = -t m         t2  L = -t^2 m
 
@@ -163,7 +161,7 @@ def awm_log_likelihood(
     """
     error, t = squared_error(velocity, target), sigmas.float()
     if weighting == "ghuber":
-        return -(t / power) * ((error + TINY) ** power - TINY**power)
+        return -(t / 0.25) * ((error + TINY) ** 0.25 - TINY**0.25)
     if weighting == "huber":
         return -t * ((error + TINY).sqrt() - math.sqrt(TINY))
     return -error * {"uniform": torch.ones_like(t), "t": t, "t2": t * t}[weighting]
@@ -177,9 +175,9 @@ def fpo_log_likelihood(velocity: Latents, target: Latents, scale: float = 10.0) 
     return -scale * squared_error(velocity, target)
 
 
-def nft_share(advantage: Tensor, clip: float = NFT_CLIP) -> Tensor:
-    """DiffusionNFT's share r of the good branch, in [0, 1]: `clip(A, +-c) / (2 c) + 1/2`, with c = `clip`."""
-    return advantage.float().clamp(-clip, clip) / (2 * clip) + 0.5
+def nft_share(advantage: Tensor) -> Tensor:
+    """DiffusionNFT's share r of the good branch, in [0, 1]: `clip(A, +-c) / (2 c) + 1/2`, with c = `NFT_CLIP`."""
+    return advantage.float().clamp(-NFT_CLIP, NFT_CLIP) / (2 * NFT_CLIP) + 0.5
 
 
 def nft_loss(
@@ -190,11 +188,10 @@ def nft_loss(
     sigmas: PerRow,
     advantage: PerRow,
     beta: float = 1.0,
-    advantage_clip: float = NFT_CLIP,
 ) -> PerRow:
     """DiffusionNFT: pull a good image's velocity towards the model, push a bad one's away, around the old policy.
 
-        r  = clip(A, +-c) / (2 c) + 1/2                                   c = advantage_clip
+        r  = clip(A, +-c) / (2 c) + 1/2                                   c = 5
         v+ = beta v + (1 - beta) v_old        v- = (1 + beta) v_old - beta v
         l± = mean (x±  - x0)^2 / max(mean |x± - x0|, 1e-5)                x± = x_t - t v±, the divisor without gradient
         loss = c (r l+ + (1 - r) l-) / beta
@@ -208,7 +205,7 @@ def nft_loss(
 
     Source: DiffusionNFT, arXiv 2509.16117.
     """
-    share = nft_share(advantage, advantage_clip)
+    share = nft_share(advantage)
     new, old, start = velocity.float(), old_velocity.float(), clean.float()
     t = sigmas.float().view(-1, 1, 1, 1)
 
@@ -218,7 +215,7 @@ def nft_loss(
 
     positive = branch(beta * new + (1 - beta) * old)
     negative = branch((1 + beta) * old - beta * new)
-    return advantage_clip * (share * positive + (1 - share) * negative) / beta
+    return NFT_CLIP * (share * positive + (1 - share) * negative) / beta
 
 
 def training_sigmas(

@@ -141,19 +141,14 @@ def prompts_of(rows: Any, _: Any = None) -> list[str]:
 
 def edits_of(rows: Any, sizes: list[tuple[int, int]], negative: str | None = None) -> list[Edit]:
     """An [`Edit`] for each row of a dataset or a list, its `source_image` resized to its size, height and width."""
+    from diffusers.utils import load_image
 
     def load(row: int) -> Image.Image:
-        image = open_image(rows[row][SOURCE_COLUMN])
+        value = rows[row][SOURCE_COLUMN]
+        image = load_image(value if isinstance(value, Image.Image) else Image.open(value))  # in RGB
         return image.resize(sizes[row][::-1], Image.Resampling.LANCZOS)  # as in diffusers
 
     return [Edit(prompt, partial(load, row), negative) for row, prompt in enumerate(prompts_of(rows))]
-
-
-def open_image(value: Any) -> Image.Image:
-    """The image, in RGB, that a column holds as a PIL image or a path."""
-    from diffusers.utils import load_image
-
-    return load_image(value if isinstance(value, Image.Image) else Image.open(value))
 
 
 def undecoded(dataset: Any) -> Any:

@@ -51,7 +51,7 @@ ENGINE = {
 class OCRReward(Reward):
     """How well the text in the image matches the text that the prompt quotes, read by PP-OCR through RapidOCR.
 
-    `r = text_similarity(text in the image, target)`, 0 to 1, or times the confidence; None for a prompt that asks for no text.
+    `r = text_similarity(text in the image, target)`, 0 to 1; None for a prompt that asks for no text.
 
     Args:
         target_column (`str`, *optional*): Dataset column with the target: a text, a number, or a list of them. Defaults
