@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from . import rules
 from .conflict import cosines, score_correlation
 from .metrics import Aggregated, batch_metrics, complaints, hijack_shares, next_report
 from .normalize import (
@@ -32,7 +31,7 @@ from .normalize import (
 )
 from .options import ApexOptions, checked_batch, checked_options, checked_weights, did_you_mean, option_table
 from .priority import observe_batch, presence, reprioritize, reweighted
-from .rules import GRADIENT_RULES, RULES
+from .rules import GRADIENT_RULES, RULES, TABLE, gramian_weights, wide_enough
 from .state import PriorityState, ReportState, from_plain, to_plain
 
 
@@ -245,7 +244,7 @@ class MultiObjectiveRewardAggregator:
     def _solve(self, gramian: Matrix) -> Vector:
         """The weights that the rule gives to the objectives."""
         options = self.options
-        return rules.gramian_weights(
+        return gramian_weights(
             self.rule, gramian, self._weights, options.unit_gradients, options.cagrad_c, self._state.iteration
         )
 
@@ -266,7 +265,7 @@ class MultiObjectiveRewardAggregator:
 
     def _baseline(self, state: PriorityState, values: Rows, groups: Groups) -> Aggregated:
         """Any other rule."""
-        values, rule = rules.wide_enough(values), rules.TABLE[self.rule]
+        values, rule = wide_enough(values), TABLE[self.rule]
         extra = {name: getattr(self.options, name) for name in rule.options}
         scores, advantages = rule.function(values, self._raw_weights.to(values.dtype), groups, **extra)
         weights = self._current_weights(state)

@@ -64,7 +64,6 @@ class PopulationConflict:
     thousands of samples, and says NaN until then.
 
     Args:
-        size (`int`): K, objectives.
         decay (`float` in (0, 1]): decay of the weights of past updates; 1 weighs all alike.
         clearly (`float`): how many standard errors a diagonal must be above zero.
 

@@ -86,8 +86,7 @@ def kl_masked_surrogate(
 
         loss = -r A,  and 0 where KL > threshold and (r - 1) A > 0         r = exp(log_prob - old_log_prob)
 
-    Args:
-        kl: [`gaussian_kl`] of the trained policy's step to that of the policy that sampled.
+    with [`gaussian_kl`] of the trained policy's step to that of the policy that sampled.
 
     Example:
         >>> new, far = torch.tensor([0.1, 0.1]), torch.tensor([1.0, 1.0])

@@ -32,11 +32,7 @@ def flow_euler(latents: Latents, velocity: Latents, sigma: PerRow, sigma_next: P
 def flow_heun(
     latents: Latents, velocity: Latents, velocity_ahead: Latents, sigma: PerRow, sigma_next: PerRow
 ) -> Latents:
-    """Heun's deterministic step, of second order: `x + (v + v_ahead) / 2 dt`.
-
-    Args:
-        velocity_ahead: predicted where [`flow_euler`] arrives, at `sigma_next`.
-    """
+    """Heun's deterministic step, of second order: `x + (v + v_ahead) / 2 dt`, v_ahead predicted where [`flow_euler`] arrives."""
     return flow_euler(latents, (velocity + velocity_ahead) / 2, sigma, sigma_next)
 
 

@@ -36,7 +36,6 @@ def load_prompts(
         split (`str`): which part, if the source has parts. A file is one part.
         prompt_column (`str`): the column that holds the prompts; renamed to `prompt`.
         config (`str`, *optional*): configuration of a hub dataset.
-        limit (`int`, *optional*): keep the first `limit` rows.
 
     Returns:
         `datasets.Dataset`: with a string in the column `prompt` of every row.
@@ -107,7 +106,6 @@ class Edit(str):
     """An instruction with its image, as a string that differs for every pair, so that it can stand where a prompt stands.
 
     Args:
-        prompt (`str`): the instruction.
         load (`Callable[[], PIL.Image.Image]`): gives the image, at the size that the model sees, each time it is needed.
         negative (`str`, *optional*): instruction of the unconditional branch, where guidance has one.
 
@@ -391,14 +389,10 @@ METADATA_COLUMN = "prompt_metadata"
 
 
 def dataset_from_prompt_function(prompt_function: Callable[[], tuple[str, Any]], size: int) -> Any:
-    """Draw a dataset of prompts from a function that returns `(prompt, metadata)`.
+    """Draw a dataset of `size` prompts from a function of `trl.DDPOTrainer`, which returns `(prompt, metadata)`.
 
     A dictionary as metadata becomes one column per key, anything else the column `prompt_metadata`; the reward functions
     get them. Every draw is a row, also of a prompt that was drawn before.
-
-    Args:
-        prompt_function (`Callable[[], tuple[str, Any]]`): as in `trl.DDPOTrainer`.
-        size (`int`): how many times to call it.
 
     Example:
         >>> animals = iter(["cat", "dog"])

@@ -40,7 +40,6 @@ def line_chart(
     """Curves over optimizer steps, with a legend that holds the last values; empty if no curve has a point.
 
     Args:
-        title (`str`), note (`str`): what is shown, and a line below it.
         lines (`Sequence[Line]`): curves; those without points are left out.
         floor (`float`, *optional*): where the vertical axis starts, unless a value is lower.
         reference (`tuple[float, str]`, *optional*): height and name of a dashed horizontal line.

@@ -188,11 +188,8 @@ class Reward:
 class RewardList(list):
     """Rewards of a batch, with the cause of each one that is missing because something broke.
 
-    A reward function may return a plain list, in which a missing reward is one that does not apply to the sample.
-
-    Args:
-        rewards (`Sequence[float | None]`): One number per sample, None or NaN where it is missing.
-        errors (`Sequence[str | None]`, *optional*): One cause or None per sample.
+    `rewards` holds one number per sample, None or NaN where it is missing, and `errors` one cause or None. A reward function may
+    return a plain list, in which a missing reward is one that does not apply to the sample.
 
     Example:
         >>> rewards = RewardList([0.5, None], errors=[None, "the image is truncated"])

@@ -23,8 +23,7 @@ class DeQAReward(Reward):
     The model is asked `question` about the image and given the start of the answer, `answer`; the reward is
     [`level_score`] of the logits of the five level words as the next token. The prompt plays no part.
 
-    The published weights, `zhiyuanyou/DeQA-Score-Mix3` (mPLUG-Owl2, 7B; Apache-2.0 by their authors' metadata, on a
-    LLaMA-2 base with Meta's community licence), need an older environment: see [`PublishedDeQAReward`].
+    The published weights, `zhiyuanyou/DeQA-Score-Mix3` (mPLUG-Owl2, 7B), are for [`PublishedDeQAReward`].
 
     Args:
         model (`str`): Hub id or local folder of a model that `AutoModelForImageTextToText` loads.

@@ -87,7 +87,6 @@ class JPEGCompressibilityReward(Reward):
 
     Args:
         quality (`int`, *optional*, defaults to `95`): JPEG quality, 1 to 95.
-        name (`str`, *optional*, defaults to `"jpeg_compressibility"`): Name of the objective.
 
     Example:
         >>> JPEGCompressibilityReward()(prompts=["x"], completions=[Image.new("RGB", (8, 8))])[0] < 0
