@@ -225,10 +225,11 @@ def test_a_run_goes_on_with_the_optimizer_of_its_checkpoint(build, tmp_path, cap
     build(max_steps=2).train()
     with pytest.raises(ValueError, match="with the `optim` that its checkpoint was saved with.*Found 'sgd'"):
         build(max_steps=4, optim="sgd").train(resume_from_checkpoint=True)
-    later = build(max_steps=4, learning_rate=5e-3)
+    later = build(max_steps=4, learning_rate=5e-3, seed=7)
     with caplog.at_level(logging.WARNING):
         later.train(resume_from_checkpoint=True)
     assert "goes on with the settings of" in caplog.text and "learning_rate 0.01 instead of 0.005" in caplog.text
+    assert "had the seed 3. It goes on with 7: other prompts and other noise" in caplog.text
     assert [entry["learning_rate"] for entry in later.state.log_history if "loss" in entry] == [0.01] * 4
 
 

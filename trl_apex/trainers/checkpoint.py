@@ -180,7 +180,8 @@ def save_checkpoint(trainer: Any) -> None:
     wait_for_all()
     with failing_together(f"saving {name}"), saving(name, run):
         if trainer.args.should_save:
-            world_size, settings = trainer.accelerator.num_processes, {n: getattr(trainer.args, n) for n in SETTINGS}
+            world_size = trainer.accelerator.num_processes
+            settings = {name: getattr(trainer.args, name) for name in (*SETTINGS, "seed")}
             manifest.finalize(partial, final, engine=trainer._engine, world_size=world_size, settings=settings)
             clear_partial(run)
             manifest.rotate(run, trainer.args.save_total_limit, state.best_model_checkpoint)
@@ -241,7 +242,7 @@ def check_engine(checkpoint: str | Path, engine: str, world_size: int) -> None:
 
 
 def check_settings(checkpoint: str | Path, args: Any) -> None:
-    """Raise ValueError for another optimizer than the checkpoint's; warn of settings that the checkpoint's replace."""
+    """Raise ValueError for another optimizer than the checkpoint's; warn of another seed and of settings that it replaces."""
     saved = (manifest.read(checkpoint) or {}).get("settings", {})
     changed = {name: value for name, value in saved.items() if getattr(args, name, value) != value}
     if "optim" in changed:
@@ -249,6 +250,11 @@ def check_settings(checkpoint: str | Path, args: Any) -> None:
             f"A run resumes with the `optim` that its checkpoint was saved with, {saved['optim']!r}. Found {args.optim.value!r}. "
             f'Correct it, or start a new run from the adapter with `adapter="{checkpoint}"`.'
         )
+    if "seed" in changed:
+        logger.warning(
+            "The run that saved %s had the seed %d. It goes on with %d: other prompts and other noise.",
+            checkpoint, changed.pop("seed"), args.seed,
+        )  # fmt: skip
     if changed:
         names = ", ".join(f"{name} {value} instead of {getattr(args, name)}" for name, value in changed.items())
         logger.warning("The optimizer goes on with the settings of %s: %s.", checkpoint, names)
