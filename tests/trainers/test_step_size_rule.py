@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trl_apex.diffusion.losses import AWM_DECAY, NFT_DECAY, NFT_TEXT_DECAY, Decay
-from trl_apex.trainers.step_size import movement, next_rate_factor, overshoots
+from trl_apex.trainers.step_size import movement, next_rate_factor
 
 
 def test_movement_is_the_mean_squared_change_of_the_velocity():
@@ -42,10 +42,6 @@ def test_the_rate_stays_within_its_bounds_and_changes_little_at_a_time():
 @pytest.mark.parametrize("moved", [0.0, math.nan, math.inf])
 def test_an_iteration_that_says_nothing_leaves_the_rate(moved):
     assert next_rate_factor(0.7, moved, 0.02) == 0.7
-
-
-def test_a_pass_stops_where_it_overshoots():
-    assert not overshoots(0.029, 0.02) and overshoots(0.031, 0.02) and not overshoots(math.nan, 0.02)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from ..distributed import gather_rows
 class StepSizeControl(TrainerCallback):
     """Holds the [`movement`] of an iteration near `target_movement`.
 
-    After each update, a forward on one row of each image says how far the prediction has moved from that of the policy that
-    sampled. At the end of the iteration the factor on the learning rate follows from it. An update that [`overshoots`] ends
-    the iteration: its other updates are left out.
+    After the last update of an iteration, a forward on one row of each image says how far the prediction has moved from that
+    of the policy that sampled, and the factor on the learning rate follows from it. No update is left out where the first
+    overshoots: the later ones often bring the policy back.
     """
 
     def __init__(self, trainer, target: float):
