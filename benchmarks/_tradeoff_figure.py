@@ -82,7 +82,7 @@ def _courses(axes: Any, condition: str, runs: dict[str, list[dict[str, Any]]]) -
         axis.axhline(0, color="black", linewidth=0.6)
         title = f"{method}, {condition}"
         axis.set(title=title, xlabel="iteration", ylabel="gain (base stds)", ylim=(min(reach), max(reach)))
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, loc="lower left")
     if "apex" in runs:
         for name in runs["apex"][0]["priorities"]:
             axes[-1].plot(torch.tensor([row["priorities"][name] for row in runs["apex"]]).mean(0))

@@ -125,7 +125,7 @@ def cell(values: list[float | None], digits: int = 2, sign: str = "+") -> str:
 
 def summary(rows: list[Row]) -> str:
     """A line a method and rate: gains at the end, what the goal cost, and what the logs say of the updates."""
-    lines, watched = [], [name for name in WATCHED if any(name in row.get("logs", {}) for row in rows)]
+    lines, watched = [], [name for name in WATCHED if any(row.get("logs", {}).get(name) for row in rows)]
     for key in dict.fromkeys((row["method"], row["rate"]) for row in rows):
         mine = [row for row in rows if (row["method"], row["rate"]) == key]
         lines.append(
@@ -140,7 +140,7 @@ def summary(rows: list[Row]) -> str:
             + [cell([row["held_out"][name] for row in mine]) for name in HELD_OUT]
             + [cell([cost(row, names, "cpu_seconds") for row in mine], 0, "") for names in (("ocr",), OBJECTIVES)]
             + [cell([cost(row, OBJECTIVES, kind) for row in mine], 0, "") for kind in ("images", "rows")]
-            + [cell([row["logs"].get(name) for row in mine], 5, "") for name in watched]
+            + [cell([row["logs"].get(name) for row in mine], 5, "").replace("never", "") for name in watched]
         )
     head = ["loss", "rate", "seeds", "worst", "mean", *OBJECTIVES, "exact word", "attributes"]
     head += ["CPU-s, OCR +.25", "CPU-s, all +.25", "images, all +.25", "rows, all +.25", *watched]

@@ -28,15 +28,24 @@ def row(method: str, seed: int, worst: float, condition: str = "natural") -> dic
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["losses", "losses_scan", "language", "language_scan"])
+KEPT = ["losses", "losses_scan", "losses_guards", "losses_step_size", "language", "language_scan", "mixing"]
+
+
+@pytest.mark.parametrize("name", [*KEPT, "tradeoffs", "tradeoffs_scan"])
 def test_the_tables_follow_from_the_kept_runs(tradeoffs, name):
     import language
     import losses
+    import mixing
 
-    summary = (losses if name.startswith("losses") else language).summary
-    results = BENCHMARKS / "results"
-    rows = json.loads((results / f"{name}.json").read_text())["rows"]
-    assert summary(rows) == (results / f"{name}.md").read_text()
+    summaries = {
+        "losses": losses.summary,
+        "language": language.summary,
+        "mixing": mixing.summary,
+        "tradeoffs": lambda rows: tradeoffs.markdown(tradeoffs.summarize(rows)),
+    }
+    path = BENCHMARKS / "results" / f"{name}.json"
+    rows = json.loads(path.read_text())["rows"]
+    assert summaries[name.partition("_")[0]](rows) == path.with_suffix(".md").read_text()
 
 
 def test_differences_are_paired_by_seed(tradeoffs):
