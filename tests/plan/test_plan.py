@@ -236,7 +236,7 @@ def test_passes_equal_those_of_a_training_iteration(name, overrides, tmp_path):
     data = Dataset.from_dict({"prompt": ['a red circle with "CAT"', 'a blue star with "HUT"']})
     peft_config = LoraConfig(r=rank) if rank else None
     trainer = DiffusionGRPOTrainer(build(name), redness, config, data, peft_config=peft_config)
-    config.max_steps = trainer.updates_per_iteration
+    trainer.args.max_steps = trainer.updates_per_iteration
     expected = count_passes(PlanSettings(config, rank), trainer.policy.batched_guidance)
     counted = Counting([trainer.policy.denoiser, *([trainer._reference] if trainer._reference is not None else [])])
     trainer.train()
