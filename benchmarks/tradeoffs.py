@@ -52,7 +52,7 @@ Row = dict[str, Any]
 def plan(part: str, seeds: Iterable[int] | None = None) -> list[Job]:
     """All runs of a part, those that say most first."""
     if part == "scan":
-        return [("natural", m, rate, s) for s in seeds or DEVELOPMENT for m in RULES for rate in RATES]
+        return [("natural", m, rate, s) for s in seeds or DEVELOPMENT for m in (*ONLY, *RULES) for rate in RATES]
     fresh = list(seeds or FRESH)
     if part == "ablation":
         names = [f"apex:{name}" if name != "apex" else name for name in ABLATIONS]
@@ -61,8 +61,8 @@ def plan(part: str, seeds: Iterable[int] | None = None) -> list[Job]:
 
 
 def rate_of(method: str) -> float:
-    """The learning rate of a method; specialists and tuned weights use the sum."""
-    return CHOSEN.get("sum_then_normalize" if method.startswith(("only", "tuned")) else method, RATES[0])
+    """The learning rate of a method; tuned weights use that of the sum."""
+    return CHOSEN.get("sum_then_normalize" if method.startswith("tuned") else method, RATES[0])
 
 
 def named(jobs: list[Job], prompts: int, **changes: Any) -> dict[str, tuple[tuple, dict[str, Any]]]:
@@ -88,16 +88,20 @@ def finished(part: str, results: Path, folder: Path) -> list[Row]:
 
 
 def with_shares(rows: list[Row]) -> list[Row]:
-    """Each run's share of what the specialists of its seed gained, by objective; without the course of runs that are not drawn."""
-    alone = {key(row)[:2] + key(row)[3:]: row["gains"] for row in rows}
+    """Each run's share of the specialists' mean gain, by objective; without the course of runs that are not drawn."""
+    alone: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        own = row["method"].removeprefix("only_")
+        if own != row["method"]:
+            alone.setdefault((row["condition"], own), []).append(row["gains"][own])
     shown = shown_condition(row["condition"] for row in rows) if rows else ""
     found = []
     for row in rows:
         shares = {}
         for name, gain in row["gains"].items():
-            best = alone.get((row["condition"], f"only_{name}", row["seed"]))
-            if best and best[name] > 0:
-                shares[name] = round(gain / best[name], 3)
+            best = statistics.mean(alone.get((row["condition"], name), [0.0]))
+            if best > 0:
+                shares[name] = round(gain / best, 3)
         drawn = row["method"] in SHOWN and row["condition"] == shown
         kept = {name: value for name, value in row.items() if drawn or name not in COURSE}
         found.append({**kept, "specialist_share": shares or None})

@@ -60,10 +60,10 @@ def test_differences_are_paired_by_seed(tradeoffs):
     assert "| mgda | 0.0001 | 2 | -1.50 ± 1.50 |" in tradeoffs.markdown([apex, mgda])
 
 
-def test_a_run_is_compared_with_the_specialists_of_its_seed(tradeoffs):
-    rows = [row("apex", 0, 0.4), row("only_ocr", 0, 0.8), row("only_ocr", 1, 0.1), row("mgda", 2, 0.4)]
+def test_a_run_is_compared_with_the_mean_of_the_specialists(tradeoffs):
+    rows = [row("apex", 0, 0.4), row("only_ocr", 0, 0.8), row("only_ocr", 1, 0.2), row("mgda", 2, 0.4, "mixed")]
     apex, _, _, mgda = tradeoffs.with_shares(rows)
-    assert apex["specialist_share"] == {"ocr": 0.5} and mgda["specialist_share"] is None
+    assert apex["specialist_share"] == {"ocr": 0.8} and mgda["specialist_share"] is None
     assert "curve" in apex and "curve" not in mgda
 
 
