@@ -73,6 +73,7 @@ TARGETS = [0.75, 18.8, 3.4, 7.1]  # of OBJECTIVES, about one standard deviation 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "apex": {},
+    "default_schedule": {"warmup_iterations": 10, "ramp_iterations": 10},
     "without_stage_1": {"normalize_objectives": False},
     "without_stage_2": {"normalize_advantages": False},
     "without_priorities": {"adaptive_priorities": False},

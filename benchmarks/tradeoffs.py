@@ -29,7 +29,7 @@ TUNED = [f"tuned_{weights}" for weights in GRID]
 FIRST = ["apex", "sum_then_normalize", "normalize_then_sum"]
 METHODS: dict[str, list[str]] = {  # by condition, in the order in which they are run
     "natural": [*FIRST, *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
-    "conflict": list(RULES),
+    "conflict": [*RULES, "apex:without_conflict"],
     "mixed": list(RULES),
     "few_prompts": list(RULES),
     "long": [*FIRST, *ONLY, "tuned_4_8_1_1"],
@@ -39,7 +39,7 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
 RATES = (1e-4, 2e-4)
 SCAN: dict[str, Any] = {"max_steps": 80, "eval_steps": 20}  # 40 iterations, as the scan of the losses
 SCAN_PROMPTS = 96
-CHOSEN = {"sum_then_normalize": 2e-4}  # by the scan, of those that do not train best with the first rate
+CHOSEN = {"sum_then_normalize": 2e-4, "only_ocr": 2e-4}  # by the scan, of those that do not train best with the first rate
 
 SETTINGS: dict[str, Any] = {"budget": BUDGET, "loss": LOSS, "apex": APEX, "test_prompts": PROMPTS}
 
@@ -55,7 +55,7 @@ def plan(part: str, seeds: Iterable[int] | None = None) -> list[Job]:
         return [("natural", m, rate, s) for s in seeds or DEVELOPMENT for m in (*ONLY, *RULES) for rate in RATES]
     fresh = list(seeds or FRESH)
     if part == "ablation":
-        names = [f"apex:{name}" if name != "apex" else name for name in ABLATIONS]
+        names = ["apex" if name == "apex" else f"apex:{name}" for name in ABLATIONS]
         return [("natural", name, rate_of("apex"), s) for s in fresh for name in names]
     return [(c, m, rate_of(m), s) for c, methods in METHODS.items() for m in methods for s in fresh]
 
