@@ -113,11 +113,11 @@ def rows_of(jobs: dict[str, tuple[tuple, dict[str, Any]]], workers: int, folder:
     ]
 
 
-def cell(values: list[float | None], digits: int = 2, sign: str = "+") -> str:
-    """Mean and standard error; of costs, how many of the runs reached the goal where not all did."""
+def cell(values: list[float | None], digits: int = 2, sign: str = "+", none: str = "never") -> str:
+    """Mean and standard error; of costs, how many of the runs reached the goal where not all did, and `none` if no run did."""
     known = [value for value in values if value is not None]
     if not known:
-        return "never"
+        return none
     mean, error = mean_and_error(known)
     text = f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if len(known) > 1 else "")
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)})"
@@ -140,7 +140,7 @@ def summary(rows: list[Row]) -> str:
             + [cell([row["held_out"][name] for row in mine]) for name in HELD_OUT]
             + [cell([cost(row, names, "cpu_seconds") for row in mine], 0, "") for names in (("ocr",), OBJECTIVES)]
             + [cell([cost(row, OBJECTIVES, kind) for row in mine], 0, "") for kind in ("images", "rows")]
-            + [cell([row["logs"].get(name) for row in mine], 5, "").replace("never", "") for name in watched]
+            + [cell([row["logs"].get(name) for row in mine], 5, "", none="") for name in watched]
         )
     head = ["loss", "rate", "seeds", "worst", "mean", *OBJECTIVES, "exact word", "attributes"]
     head += ["CPU-s, OCR +.25", "CPU-s, all +.25", "images, all +.25", "rows, all +.25", *watched]

@@ -39,7 +39,10 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
 RATES = (1e-4, 2e-4)
 SCAN: dict[str, Any] = {"max_steps": 80, "eval_steps": 20}  # 40 iterations, as the scan of the losses
 SCAN_PROMPTS = 96
-CHOSEN = {"sum_then_normalize": 2e-4, "only_ocr": 2e-4}  # by the scan, of those that do not train best with the first rate
+CHOSEN = {
+    "sum_then_normalize": 2e-4,
+    "only_ocr": 2e-4,
+}  # by the scan, of those that do not train best with the first rate
 
 SETTINGS: dict[str, Any] = {"budget": BUDGET, "loss": LOSS, "apex": APEX, "test_prompts": PROMPTS}
 
