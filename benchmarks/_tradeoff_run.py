@@ -67,12 +67,14 @@ WATCHED = ("clip_ratio/region_mean", "ratio/max_deviation", "movement", "rate_fa
 # Four noise levels an image, the images' final latents alone.
 FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": UPDATES}
 LOSS = {"loss_type": "nft", **FINAL}  # by the comparison of the losses
+BASELINE = 128  # images before training, from whose mean rewards `apex` measures progress
 APEX = {"need_coef": 4.0, "warmup_iterations": 1, "ramp_iterations": 1}  # quick, for a short run
 PROBED = [r"attn\.to_out", r"attn\.to_add_out"]  # layers of the gradient probe
 TARGETS = [0.75, 18.8, 3.4, 7.1]  # of OBJECTIVES, about one standard deviation above the base
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "apex": {},
+    "without_start": {"baseline_prompts": 0},  # progress counts from the end of the warm-up
     "default_schedule": {"warmup_iterations": 10, "ramp_iterations": 10},
     "without_stage_1": {"normalize_objectives": False},
     "without_stage_2": {"normalize_advantages": False},
@@ -146,8 +148,9 @@ def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str
         weights = [float(weight) for weight in method.split("_")[1:]]
         return objectives, {"multi_objective_aggregation": "sum_then_normalize", "reward_weights": weights}
     if method.startswith("apex"):
-        part = ABLATIONS[method.partition(":")[2] or "apex"]
-        return objectives, {"aggregation_options": {**APEX, **part}}
+        part = dict(ABLATIONS[method.partition(":")[2] or "apex"])
+        start = part.pop("baseline_prompts", BASELINE)
+        return objectives, {"aggregation_options": {**APEX, **part}, "baseline_prompts": start}
     probe = {"gradient_probe": True, "probe_layers": PROBED} if method in GRADIENT_RULES else {}
     return objectives, {"multi_objective_aggregation": method, **probe}
 

@@ -23,7 +23,8 @@ from trl_apex.demo import HELD_OUT
 
 GOAL = 0.25  # base standard deviations
 
-SDE = {"loss_type": "grpo", "epsilon": 1e-3, "noise_level": 0.7, "num_iterations": UPDATES}
+OLD_START = {"baseline_prompts": 0}  # progress counts from the end of the warm-up, as when the kept results were made
+SDE = {"loss_type": "grpo", "epsilon": 1e-3, "noise_level": 0.7, "num_iterations": UPDATES, **OLD_START}
 # By name: the rule of the aggregator, and the loss. The budget is that of the comparison of the rules.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     # Flow-GRPO's loop: every step stochastic and trained, rewards summed and normalized.
@@ -38,9 +39,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
             "sde_window_range": [0, 4],
         },
     ),
-    "awm": ("apex", {"loss_type": "awm", **FINAL}),
-    "nft": ("apex", {"loss_type": "nft", **FINAL}),
-    "fpo": ("apex", {"loss_type": "fpo", **FINAL}),
+    "awm": ("apex", {"loss_type": "awm", **FINAL, **OLD_START}),
+    "nft": ("apex", {"loss_type": "nft", **FINAL, **OLD_START}),
+    "fpo": ("apex", {"loss_type": "fpo", **FINAL, **OLD_START}),
 }
 SCANNED = {name: (1e-4, 3e-4) if name in ("plain", "grpo") else (1e-4, 2e-4) for name in METHODS}
 MOVEMENT = 3.5e-4  # that of `nft` at its rate, seed 0: its mean over the run with `target_movement=inf`

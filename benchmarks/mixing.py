@@ -55,6 +55,7 @@ def stage(pipeline: Any, kinds: tuple[str, ...], seed: int, count: int, folder: 
         seed=seed,
         learning_rate=RATE,
         aggregation_options=APEX,
+        baseline_prompts=0,  # as when the kept results were made
         **{**BUDGET, **LOSS, "eval_strategy": "no", **mix, **changes},
     )
     return APEXTrainer(

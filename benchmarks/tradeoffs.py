@@ -18,7 +18,19 @@ from typing import Any
 
 from _bench import arguments, machine, mean_and_error, rounded, table, write
 from _tradeoff_figure import SHOWN, draw, shown_condition
-from _tradeoff_run import ABLATIONS, APEX, BUDGET, CONDITIONS, DEVELOPMENT, FRESH, LOSS, OBJECTIVES, PROMPTS, execute
+from _tradeoff_run import (
+    ABLATIONS,
+    APEX,
+    BASELINE,
+    BUDGET,
+    CONDITIONS,
+    DEVELOPMENT,
+    FRESH,
+    LOSS,
+    OBJECTIVES,
+    PROMPTS,
+    execute,
+)
 
 from trl_apex.aggregation import RULES
 
@@ -44,7 +56,13 @@ CHOSEN = {
     "only_ocr": 2e-4,
 }  # by the scan, of those that do not train best with the first rate
 
-SETTINGS: dict[str, Any] = {"budget": BUDGET, "loss": LOSS, "apex": APEX, "test_prompts": PROMPTS}
+SETTINGS: dict[str, Any] = {
+    "budget": BUDGET,
+    "loss": LOSS,
+    "apex": APEX,
+    "baseline": BASELINE,
+    "test_prompts": PROMPTS,
+}
 
 COURSE = ("curve", "priorities", "cost", "logs")  # kept for the runs of the picture alone
 

@@ -180,6 +180,32 @@ def test_objective_without_spread_at_the_start_takes_its_baseline_at_its_first_l
     assert all(math.isfinite(value) for value in aggregator.priorities.values())
 
 
+def test_progress_is_measured_from_the_start_that_was_observed():
+    aggregator, plain = (make(warmup_iterations=1, ramp_iterations=1) for _ in range(2))
+    start = torch.tensor([[0.5, 22.4], [0.7, 22.6], [NAN, 1e30], [0.6, 22.5]], dtype=torch.float64)
+    aggregator.observe_start(torch.cat([start, torch.full((4, 1), NAN, dtype=torch.float64)], 1))
+    assert aggregator._state.first_mean.tolist() == pytest.approx([0.6, 22.5, NAN], nan_ok=True)
+    resumed = make(warmup_iterations=1, ramp_iterations=1)
+    resumed.load_state_dict(json.loads(json.dumps(aggregator.state_dict())))
+    for each in (aggregator, plain, resumed):
+        run(each, 20)
+    assert aggregator._state.first_mean.tolist()[:2] == pytest.approx([0.6, 22.5])
+    assert (
+        aggregator._state.first_mean[2] == plain._state.first_mean[2]
+    )  # not observed: taken at the end of the warm-up
+    assert aggregator.priorities["pickscore"] > plain.priorities["pickscore"] + 0.1  # its mean is 21.5: it fell by one
+    assert resumed.priorities == aggregator.priorities
+
+
+def test_a_start_that_comes_late_or_has_another_shape_is_refused():
+    aggregator = make()
+    with pytest.raises(ValueError, match=r"shape \[P, 3\].*Found \[4, 2\]"):
+        aggregator.observe_start(torch.zeros(4, 2))
+    run(aggregator, 1)
+    with pytest.raises(ValueError, match="Found 1 batches seen"):
+        aggregator.observe_start(torch.zeros(4, 3))
+
+
 def test_weight_zero_is_watched_but_not_trained_on():
     aggregator = make(weights=[1.0, 1.0, 0.0], warmup_iterations=1)
     _, metrics = run(aggregator, 20)

@@ -187,6 +187,34 @@ class MultiObjectiveRewardAggregator:
         metrics = batch_metrics(self.objectives, batch, columns, pairs, clip)
         return batch.advantages.to(rewards.device, torch.float32), metrics
 
+    def observe_start(self, rewards: Tensor) -> None:
+        """Take in rewards of the model before training; progress is then measured from their means.
+
+        Without them it is measured from the mean reward at the end of the warm-up, which is noisy where a batch has few
+        prompts. Call it before the first batch. Only "apex" uses it.
+
+        Args:
+            rewards (`Tensor` of shape `[P, K]`): of all ranks, made as training makes them, of many prompts (one row each
+                says most); NaN or infinite = missing. An objective without any keeps the start that it has.
+
+        Raises:
+            ValueError: if the shape does not fit, or a batch was seen already.
+        """
+        if rewards.ndim != 2 or rewards.shape[1] != len(self.objectives):
+            raise ValueError(
+                f"`rewards` must have shape [P, {len(self.objectives)}], a column per objective {self.objectives}. Found "
+                f"{list(rewards.shape)}. Pass a row of rewards per image."
+            )
+        if self.iteration:
+            raise ValueError(
+                f"The start must be observed before the first batch. Found {self.iteration} batches seen. Call "
+                "`observe_start` before training, not after a resume: a saved state holds the start."
+            )
+        values, state = rewards.detach().to("cpu", torch.float64), self._state
+        absurd = implausible(values, values.isfinite(), state.slow.value, state.widest, self.options.outlier_limit)
+        mean = torch.where(values.isfinite() & ~absurd, values, torch.nan).nanmean(0)
+        self._state = replace(state, first_mean=torch.where(mean.isnan(), state.first_mean, mean))
+
     def observe_conflict(
         self, matrix: Tensor, standard_error: Tensor | None = None, samples: int | None = None
     ) -> None:

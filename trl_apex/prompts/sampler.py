@@ -84,6 +84,10 @@ class GroupSampler(Sampler[int]):
             for _ in range(self.repeats):
                 yield from (prompt for prompt in prompts for _ in range(self.group_size))
 
+    def first(self, count: int) -> list[int]:
+        """The prompts that the epoch begins with, in order, `count` of them or all that there are."""
+        return [prompt for prompts in self._order for prompt in prompts][:count]
+
     def _iterations(self, part: list[tuple[float, Tensor]], generator: torch.Generator) -> Iterator[list[int]]:
         """The prompts of one iteration of this size after another, without end."""
         queues = [self._endless(own, math.ceil(quota), generator) for quota, own in part]

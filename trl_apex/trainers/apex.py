@@ -12,8 +12,10 @@ from ..aggregation.aggregator import MultiObjectiveRewardAggregator
 from ..aggregation.conflict import PopulationConflict
 from ..diffusion.losses import NFT_CLIP, Surrogate, nft_share
 from ..distributed import all_reduce_sum
+from ..rewards.base import wants_whole_groups
 from .config import APEXConfig
 from .diffusion_grpo import DiffusionGRPOTrainer
+from .evaluation import rewards_at_start
 from .probe import GradientProbe
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,17 @@ class APEXTrainer(DiffusionGRPOTrainer):
         if self.args.gradient_probe:
             every = 1 if self.aggregator.options.conflict_source == "population" else self.args.probe_every
             self.probe = GradientProbe(self.model, names, self.args.probe_layers, every)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        compared = any(map(wants_whole_groups, self.reward_funcs))  # have no score for a single image
+        if (
+            self.args.baseline_prompts
+            and self.aggregator.rule == "apex"
+            and not compared
+            and not self.aggregator.iteration
+        ):
+            self.aggregator.observe_start(rewards_at_start(self, self.args.baseline_prompts))
+        return super()._generate_and_score_completions(inputs)
 
     def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
         self.aggregator.weights = self.reward_weights.tolist()  # a callback may have changed them

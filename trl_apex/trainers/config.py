@@ -590,6 +590,11 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
 
     multi_objective_aggregation: str = _field("apex", f"How rewards become one advantage: one of {', '.join(RULES)}.")
 
+    baseline_prompts: int = _field(
+        128,
+        "For 'apex': prompts that the model before training makes one image each of. Progress is measured from their mean "
+        "rewards. 0: from the mean reward at the end of the warm-up, which is noisy with few prompts an iteration.",
+    )
     gradient_probe: bool | None = _field(
         None, "Measure the objectives' gradients in training. None: where the rule or `conflict_source` needs them."
     )
@@ -608,6 +613,7 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
         refuse([
             (needed and not probe, {"conflict_source": source, "multi_objective_aggregation": rule},
              "`gradient_probe` must not be False where gradients are asked for", "Leave it out."),
+            (self.baseline_prompts < 0, self.baseline_prompts, "`baseline_prompts` must not be negative", "Use e.g. 128, or 0."),
             (self.probe_every < 1, self.probe_every, "`probe_every` must be at least 1", "Use e.g. 10."),
             (probe and self.compile_denoiser, "compile_denoiser",
              "The gradient probe listens to layers that compiled code does not call", "Turn off one of the two."),

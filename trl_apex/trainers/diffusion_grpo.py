@@ -343,7 +343,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             for start in range(0, len(inputs), chunk):
                 rows = slice(start, start + chunk)
                 own = {name: value[prompt_of[rows]] for name, value in embeddings.items()}
-                rollouts.append(self._rollout(own, first + start))
+                rollouts.append(self._rollout(own, range(first + start, first + start + len(prompt_of[rows]))))
                 if self.args.reward_overlap and not compared:
                     pending.append(self._submit(self._scorer, inputs[rows], rollouts[-1].images))
         sampled = time.perf_counter()
@@ -396,17 +396,16 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     # Rollout
 
-    def _rollout(self, embeddings: Embeddings, first_sample: int) -> Rollout:
+    def _rollout(self, embeddings: Embeddings, samples: Sequence[int]) -> Rollout:
         """Images of some of this rank's samples; noise is keyed by the sample, so that it is the same on any rank."""
         args, group, shape = self.args, self.num_generations, self.latent_shape
         window = self._window(self._iteration)
-        samples = range(first_sample, first_sample + len(next(iter(embeddings.values()))))
         starts = [i // group for i in samples] if args.share_initial_noise else samples
         initial = keyed_noise(self._keys(INITIAL_NOISE, starts), shape)
         noise = keyed_noise(self._keys(STEP_NOISE, samples), (len(window), *shape))
         representative = None
         if args.share_initial_noise:
-            first_of_group = [max(i // group * group - first_sample, 0) for i in samples]
+            first_of_group = [samples.index(max(i // group * group, samples[0])) for i in samples]
             representative = torch.tensor(first_of_group, device=self.accelerator.device)
         return self._sample(embeddings, initial, self.sampler, args.guidance_scale, window, noise, representative)
 
