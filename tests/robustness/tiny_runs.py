@@ -61,7 +61,7 @@ def tiny_args(output_dir: Path | str, cls: type = APEXConfig, **overrides: Any) 
         "seed": 3,
     }
     if issubclass(cls, APEXConfig):
-        values |= {"warmup_iterations": 1, "ramp_iterations": 1}
+        values |= {"warmup_iterations": 1, "ramp_iterations": 1, "baseline_prompts": 0}
     return cls(**{**values, **overrides})
 
 

@@ -53,6 +53,8 @@ def make_args(tmp_path):
             "disable_tqdm": True,
             "seed": 3,
         }
+        if issubclass(cls, APEXConfig):
+            values["baseline_prompts"] = 0  # see test_start.py
         return cls(**{**values, **overrides})
 
     return make

@@ -49,7 +49,7 @@ def some_dead(folder, seen, **options):
         seen.append(sorted({PROMPTS.index(prompt) for prompt in prompts}))
         return [0.5 if PROMPTS.index(p) > 1 else float(image.std()) for image, p in zip(images, prompts, strict=True)]
 
-    return tiny_trainer(folder, [reward], dead_prompt_rate=0.2, max_steps=12, baseline_prompts=0, **options)
+    return tiny_trainer(folder, [reward], dead_prompt_rate=0.2, max_steps=12, **options)
 
 
 def test_prompts_whose_images_do_not_differ_rest_and_a_resumed_run_goes_on_exactly(tmp_path):

@@ -40,16 +40,29 @@ def test_the_start_is_the_mean_over_images_of_the_first_prompts_made_as_in_train
 def test_no_image_is_made_where_nothing_uses_the_start(tmp_path, options):
     recorded = Recorder()
     recorded.whole_groups = options.pop("whole", False)  # such a reward has no score for one image
-    trainer = tiny_trainer(tmp_path, [redness, recorded], **options)
+    trainer = tiny_trainer(tmp_path, [redness, recorded], **{"baseline_prompts": 128, **options})
     trainer.train()
     assert len(recorded.images) == 4
 
 
 def test_a_prompt_set_smaller_than_asked_for_counts_whole_and_a_resumed_run_measures_no_other_start(tmp_path):
     recorded, again = Recorder(), Recorder()
-    whole = tiny_trainer(tmp_path, [redness, recorded], save_strategy="steps", save_steps=2)
+    whole = tiny_trainer(tmp_path, [redness, recorded], baseline_prompts=128, save_strategy="steps", save_steps=2)
     whole.train()
     assert sorted(recorded.prompts[0]) == sorted(PROMPTS)
-    resumed = tiny_trainer(tmp_path, [redness, again])
+    resumed = tiny_trainer(tmp_path, [redness, again], baseline_prompts=128)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(again.images) == 2 and fingerprints(resumed) == fingerprints(whole)
+
+
+def test_images_of_several_sizes_are_each_made_in_their_own(tmp_path):
+    recorded = Recorder()
+    sizes = {"height": [16, 16, 24, 24], "width": [16, 16, 32, 32]}
+    trainer = tiny_trainer(tmp_path, [redness, recorded], baseline_prompts=4, columns=sizes, max_steps=1)
+    trainer.train()
+    made = {
+        prompt: tuple(images.shape[2:])
+        for prompts, images in zip(recorded.prompts[:2], recorded.images, strict=False)
+        for prompt in prompts
+    }
+    assert made == dict(zip(PROMPTS, [(16, 16), (16, 16), (24, 32), (24, 32)], strict=True))

@@ -332,6 +332,7 @@ def test_the_default_settings_train_an_iteration_and_evaluate(pipeline, tmp_path
     trainer = APEXTrainer(pipeline, [seen, contrast], args, rows, rows, callbacks=[OneIteration()])
     before = weights(trainer)
     trainer.train()
+    assert shown.pop(0) == 1, "the start, of one prompt"
     assert shown.pop() == 1, "the evaluation at the end"
     assert sum(shown) == args.generation_batch_size == args.num_generations == 8
     assert trainer.state.global_step == trainer.updates_per_iteration == args.num_inference_steps - 1

@@ -69,14 +69,10 @@ class APEXTrainer(DiffusionGRPOTrainer):
             self.probe = GradientProbe(self.model, names, self.args.probe_layers, every)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        compared = any(map(wants_whole_groups, self.reward_funcs))  # have no score for a single image
-        if (
-            self.args.baseline_prompts
-            and self.aggregator.rule == "apex"
-            and not compared
-            and not self.aggregator.iteration
-        ):
-            self.aggregator.observe_start(rewards_at_start(self, self.args.baseline_prompts))
+        count = self.args.baseline_prompts if self.aggregator.rule == "apex" else 0
+        compared = any(map(wants_whole_groups, self.reward_funcs))  # such a reward has no score for a single image
+        if count and not compared and self.aggregator.iteration == 0:
+            self.aggregator.observe_start(rewards_at_start(self, count))
         return super()._generate_and_score_completions(inputs)
 
     def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
