@@ -10,6 +10,7 @@ from _tradeoff_run import BUDGET, CONDITIONS
 
 COLOURS = {"apex": "#d62728", "tuned": "#bbbbbb", "only": "#2ca02c"}
 OTHER = "#1f77b4"
+FLOOR, LEFT = -3.5, -0.5  # points beyond are drawn there, with the worst gain beside the name
 SHOWN = ("sum_then_normalize", "normalize_then_sum", "apex")
 
 
@@ -57,19 +58,26 @@ def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         (x, x_error), (y, y_error) = line["mean_gain"], line["worst_gain"]
         look = {"fmt": "o", "color": _colour(line["method"]), "markersize": 4, "linewidth": 0.8}
-        axis.errorbar(x, y, xerr=x_error, yerr=y_error, **look)
+        x, x_error = max(x, LEFT), x_error if x >= LEFT else 0.0
+        axis.errorbar(x, max(y, FLOOR), xerr=x_error, yerr=y_error if y >= FLOOR else 0.0, **look)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(title=condition, xlabel="mean gain (base stds)", ylabel="worst objective's gain")
     shown = [line for line in lines if len(lines) < 12 or not line["method"].startswith("tuned")]
-    named = sorted((line["worst_gain"][0], line["mean_gain"][0], line["method"]) for line in shown)
+    named = []
+    for line in shown:
+        x, y, method = line["mean_gain"][0], line["worst_gain"][0], line["method"]
+        text = method if y >= FLOOR else f"{method} ({y:+.0f})"
+        named.append((max(y, FLOOR), max(x, LEFT), method, text))
     low, high = axis.get_ylim()
     line_height, place = 0.06, -math.inf
     highest = iter(1 - line_height * i for i in reversed(range(len(named))))
-    for y, x, method in named:  # names in a column beside the panel, each as near to its point as the others allow
+    for y, x, method, text in sorted(
+        named
+    ):  # names in a column beside the panel, each as near to its point as the others allow
         place = min(max((y - low) / (high - low), place + line_height), next(highest))
         link = {"arrowstyle": "-", "linewidth": 0.4, "color": _colour(method)}
         beside: Any = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "fontsize": 7}
-        axis.annotate(method, (x, y), arrowprops=link, annotation_clip=False, color="black", **beside)
+        axis.annotate(text, (x, y), arrowprops=link, annotation_clip=False, color="black", **beside)
 
 
 def _courses(axes: Any, condition: str, runs: dict[str, list[dict[str, Any]]]) -> None:

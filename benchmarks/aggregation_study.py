@@ -14,6 +14,7 @@ same number of updates (1 = as good as alone, below 0 = worse than at the start)
 live objectives; the hijack index; and the seesaw rate.
 
     python benchmarks/aggregation_study.py [--smoke] [--seeds 24] [--out benchmarks/results]
+    python benchmarks/aggregation_study.py --noise  # `blank` is noise: how strong may the need be with an objective like that?
 """
 
 import json
@@ -79,11 +80,23 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "slow trend 0.99": {"slow_ema": 0.99},
 }
 
+# With `blank` as noise that no policy can raise: rule and options by name.
+NOISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "apex": ("apex", {}),
+    "need_coef 2": ("apex", {"need_coef": 2.0}),
+    "need_coef 4": ("apex", {"need_coef": 4.0}),
+    "normalize_then_sum": ("normalize_then_sum", {}),
+}
+
 
 class Problem:
-    """The objectives, and the policy's place among them; `conflict` is the cosine between `pickscore` and `aesthetic`."""
+    """The objectives, and the policy's place among them; `conflict` is the cosine between `pickscore` and `aesthetic`.
 
-    def __init__(self, seed: int, conflict: float) -> None:
+    `noisy`: `blank` is noise instead of a constant.
+    """
+
+    def __init__(self, seed: int, conflict: float, noisy: bool = False) -> None:
+        self.noisy = noisy
         self.generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=self.generator))[0].T
         self.directions = basis[:4].clone()
@@ -103,7 +116,10 @@ class Problem:
         pickscore = 21 + 3 * torch.tanh(y[:, 0] / 3) + luck
         aesthetic = 5 + 0.6 * torch.tanh(y[:, 1] / 3)
         deqa = 4 + 0.3 * y[:, 3].clamp(max=0.5)
-        return torch.stack([pickscore, aesthetic, ocr, deqa, torch.zeros(len(y))], 1)
+        blank = torch.zeros(len(y))
+        if self.noisy and noise:
+            blank = torch.randn(len(y), generator=self.generator)
+        return torch.stack([pickscore, aesthetic, ocr, deqa, blank], 1)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples' scores (gradient of the log-probability) of shape `[B, SIZE]`, and their rewards."""
@@ -128,7 +144,8 @@ def train(
     seed: int, conflict: float, rule: str, options: dict[str, Any], updates: int, only: int | None = None
 ) -> dict[str, Any]:
     """One run, on all objectives or one `only`: expected rewards before and after, and what was seen on the way."""
-    problem = Problem(seed, conflict)
+    options = dict(options)
+    problem = Problem(seed, conflict, noisy=options.pop("noisy", False))
     columns = slice(None) if only is None else slice(only, only + 1)
     names = OBJECTIVES[columns]
     aggregator = MultiObjectiveRewardAggregator(names, rule=rule, options={"warn_after": 10**9, **options})
@@ -197,6 +214,17 @@ def jobs(seeds: int, updates: int) -> list[Job]:
     return every
 
 
+def noise_jobs(seeds: int, updates: int) -> list[Job]:
+    """Everything there is to run with `--noise`."""
+    named = {"solo": ("normalize_then_sum", {}), **NOISE}
+    return [
+        (name, rule, {**options, "noisy": True}, conflict, seed, updates)
+        for seed in range(seeds)
+        for conflict in CONFLICTS
+        for name, (rule, options) in named.items()
+    ]
+
+
 def run(todo: list[Job], workers: int, path: Path | None) -> list[dict[str, Any]]:
     """Run the jobs, keeping each result in `path` as it comes; what is there already is not run again."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path and path.is_file() else []
@@ -236,15 +264,19 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
-def markdown(lines: list[dict[str, Any]]) -> str:
+SECTIONS = (
+    ("Rules", list(RULES), CONFLICTS),
+    ("Parts of APEX switched off", list(PARTS), CONFLICTS),
+    ("Options of APEX changed", ["apex", *OPTIONS], (HARD,)),
+)
+NOISE_SECTIONS = (("A fifth objective that is noise", list(NOISE), CONFLICTS),)
+
+
+def markdown(lines: list[dict[str, Any]], sections: Any = SECTIONS) -> str:
     """The tables of docs/method.md."""
     text = ""
     head = ["", "worst", "mean", "worst - apex", *LIVE, "hijack index", "seesaw"]
-    for title, names, conflicts in (
-        ("Rules", list(RULES), CONFLICTS),
-        ("Parts of APEX switched off", list(PARTS), CONFLICTS),
-        ("Options of APEX changed", ["apex", *OPTIONS], (HARD,)),
-    ):
+    for title, names, conflicts in sections:
         for conflict in conflicts:
             rows = []
             for line in lines:
@@ -305,22 +337,27 @@ def main() -> None:
         updates={"type": int, "default": 100},
         workers={"type": int, "default": 2},
         redraw={"action": "store_true", "help": "only draw the figure again, from the results"},
+        noise={"action": "store_true", "help": "instead: the need's strength beside an objective that is noise"},
     ).parse_args()
     results = given.out / "aggregation_study.json"
     if given.redraw:
         return figure(json.loads(results.read_text())["table"], results.with_suffix(".png"))
     seeds, updates = (2, 2 * EVALUATE) if given.smoke else (given.seeds, given.updates)
     start = time.perf_counter()
-    todo = jobs(seeds, updates)
+    todo = (noise_jobs if given.noise else jobs)(seeds, updates)
+    sections = NOISE_SECTIONS if given.noise else SECTIONS
+    if given.noise:
+        results = given.out / "aggregation_noise.json"
     given.out.mkdir(parents=True, exist_ok=True)
-    kept = None if given.smoke else given.out / "aggregation_study.rows.jsonl"
+    kept = None if given.smoke else results.with_suffix(".rows.jsonl")
     rows = run(todo, given.workers, kept)
     found = summarize(rows)
-    print(markdown(found))
+    print(markdown(found, sections))
     print(f"{len(todo)} jobs in {time.perf_counter() - start:.0f} s")
     settings = {"seeds": seeds, "updates": updates, "prompts": PROMPTS, "group": GROUP, "torch": torch.__version__}
-    write(results, {"settings": settings, "table": found}, markdown(found), digits=4)
-    figure(found, results.with_suffix(".png"))
+    write(results, {"settings": settings, "table": found}, markdown(found, sections), digits=4)
+    if not given.noise:
+        figure(found, results.with_suffix(".png"))
     if kept:
         kept.unlink()
 
