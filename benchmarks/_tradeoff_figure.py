@@ -1,6 +1,7 @@
 """The picture of the trade-off benchmark: where every method ends in every condition, and the way there."""
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
 
 
 def _colour(method: str) -> str:
-    return COLOURS.get(method.partition("_")[0], OTHER)
+    return COLOURS.get(re.split("[_:]", method)[0], OTHER)
 
 
 def shown_condition(conditions: Iterable[str]) -> str:

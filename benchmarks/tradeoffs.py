@@ -40,7 +40,7 @@ GRID = ["2_1_1_1", "4_1_1_1", "1_2_1_1", "1_4_1_1", "2_2_1_1", "4_4_1_1", "4_8_1
 TUNED = [f"tuned_{weights}" for weights in GRID]
 FIRST = ["apex", "sum_then_normalize", "normalize_then_sum"]
 METHODS: dict[str, list[str]] = {  # by condition, in the order in which they are run
-    "natural": [*FIRST, *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
+    "natural": [*FIRST, "apex:defaults", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
     "conflict": [*RULES, "apex:without_conflict"],
     "mixed": list(RULES),
     "few_prompts": list(RULES),

@@ -31,7 +31,7 @@ def row(method: str, seed: int, worst: float, condition: str = "natural") -> dic
 KEPT = ["losses", "losses_scan", "losses_guards", "losses_step_size", "language", "language_scan", "mixing"]
 
 
-@pytest.mark.parametrize("name", [*KEPT, "tradeoffs", "tradeoffs_scan"])
+@pytest.mark.parametrize("name", [*KEPT, "tradeoffs", "tradeoffs_scan", "ablation"])
 def test_the_tables_follow_from_the_kept_runs(tradeoffs, name):
     import language
     import losses
@@ -42,6 +42,7 @@ def test_the_tables_follow_from_the_kept_runs(tradeoffs, name):
         "language": language.summary,
         "mixing": mixing.summary,
         "tradeoffs": lambda rows: tradeoffs.markdown(tradeoffs.summarize(rows)),
+        "ablation": lambda rows: tradeoffs.markdown(tradeoffs.summarize(rows)),
     }
     path = BENCHMARKS / "results" / f"{name}.json"
     rows = json.loads(path.read_text())["rows"]
