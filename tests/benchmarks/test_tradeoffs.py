@@ -103,8 +103,8 @@ def test_plan_names_methods_that_exist(tradeoffs):
             trained, settings = method_settings(method, objectives)
             assert set(trained) <= set(objectives) and settings
     natural = {method for condition, method, _, _ in tradeoffs.plan("tradeoffs") if condition == "natural"}
-    assert natural >= {*tradeoffs.RULES, "only_ocr", "only_pickscore", "only_deqa", "only_aesthetic"}
-    assert len(natural) == len(tradeoffs.RULES) + 4 + 8
+    assert natural >= {*tradeoffs.RULES, "only_ocr", "only_pickscore", "only_deqa", "only_aesthetic", "apex:defaults"}
+    assert len(natural) == len(tradeoffs.RULES) + 4 + 8 + 1
 
 
 def test_smoke(tradeoffs, tmp_path, monkeypatch):
