@@ -63,7 +63,7 @@ class BreaksOnRank:
         self.calls += 1
         if os.environ["RANK"] == "1" and self.calls == 2:
             if self.how == "wrong":
-                return [0.0]
+                return []
             if self.how == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "raise":
@@ -73,8 +73,14 @@ class BreaksOnRank:
 
 def train_with_a_broken_reward(rank: int, output_dir: str, how: str, resume=None, **options: Any) -> dict[str, Any]:
     """Four updates with a checkpoint each; the reward breaks in the second iteration on rank 1."""
-    values = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "log_completions": False, **options}
-    trainer = make_trainer(output_dir, rewards=(red, BreaksOnRank(how)), **values)
+    values = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "log_completions": False,
+        "baseline_prompts": 0,
+    }
+    trainer = make_trainer(output_dir, rewards=(red, BreaksOnRank(how)), **values | options)
     trainer.train(resume_from_checkpoint=resume)
     return {
         "failures": [e["reward_failures/breaks"] for e in trainer.state.log_history if "loss" in e],

@@ -21,11 +21,18 @@ from training import train
 from trl_apex.trainers.manifest import PARTIAL, checkpoints, defects, last_valid
 
 
-def test_a_bug_in_a_reward_on_one_rank_ends_all_ranks(tmp_path):
-    outcomes = attempt(train_with_a_broken_reward, 2, environment("ddp"), output_dir=str(tmp_path), how="wrong")
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [({}, "checkpoint-1"), ({"baseline_prompts": 4, "rollout_batch_size": 1}, None)],
+    ids=["in the second iteration", "before training"],
+)
+def test_a_bug_in_a_reward_on_one_rank_ends_all_ranks(tmp_path, options, saved):
+    options = {"output_dir": str(tmp_path), "how": "wrong", **options}
+    outcomes = attempt(train_with_a_broken_reward, 2, environment("ddp"), **options)
     assert "must return one number or None per sample" in outcomes[1].error
     assert "Rank 1 failed with ValueError: The reward `breaks` must return one number" in outcomes[0].error
-    assert last_valid(tmp_path).name == "checkpoint-1"
+    valid = last_valid(tmp_path)
+    assert (valid and valid.name) == saved
 
 
 @pytest.mark.distributed

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from ..diffusion.rollout import evaluation_noise
-from ..distributed import gather_list
+from ..distributed import failing_together, gather_list
 from ..prompts.datasets import check_dataset, undecoded
 from ..rewards.base import to_pil
 from .inputs import check_calls, check_images, reward_names
@@ -105,23 +105,26 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple
 
 def rewards_at_start(trainer: Any, count: int) -> Tensor:
     """Rewards `[P, K]` of the model as it is, of one image for each of the run's first `count` prompts, made as in training."""
-    args, names = trainer.args, trainer.reward_func_names
+    args = trainer.args
     dataset = trainer.train_dataset.select(trainer._prompts.first(count))
     sizes = [trainer._size_of(row) for row in undecoded(dataset)]
-
-    def draw(rows: list[dict[str, Any]], numbers: list[int]) -> Tensor:
-        trainer._use_size(size := sizes[numbers[0]])
-        embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
-        return trainer._rollout(embeddings, [number * trainer.num_generations for number in numbers]).images
-
-    batch = args.rollout_batch_size or args.per_device_train_batch_size
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    batches = batches_of_one_size(sizes, args.rollout_batch_size or args.per_device_train_batch_size, rank, world)
+
+    def draw(numbers: list[int]) -> Tensor:
+        trainer._use_size(size := sizes[numbers[0]])
+        rows = [dataset[i] for i in numbers]
+        embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
+        return trainer._rollout(embeddings, [i * trainer.num_generations for i in numbers]).images
+
     with trainer._rollout_weights(), trainer._failing_together_unless_sharded():
-        own = draw_and_score(
-            dataset, batches_of_one_size(sizes, batch, rank, world), draw, partial(trainer._submit, trainer._scorer), names,
-            pictures=0,
-        )  # fmt: skip
-    by_row = {record["row"]: list(record["rewards"].values()) for record in gather_list(own)}
+        drawn = [draw(numbers) for numbers in batches]
+    own: dict[int, list[float]] = {}
+    with failing_together("the rewards before training"):  # after all images, which sharded ranks make together
+        for numbers, images in zip(batches, drawn, strict=True):
+            scored = trainer._submit(trainer._scorer, [dataset[i] for i in numbers], images).result()
+            own.update(zip(numbers, scored.rewards.tolist(), strict=True))
+    by_row = dict(gather_list(list(own.items())))
     if args.offload_rewards:
         trainer._scorer.offload()
     return torch.tensor([by_row[row] for row in range(len(dataset))], dtype=torch.float64)
