@@ -69,12 +69,12 @@ def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
         x, y, method = line["mean_gain"][0], line["worst_gain"][0], line["method"]
         text = method if y >= FLOOR else f"{method} ({y:+.0f})"
         named.append((max(y, FLOOR), max(x, LEFT), method, text))
+    named.sort()
     low, high = axis.get_ylim()
     line_height, place = 0.06, -math.inf
     highest = iter(1 - line_height * i for i in reversed(range(len(named))))
-    for y, x, method, text in sorted(
-        named
-    ):  # names in a column beside the panel, each as near to its point as the others allow
+    # Names in a column beside the panel, each as near to its point as the others allow.
+    for y, x, method, text in named:
         place = min(max((y - low) / (high - low), place + line_height), next(highest))
         link = {"arrowstyle": "-", "linewidth": 0.4, "color": _colour(method)}
         beside: Any = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "fontsize": 7}

@@ -111,18 +111,19 @@ def rewards_at_start(trainer: Any, count: int) -> Tensor:
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     batches = batches_of_one_size(sizes, args.rollout_batch_size or args.per_device_train_batch_size, rank, world)
 
-    def draw(numbers: list[int]) -> Tensor:
+    rows_of = [[dataset[i] for i in numbers] for numbers in batches]
+
+    def draw(rows: list[dict[str, Any]], numbers: list[int]) -> Tensor:
         trainer._use_size(size := sizes[numbers[0]])
-        rows = [dataset[i] for i in numbers]
         embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
         return trainer._rollout(embeddings, [i * trainer.num_generations for i in numbers]).images
 
     with trainer._rollout_weights(), trainer._failing_together_unless_sharded():
-        drawn = [draw(numbers) for numbers in batches]
+        drawn = [draw(rows, numbers) for rows, numbers in zip(rows_of, batches, strict=True)]
     own: dict[int, list[float]] = {}
     with failing_together("the rewards before training"):  # after all images, which sharded ranks make together
-        for numbers, images in zip(batches, drawn, strict=True):
-            scored = trainer._submit(trainer._scorer, [dataset[i] for i in numbers], images).result()
+        for numbers, rows, images in zip(batches, rows_of, drawn, strict=True):
+            scored = trainer._submit(trainer._scorer, rows, images).result()
             own.update(zip(numbers, scored.rewards.tolist(), strict=True))
     by_row = dict(gather_list(list(own.items())))
     if args.offload_rewards:
