@@ -21,14 +21,21 @@ from training import train
 from trl_apex.trainers.manifest import PARTIAL, checkpoints, defects, last_valid
 
 
+EVALUATION = {"eval_on_start": True, "eval_prompts": ["red"] * 6, "per_device_eval_batch_size": 1}
+
+
 @pytest.mark.parametrize(
-    ("options", "saved"),
-    [({}, "checkpoint-1"), ({"baseline_prompts": 4, "rollout_batch_size": 1}, None)],
-    ids=["in the second iteration", "before training"],
+    ("engine", "options", "saved"),
+    [
+        ("ddp", {}, "checkpoint-1"),
+        ("ddp", {"baseline_prompts": 4, "rollout_batch_size": 1}, None),
+        pytest.param("zero3", EVALUATION, None, marks=pytest.mark.distributed),
+    ],
+    ids=["in the second iteration", "before training", "in an evaluation"],
 )
-def test_a_bug_in_a_reward_on_one_rank_ends_all_ranks(tmp_path, options, saved):
+def test_a_bug_in_a_reward_on_one_rank_ends_all_ranks(tmp_path, engine, options, saved):
     options = {"output_dir": str(tmp_path), "how": "wrong", **options}
-    outcomes = attempt(train_with_a_broken_reward, 2, environment("ddp"), **options)
+    outcomes = attempt(train_with_a_broken_reward, 2, environment(engine), **options)
     assert "must return one number or None per sample" in outcomes[1].error
     assert "Rank 1 failed with ValueError: The reward `breaks` must return one number" in outcomes[0].error
     valid = last_valid(tmp_path)

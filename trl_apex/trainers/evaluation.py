@@ -86,8 +86,9 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple
     def draw(rows: list[dict[str, Any]], numbers: list[int]) -> Tensor:
         size = sizes[numbers[0]]
         initial = evaluation_noise(args.seed, numbers, trainer.policy.latent_shape(*size))
-        embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
-        return trainer._sample(embeddings, initial, samplers[size], guidance).images
+        with trainer._failing_together_unless_sharded():
+            embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
+            return trainer._sample(embeddings, initial, samplers[size], guidance).images
 
     scorer = trainer._open_scorer(funcs, names)
     with trainer._ema.applied(), closing(scorer):
@@ -177,7 +178,7 @@ def draw_and_score(
     """Draw and score some rows of a dataset: `row`, `prompt`, `image` (PIL, or None) and `rewards` by name, row by row.
 
     Args:
-        batches: the numbers of rows to draw together.
+        batches: the numbers of rows to draw together, as many batches on every rank.
         draw: `(rows, their numbers) -> images [B, 3, H, W]`.
         submit: `(rows, images, PIL images) -> future of a ScoredBatch`.
         pictures: how many images to keep, those of the first rows.
@@ -188,7 +189,8 @@ def draw_and_score(
         batch = [dataset[i] for i in numbers]
         images = draw(batch, numbers)
         drawn = to_pil(images)
-        scored = submit(batch, images, drawn).result().rewards.tolist()
+        with failing_together("the rewards of an evaluation"):
+            scored = submit(batch, images, drawn).result().rewards.tolist()
         for number, row, image, rewards in zip(numbers, batch, drawn, scored, strict=True):
             kept = image if number in shown else None
             values = dict(zip(names, rewards, strict=True))
