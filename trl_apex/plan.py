@@ -572,6 +572,9 @@ def plan_text(
             lines[-1] += f". The first that fits {gpu_memory_gb:g} GB: {fits[0]}."
     lines += [""]
     lines += [f"Prompt embeddings (CPU or disk): {embedding / 1e6:.2f} MB a prompt{total}", ""]
+    if getattr(s.config, "multi_objective_aggregation", "") == "apex" and s.config.baseline_prompts:
+        first = min(s.config.baseline_prompts, prompts or s.config.baseline_prompts)
+        lines += [f"Before training, on all GPUs together: one image each of {first} prompts (`baseline_prompts`)"]
     lines += [f"One iteration on each GPU: {s.images} images, {s.updates} optimizer step(s)"]
     passes = count_passes(s, shapes.policy.batched_guidance)
     lines += [f"  {name:<26}{calls:>8,} calls {n:>10,} predictions" for name, (calls, n) in passes.items()]

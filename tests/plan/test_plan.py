@@ -390,6 +390,7 @@ def test_the_command(tmp_path, capsys):
     for part in ("Peak", "rollout forwards", "M trained x 2 bytes", "for 1,000", "LoRA adapter r4"):
         assert part in printed
     assert "This run: LoRA r4, ZeRO-2, half precision, 4 GPU(s)" in printed
+    assert "Before training, on all GPUs together: one image each of 128 prompts" in printed
     assert "One iteration on each GPU: 4 images, 4 optimizer step(s)" in printed
     assert main([*run, "--gpu_memory_gb", "0.5"]) == 2
     assert "must fit into 0.5 GB a GPU" in capsys.readouterr().err
