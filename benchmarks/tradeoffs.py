@@ -41,7 +41,7 @@ TUNED = [f"tuned_{weights}" for weights in GRID]
 FIRST = ["apex", "sum_then_normalize", "normalize_then_sum"]
 METHODS: dict[str, list[str]] = {  # by condition, in the order in which they are run
     "natural": [*FIRST, "apex:defaults", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
-    "conflict": [*RULES, "apex:without_conflict"],
+    "conflict": [*RULES, "apex:without_conflict", "apex:without_potential"],
     "mixed": list(RULES),
     "few_prompts": list(RULES),
     "long": [*FIRST, *ONLY, "tuned_4_8_1_1"],
