@@ -83,6 +83,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # With `blank` as noise that no policy can raise: rule and options by name.
 NOISE: dict[str, tuple[str, dict[str, Any]]] = {
     "apex": ("apex", {}),
+    "- potential": ("apex", {"potential_coef": 0.0}),
+    "- conflict": ("apex", {"conflict_coef": 0.0}),
     "need_coef 2": ("apex", {"need_coef": 2.0}),
     "need_coef 4": ("apex", {"need_coef": 4.0}),
     "normalize_then_sum": ("normalize_then_sum", {}),
