@@ -20,7 +20,6 @@ from training import train
 
 from trl_apex.trainers.manifest import PARTIAL, checkpoints, defects, last_valid
 
-
 EVALUATION = {"eval_on_start": True, "eval_prompts": ["red"] * 6, "per_device_eval_batch_size": 1}
 
 
