@@ -23,7 +23,7 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
     from matplotlib import pyplot as plt
 
     conditions = list(dict.fromkeys(line["condition"] for line in table))
-    across = 2 if len(conditions) in (2, 4) else min(len(conditions), 3)
+    across = 2 if len(conditions) == 4 else min(len(conditions), 3)
     down = math.ceil(len(conditions) / across)
     condition = shown_condition(conditions)
     courses = [row for row in rows if row["condition"] == condition and "curve" in row]

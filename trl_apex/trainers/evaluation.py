@@ -86,9 +86,8 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple
     def draw(rows: list[dict[str, Any]], numbers: list[int]) -> Tensor:
         size = sizes[numbers[0]]
         initial = evaluation_noise(args.seed, numbers, trainer.policy.latent_shape(*size))
-        with trainer._failing_together_unless_sharded():
-            embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
-            return trainer._sample(embeddings, initial, samplers[size], guidance).images
+        embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
+        return trainer._sample(embeddings, initial, samplers[size], guidance).images
 
     scorer = trainer._open_scorer(funcs, names)
     with trainer._ema.applied(), closing(scorer):
