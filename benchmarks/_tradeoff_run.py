@@ -88,6 +88,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "need_coef_2": {"need_coef": 2.0},
     "need_coef_1": {"need_coef": 1.0},
 }
+# What may keep a run with few prompts from breaking: other values for the configuration.
+REMEDIES: dict[str, dict[str, Any]] = {
+    "half_rate": {},  # see `CHOSEN` in tradeoffs.py
+    "kl": {"beta": 0.04},
+    "strong_kl": {"beta": 0.4},
+    "average": {"ema_decay": 0.9},
+    "steady": {"target_movement": 3.5e-4},
+}
 
 
 @cache
@@ -141,7 +149,7 @@ def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str
     """The objectives that a method trains on, of those of the condition, and its configuration.
 
     A method is a rule of the aggregator, `only_NAME`, `tuned_W1_W2_...` (weights of `sum_then_normalize`) or `apex:NAME`, a row
-    of `ABLATIONS`.
+    of `ABLATIONS` or `REMEDIES`.
     """
     if method.startswith("only_"):
         return (method.removeprefix("only_"),), {"multi_objective_aggregation": "sum_then_normalize"}
@@ -149,9 +157,11 @@ def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str
         weights = [float(weight) for weight in method.split("_")[1:]]
         return objectives, {"multi_objective_aggregation": "sum_then_normalize", "reward_weights": weights}
     if method.startswith("apex"):
-        part = dict(ABLATIONS[method.partition(":")[2] or "apex"])
+        name = method.partition(":")[2] or "apex"
+        part = dict(ABLATIONS.get(name, {}))
         start = part.pop("baseline_prompts", BASELINE)
-        return objectives, {"aggregation_options": {**APEX, **part}, "baseline_prompts": start}
+        own = {"aggregation_options": {**APEX, **part}, "baseline_prompts": start}
+        return objectives, own if name in ABLATIONS else own | REMEDIES[name]
     probe = {"gradient_probe": True, "probe_layers": PROBED} if method in GRADIENT_RULES else {}
     return objectives, {"multi_objective_aggregation": method, **probe}
 

@@ -29,6 +29,7 @@ from _tradeoff_run import (
     LOSS,
     OBJECTIVES,
     PROMPTS,
+    REMEDIES,
     execute,
 )
 
@@ -43,7 +44,7 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
     "natural": [*FIRST, "apex:defaults", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
     "conflict": [*RULES, "apex:without_conflict", "apex:without_potential"],
     "mixed": list(RULES),
-    "few_prompts": list(RULES),
+    "few_prompts": [*RULES, *(f"apex:{name}" for name in REMEDIES)],
     "long": [*FIRST, *ONLY, "tuned_4_8_1_1"],
     "field_units": ["sum_then_normalize", "dvao"],  # scores of the others do not depend on units
     "scaled": ["sum_then_normalize", "dvao"],
@@ -53,8 +54,9 @@ SCAN: dict[str, Any] = {"max_steps": 80, "eval_steps": 20}  # 40 iterations, as 
 SCAN_PROMPTS = 96
 CHOSEN = {
     "sum_then_normalize": 2e-4,
-    "only_ocr": 2e-4,
-}  # by the scan, of those that do not train best with the first rate
+    "only_ocr": 2e-4,  # these two by the scan; all others train best with the first rate
+    "apex:half_rate": 5e-5,
+}
 
 SETTINGS: dict[str, Any] = {
     "budget": BUDGET,
