@@ -88,6 +88,21 @@ def train_with_a_broken_reward(rank: int, output_dir: str, how: str, resume=None
     }
 
 
+def evaluate_out_of_memory(rank: int, output_dir: str, **options: Any) -> None:
+    """An evaluation at the start of training, in which rank 1 has no memory for its second batch."""
+    trainer = make_trainer(output_dir, eval_on_start=True, eval_prompts=["red"] * 6, **options)
+    decode, calls = trainer.policy.decode, []
+
+    def full(latents):
+        calls.append(latents)
+        if rank == 1 and len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(latents)
+
+    trainer.policy.decode = full
+    trainer.train()
+
+
 def log_on_one_rank(images, log_metric=None, log_extra=None, **kwargs):
     """A reward that logs where it has something to log, which is on one rank."""
     if os.environ["RANK"] == "1":

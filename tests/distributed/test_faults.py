@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from engines import ENGINES, environment
 from faults import (
+    evaluate_out_of_memory,
     save_until_killed,
     train_until_killed,
     train_with_a_broken_reward,
@@ -39,6 +40,15 @@ def test_a_bug_in_a_reward_on_one_rank_ends_all_ranks(tmp_path, engine, options,
     assert "Rank 1 failed with ValueError: The reward `breaks` must return one number" in outcomes[0].error
     valid = last_valid(tmp_path)
     assert (valid and valid.name) == saved
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["ddp", "zero3", "fsdp2"])
+def test_a_rank_without_memory_in_an_evaluation_ends_all_ranks(tmp_path, engine):
+    options = {"output_dir": str(tmp_path), "per_device_eval_batch_size": 1, "baseline_prompts": 0}
+    outcomes = attempt(evaluate_out_of_memory, 2, environment(engine), **options)
+    assert "OutOfMemoryError: out of memory" in outcomes[1].error
+    assert "Every process must finish the images of an evaluation. Rank 1 failed with" in outcomes[0].error
 
 
 @pytest.mark.distributed

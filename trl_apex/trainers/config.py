@@ -283,7 +283,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         "slow copy too.",
     )
     gather_for_rollout: bool = _field(
-        True, "Under ZeRO-3 and FSDP2, gather all weights once a rollout; False gathers each layer in each forward."
+        True,
+        "Under ZeRO-3 and FSDP2, gather all weights once a rollout or evaluation; False gathers each layer in each forward.",
     )
     quantization_config: dict[str, Any] | str | None = _field(
         None,

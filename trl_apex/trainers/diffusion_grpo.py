@@ -336,7 +336,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         compared = any(map(wants_whole_groups, self.reward_funcs))  # within groups, so after the rollout
         self._detectors.note_weights()
         policy = self._anchor.applied() if self.args.loss_type == "nft" else nullcontext()
-        with policy, self._rollout_weights(), self._failing_together_unless_sharded():
+        with policy, self._rollout_weights(), self._failing_together_unless_sharded("the rollout"):
             self._detectors.probe_velocity()
             keys = self._conditions.keys(inputs, [(self.height, self.width)] * len(inputs))
             embeddings, prompt_of = self._conditions.distinct(keys)

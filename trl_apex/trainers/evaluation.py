@@ -86,11 +86,12 @@ def _records(trainer: Any, dataset: Any, funcs: list, names: list[str]) -> tuple
     def draw(rows: list[dict[str, Any]], numbers: list[int]) -> Tensor:
         size = sizes[numbers[0]]
         initial = evaluation_noise(args.seed, numbers, trainer.policy.latent_shape(*size))
-        embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
-        return trainer._sample(embeddings, initial, samplers[size], guidance).images
+        with trainer._failing_together_unless_sharded("the images of an evaluation"):
+            embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
+            return trainer._sample(embeddings, initial, samplers[size], guidance).images
 
     scorer = trainer._open_scorer(funcs, names)
-    with trainer._ema.applied(), closing(scorer):
+    with trainer._ema.applied(), trainer._rollout_weights(), closing(scorer):
         own = draw_and_score(
             dataset, batches_of_one_size(sizes, args.per_device_eval_batch_size, rank, world), draw,
             partial(trainer._submit, scorer), names, pictures=PICTURES if trainer.accelerator.is_main_process else 0,
@@ -118,7 +119,7 @@ def rewards_at_start(trainer: Any, count: int) -> Tensor:
         embeddings = trainer._conditions(trainer._conditions.keys(rows, [size] * len(rows)))
         return trainer._rollout(embeddings, [i * trainer.num_generations for i in numbers]).images
 
-    with trainer._rollout_weights(), trainer._failing_together_unless_sharded():
+    with trainer._rollout_weights(), trainer._failing_together_unless_sharded("the images before training"):
         drawn = [draw(rows, numbers) for rows, numbers in zip(rows_of, batches, strict=True)]
     own: dict[int, list[float]] = {}
     with failing_together("the rewards before training"):  # after all images, which sharded ranks make together

@@ -259,14 +259,14 @@ class RunTrainer(GRPOTrainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)  # by this mark, training would not wrap it in DDP
 
     def _rollout_weights(self):
-        """Whole weights on every rank for the length of a rollout, where an engine shards them and memory allows."""
+        """Whole weights on every rank for the length of a rollout or an evaluation, if an engine shards them and memory allows."""
         return distributed.gathered_for_rollout(self.model_wrapped) if self.args.gather_for_rollout else nullcontext()
 
-    def _failing_together_unless_sharded(self):
+    def _failing_together_unless_sharded(self, what: str):
         """Sharded layers are gathered in each forward; a rank that fails there leaves the others in that collective."""
         if not self.args.gather_for_rollout and any(map(distributed.is_sharded, self.model.parameters())):
             return nullcontext()
-        return distributed.failing_together("the rollout")
+        return distributed.failing_together(what)
 
     def _prepare_reference(self, starts_from_adapter: bool) -> None:
         """Place the frozen copy that `beta` needs. A fresh adapter is switched off instead, and needs none."""
