@@ -96,6 +96,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "strong_kl": {"beta": 0.4},
     "average": {"ema_decay": 0.9},
     "steady": {"target_movement": 3.5e-4},
+    "control": {"adam_epsilon": 1.01e-8},  # no remedy: another course from the first update on
 }
 
 
