@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _tradeoff_run import BUDGET, CONDITIONS
+from _tradeoff_run import BUDGET, options_of
 
 COLOURS = {"apex": "#d62728", "tuned": "#bbbbbb", "only": "#2ca02c"}
 OTHER = "#1f77b4"
@@ -82,7 +82,7 @@ def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
 
 
 def _courses(axes: Any, condition: str, runs: dict[str, list[dict[str, Any]]]) -> None:
-    every = CONDITIONS[condition].get("eval_steps", BUDGET["eval_steps"])
+    every = options_of(condition).get("eval_steps", BUDGET["eval_steps"])
     means = {method: torch.tensor([row["curve"] for row in mine]).mean(0) for method, mine in runs.items()}
     reach = [bound for curves in means.values() for bound in (float(curves.min()) - 0.1, float(curves.max()) + 0.1)]
     for axis, (method, curves) in zip(axes, means.items(), strict=False):

@@ -22,6 +22,7 @@ from trl_apex.aggregation import GRADIENT_RULES
 from trl_apex.demo import HELD_OUT, demo_adapter, held_out_monitors, quiet
 from trl_apex.evaluation import compare, seesaw_rate
 from trl_apex.rewards import JPEGCompressibilityReward, OCRReward
+from trl_apex.rewards.registry import load_reward
 from trl_apex.tiny.prompts import COLOURS, RGB, SHAPES, tiny_prompts
 from trl_apex.tiny.world import load_tiny_pipeline, tiny_rewards
 
@@ -108,6 +109,13 @@ def production_rewards() -> dict[str, Any]:
     return {reward.__name__: reward for reward in rewards}
 
 
+def options_of(condition: str) -> dict[str, Any]:
+    """What [`CONDITIONS`] says; any other condition is the name of a reward, which `natural` gets as a fifth objective."""
+    if condition not in CONDITIONS:
+        return {"objectives": (*OBJECTIVES, load_reward(condition).__name__)}
+    return dict(CONDITIONS[condition])
+
+
 def right_colour(images, wanted=None, **kwargs):
     """Cosine of the mean colour, without its grey, with the `wanted` one; None where the prompt wants a word instead."""
     scores: list[float | None] = []
@@ -192,12 +200,14 @@ def build_trainer(
 ) -> APEXTrainer:
     """The trainer of one run, with every reward that is not trained on as a monitor. `adapter`: the LoRA of the demo."""
     quiet()
-    options = dict(CONDITIONS[condition])
+    options = options_of(condition)
     objectives, own = method_settings(method, options.pop("objectives", OBJECTIVES))
     factors, mixed = options.pop("factors", {}), options.pop("mixed", False)
     kinds = ("word", "colour") if mixed else ("word",)
     config = APEXConfig(output_dir=output_dir, seed=seed, **{**BUDGET, **LOSS, **options, **own, **changes})
-    measured = production_rewards() | {monitor.__name__: of_words(monitor) for monitor in held_out_monitors()}
+    added = [load_reward(condition)] if condition not in CONDITIONS else []
+    measured = production_rewards() | {reward.__name__: reward for reward in added}
+    measured |= {monitor.__name__: of_words(monitor) for monitor in held_out_monitors()}
     train, test = (
         Dataset.from_list([row for kind in kinds for row in prompts_of(kind, split, count // len(kinds), own_seed)])
         for split, count, own_seed in (("train", 1024, seed), ("test", prompts, 0))
@@ -217,11 +227,11 @@ def build_trainer(
     return trainer
 
 
-def table_of(trainer: APEXTrainer, factors: dict[str, float] | None = None) -> torch.Tensor:
+def table_of(trainer: APEXTrainer, names: list[str], factors: dict[str, float]) -> torch.Tensor:
     """Rewards `[P, M]` of the trainer's last evaluation, in their natural units; NaN where there is none."""
     found = [record["rewards"] for record in trainer.eval_records]
-    rows = [[math.nan if row.get(name) is None else row[name] for name in MEASURED] for row in found]
-    units = torch.tensor([(factors or {}).get(name, 1.0) for name in MEASURED], dtype=torch.float64)
+    rows = [[math.nan if row.get(name) is None else row[name] for name in names] for row in found]
+    units = torch.tensor([factors.get(name, 1.0) for name in names], dtype=torch.float64)
     return torch.tensor(rows, dtype=torch.float64) / units
 
 
@@ -256,19 +266,18 @@ def run(condition: str, method: str, rate: float, seed: int, prompts: int, **cha
     [`Cost`] says.
     """
     logging.disable(logging.WARNING)
-    factors = CONDITIONS[condition].get("factors", {})
-    judged = CONDITIONS[condition].get("objectives", OBJECTIVES)
+    options = options_of(condition)
+    factors, judged = options.get("factors", {}), options.get("objectives", OBJECTIVES)
+    names = [*judged, *(name for name in MEASURED if name not in judged)]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(condition, method, seed, prompts, scratch, learning_rate=rate, **changes)
         trainer.evaluate()
-        base = table_of(trainer, factors)
+        base = table_of(trainer, names, factors)
         cost = Cost(trainer)
         trainer.add_callback(cost)
         trainer.train()
-        tuned = table_of(trainer, factors)
-    order = [MEASURED.index(name) for name in (*judged, *(name for name in MEASURED if name not in judged))]
-    names = [MEASURED[i] for i in order]
-    result = compare(names, base[:, order], tuned[:, order], len(judged))
+        tuned = table_of(trainer, names, factors)
+    result = compare(names, base, tuned, len(judged))
     gains = {name: row["gain"] for name, row in result["objectives"].items()}
     differences = {name: (row["base"], row["tuned"]) for name, row in result["held_out"].items()}
     return {
@@ -285,17 +294,16 @@ def run(condition: str, method: str, rate: float, seed: int, prompts: int, **cha
         "held_out": {name: tuned - base for name, (base, tuned) in differences.items() if base is not None},
         "jdr": result["domination"]["all_at_least_as_good"],
         "cost": cost.points,
-        **dynamics(trainer.state.log_history, list(gains), base, factors),
+        **dynamics(trainer.state.log_history, list(judged), base, factors),
     }
 
 
 def dynamics(
     history: list[dict[str, Any]], objectives: list[str], base: torch.Tensor, factors: dict[str, float]
 ) -> dict[str, Any]:
-    """What the logs of a run say of its course."""
+    """What the logs of a run say of its course; the first columns of `base` are the objectives."""
     evaluations = [entry for entry in history if f"eval_rewards/{objectives[0]}/mean" in entry]
-    columns = [base[:, MEASURED.index(name)] for name in objectives]
-    columns = [column[column.isfinite()] for column in columns]
+    columns = [column[column.isfinite()] for column in base.T[: len(objectives)]]
     units = torch.stack([column.std() for column in columns])
     points = {"mean": [[column.mean().item() for column in columns]]}
     points["se"] = [[(column.std() / len(column) ** 0.5).item() for column in columns]]

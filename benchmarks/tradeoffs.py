@@ -2,6 +2,7 @@
 
     python benchmarks/tradeoffs.py --part scan [--workers 2]        # learning rates, on the development seeds 0 and 100
     python benchmarks/tradeoffs.py [--part tradeoffs|ablation] [--workers 2]
+    python benchmarks/tradeoffs.py --reward my_rewards:redness --seeds 7 8 9    # with a reward of yours as a fifth objective
     python benchmarks/tradeoffs.py --smoke --out runs/smoke     # three short runs, to see that it works
     python benchmarks/tradeoffs.py --redraw                     # tables and figures again, from the results
 
@@ -11,6 +12,7 @@ is in docs/benchmarks.md, "The rules against each other".
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,6 +36,7 @@ from _tradeoff_run import (
 )
 
 from trl_apex.aggregation import RULES
+from trl_apex.rewards.registry import load_reward
 
 ONLY = [f"only_{name}" for name in OBJECTIVES]
 # What a user tries by hand: more and more weight on the two objectives that lag, in the order of OBJECTIVES.
@@ -68,15 +71,19 @@ SETTINGS: dict[str, Any] = {
 
 COURSE = ("curve", "priorities", "cost", "logs")  # kept for the runs of the picture alone
 
+PARTS = ("scan", "tradeoffs", "ablation")
+
 Job = tuple[str, str, float, int]
 Row = dict[str, Any]
 
 
 def plan(part: str, seeds: Iterable[int] | None = None) -> list[Job]:
-    """All runs of a part, those that say most first."""
+    """All runs of a part, those that say most first. A part that is a reward compares three rules with it."""
     if part == "scan":
         return [("natural", m, rate, s) for s in seeds or DEVELOPMENT for m in (*ONLY, *RULES) for rate in RATES]
     fresh = list(seeds or FRESH)
+    if part not in PARTS:
+        return [(part, method, rate_of(method), s) for method in FIRST for s in fresh]
     if part == "ablation":
         names = ["apex" if name == "apex" else f"apex:{name}" for name in ABLATIONS]
         return [("natural", name, rate_of("apex"), s) for s in fresh for name in names]
@@ -90,7 +97,7 @@ def rate_of(method: str) -> float:
 
 def named(jobs: list[Job], prompts: int, **changes: Any) -> dict[str, tuple[tuple, dict[str, Any]]]:
     """The jobs by the name of their file."""
-    return {"-".join(map(str, job)).replace(":", "-"): ((*job, prompts), changes) for job in jobs}
+    return {re.sub(r"[^\w.-]+", "-", "-".join(map(str, job))): ((*job, prompts), changes) for job in jobs}
 
 
 def key(row: Row) -> Job:
@@ -202,7 +209,8 @@ def main() -> None:
     given = arguments(
         __doc__,
         "three short runs, to see that it works",
-        part={"choices": ("scan", "tradeoffs", "ablation"), "default": "tradeoffs"},
+        part={"choices": PARTS, "default": "tradeoffs"},
+        reward={"help": "in place of a part: a reward, as `load_reward` takes it"},
         conditions={"nargs": "*", "choices": tuple(CONDITIONS), "help": "only these"},
         methods={"nargs": "*", "help": "only these"},
         seeds={"type": int, "nargs": "*", "help": "only these"},
@@ -210,9 +218,12 @@ def main() -> None:
         redraw={"action": "store_true", "help": "only write tables and figures again, from the results"},
         runs={"type": Path, "help": "where finished runs are kept; by default runs/PART"},
     ).parse_args()
-    scan = given.part == "scan"
-    given.runs = given.runs or Path("runs") / given.part
-    results = given.out / f"{'tradeoffs_scan' if scan else given.part}.json"
+    scan, name = given.part == "scan", "own" if given.reward else given.part
+    if given.reward:
+        load_reward(given.reward)  # now, not in every process
+        given.part = given.reward
+    given.runs = given.runs or Path("runs") / name
+    results = given.out / f"{'tradeoffs_scan' if scan else name}.json"
     if given.redraw:
         found: dict[str, Any] = json.loads(results.read_text())
     elif given.smoke:
