@@ -51,6 +51,7 @@ def test_a_sound_run_has_numbers_and_no_warning(build, caplog):
         first, *later = logged(trainer, f"drift/{name}")
         assert first == 0 and all(value != 0 for value in later)
     assert logged(trainer, "dead_step_rate") == [0.0] * 6
+    assert all(0 < value < 5 for value in logged(trainer, "drift/lowest/redness"))
 
 
 def test_an_update_that_does_not_reach_the_rollout_is_named_once_also_after_a_resume(build, caplog):
@@ -69,7 +70,13 @@ def test_numbers_go_on_over_a_resume(build):
     whole.train()
     resumed = build(max_steps=6, **saving)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
-    for key in ("velocity_change", "drift/mean_pixel", "drift/latent_rms", "drift/velocity_rms"):
+    for key in (
+        "velocity_change",
+        "drift/lowest/redness",
+        "drift/mean_pixel",
+        "drift/latent_rms",
+        "drift/velocity_rms",
+    ):
         assert logged(resumed, key) == logged(whole, key)
 
 
@@ -114,3 +121,19 @@ def test_images_that_drift_are_named_once(build, caplog):
     (message,) = caplog.messages
     assert "The mean pixel has drifted from" in message
     assert logged(trainer, "drift/mean_pixel")[-1] > 0.15
+
+
+def test_an_image_that_breaks_is_named_once(build, caplog):
+    def breaks(images, trainer_state, **kwargs):
+        scores = redness(None, images)
+        if trainer_state.global_step >= 4:
+            scores[2] -= 9.0
+        return scores
+
+    with caplog.at_level(logging.WARNING, "trl_apex"):
+        trainer = build([breaks, contrast], max_steps=8)
+        trainer.train()
+    (message,) = caplog.messages
+    assert "The lowest reward of 'breaks' is -" in message and "A few images have broken" in message
+    before, after = logged(trainer, "drift/lowest/breaks")[::3]
+    assert before < 5 and after > 10 and max(logged(trainer, "drift/lowest/contrast")) < 10

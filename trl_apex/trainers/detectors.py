@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 LIMITS = {"drift/mean_pixel": 0.15, "drift/latent_rms": 0.25, "drift/velocity_rms": 0.25}
 """Distance from the first iteration above which a drift is warned about: of the mean in [0, 1], relative for the others."""
+LOWEST = 10.0
+"""Spreads of the first iteration below the median, beyond which an iteration's lowest reward is warned about."""
 DEAD_ITERATIONS, DEAD_SHARE = 8, 0.5
 PATIENCE = 3
 """Iterations without any score after which an objective is named in a warning."""
@@ -27,6 +29,7 @@ class LearningDetectors(TrainerCallback):
     """Warns of a run that learns nothing, or something other than the reward. In a sound run
 
     - every objective scores some image, and most iterations have an advantage;
+    - no image has a reward far below all that the first iteration had;
     - the denoiser that samples gives another velocity for the same noise once its weights have changed;
     - the importance ratio of a first update is 1, up to rounding;
     - pixels, latents and velocities keep the size that they had in the first iteration.
@@ -134,8 +137,8 @@ class LearningDetectors(TrainerCallback):
 
     # Does something else move than the reward?
 
-    def see_rollout(self, rollouts: list[Rollout], advantages: Tensor) -> None:
-        """Compare an iteration's velocity, images and latents on this rank with earlier ones; `advantages` are all ranks'."""
+    def see_rollout(self, rollouts: list[Rollout], rewards: Tensor, advantages: Tensor) -> None:
+        """Compare an iteration with earlier ones: `rewards` `[B, K]` and `advantages` of all ranks, the rollouts of this one."""
         assert self._velocity is not None, "probed in the rollout"
         velocity = self._velocity.float()
         pixel = torch.cat([r.images.float().mean((1, 2, 3)) for r in rollouts]).mean()
@@ -147,6 +150,8 @@ class LearningDetectors(TrainerCallback):
         self._drift("drift/mean_pixel", pixel)
         self._drift("drift/latent_rms", power**0.5, relative=True)
         self._drift("drift/velocity_rms", ranks[0, 3].item(), relative=True)
+        for name, column in zip(self.trainer.reward_func_names, rewards.double().T, strict=True):
+            self._see_lowest(name, column[column.isfinite()])
         self._compare_velocity(ranks[0, 4:], bool(changed))
         self._dead.append(bool((advantages == 0).all()))
         dead = sum(self._dead)
@@ -183,6 +188,24 @@ class LearningDetectors(TrainerCallback):
                 name,
                 f"The {what} has drifted from {first:.3g} in the first iteration to {value:.3g}. Look at the images: this often "
                 "comes before they collapse. `beta` > 0, a lower learning rate or a held-out reward in `monitor_funcs` help.",
+            )
+
+    def _see_lowest(self, name: str, scores: Tensor) -> None:
+        key, metric = f"spread/{name}", f"drift/lowest/{name}"
+        if key not in self._first and len(scores) > 1 and (spread := scores.std().item()) > 0:
+            self._first[key] = spread
+        if key not in self._first or not len(scores):
+            return
+        median, lowest = scores.median().item(), scores.min().item()
+        depth = (median - lowest) / self._first[key]
+        self.trainer._metrics["train"][metric].append(depth)
+        if depth > LOWEST:
+            self._warn(
+                metric,
+                f"The lowest reward of {name!r} is {lowest:.3g}, where half of the images have {median:.3g} or more: "
+                f"{depth:.0f} times the spread of the first iteration below. A few images have broken, and more may follow. "
+                "Look at the images of the lowest rewards, and keep the best checkpoint (save_strategy='best'). `beta` > 0, a "
+                "lower learning rate or more prompts an iteration help.",
             )
 
     def _warn(self, name: str, text: str) -> None:

@@ -380,7 +380,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             self._prompts.see(self._iteration, moments.dead.all(1), (moments.count > 1).any(1))
             metrics["dead_prompts"].append(len(self._prompts.dead) / self._prompts.num_prompts)
         self._log_rollout(rewards, advantages, prompts, rollouts)
-        self._detectors.see_rollout(rollouts, advantages)
+        self._detectors.see_rollout(rollouts, rewards, advantages)
         here = distributed.local_slice(len(inputs), self.accelerator.process_index)
         result = {
             "advantages": advantages[here].to(device, torch.float32),
