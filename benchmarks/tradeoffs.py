@@ -47,7 +47,7 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
     "natural": [*FIRST, "apex:defaults", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
     "conflict": [*RULES, "apex:without_conflict", "apex:without_potential"],
     "mixed": list(RULES),
-    "few_prompts": [*RULES, "apex:pooled_scale", "apex:robust_scale", *(f"apex:{name}" for name in REMEDIES)],
+    "few_prompts": [*RULES, "apex:pooled_scale", *(f"apex:{name}" for name in REMEDIES)],
     "long": [*FIRST, *ONLY, "tuned_4_8_1_1"],
     "field_units": ["sum_then_normalize", "dvao"],  # scores of the others do not depend on units
     "scaled": ["sum_then_normalize", "dvao"],

@@ -75,22 +75,6 @@ def test_pinned_values(options, values, ids, expected):
     torch.testing.assert_close(advantages, torch.tensor(expected), rtol=0, atol=8e-4)
 
 
-@pytest.mark.parametrize(
-    ("limit", "pooled"),
-    # The second batch's groups have variances 1 and 10,000; of the latter 3^2 counts, or all. The average over both batches
-    # has the weights .09 and .1, so V = (.09 * 1 + .1 * (1 + 9) / 2) / .19 = 3.1053, or (.09 + .1 * 5000.5) / .19 = 2632.3.
-    [(3.0, 3.1053), (math.inf, 2632.3)],
-)
-def test_an_outlier_counts_in_the_pooled_scale_up_to_its_limit(limit, pooled):
-    aggregator, ids = make(1, scale_blend=math.inf, scale_clip=limit), torch.tensor([0, 0, 1, 1])
-    aggregator(torch.tensor([[0.0], [2.0], [0.0], [2.0]]), ids)
-    aggregator(torch.tensor([[0.0], [2.0], [0.0], [200.0]]), ids)
-    assert float(aggregator._state.scale[0]) == pytest.approx(pooled**0.5, rel=1e-4)
-    small, large = 1 / pooled**0.5, min(100 / pooled**0.5, 5.0)
-    expected = torch.tensor([-small, small, -large, large])
-    torch.testing.assert_close(aggregator.normalized[:, 0], expected, rtol=1e-3, atol=0)
-
-
 # Edge cases
 
 

@@ -97,15 +97,10 @@ def group_moments(rewards: Rows, mask: Valid, groups: Groups, tolerance: float =
     return GroupMoments(count, mean, variance, dead, centred)
 
 
-def pooled_variance(moments: GroupMoments, largest: Vector | None = None) -> Vector:
-    r"""Variance within the live groups, \(\sum_p n_{pk} s^2_{pk} / \sum_p n_{pk}\); NaN where an objective has none.
-
-    A group's variance counts up to `largest`, where that is above 0.
-    """
-    live, variance = torch.where(moments.dead, 0.0, moments.count), moments.variance
-    if largest is not None:
-        variance = torch.where(largest > 0, torch.minimum(variance, largest), variance)
-    return (live * variance).sum(0) / live.sum(0)  # 0/0 is the NaN we promise
+def pooled_variance(moments: GroupMoments) -> Vector:
+    r"""Variance within the live groups, \(\sum_p n_{pk} s^2_{pk} / \sum_p n_{pk}\); NaN where an objective has none."""
+    live = torch.where(moments.dead, 0.0, moments.count)
+    return (live * moments.variance).sum(0) / live.sum(0)  # 0/0 is the NaN we promise
 
 
 def adaptive_normalize(

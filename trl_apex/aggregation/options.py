@@ -62,7 +62,6 @@ class ApexOptions:
         1 / 3, "Weight of the pooled scale, in group sizes: 0 is the group's own, inf the pooled.", _NOT_NEGATIVE
     )
     scale_ema: float = _option(0.9, "Decay of the moving average of the pooled variance.", _DECAY)
-    scale_clip: float = _option(INF, "A group's spread counts in the pooled scale up to so many times it.", (1.0, INF))
     z_clip: float = _option(5.0, "Clip of each objective's normalized score; inf turns it off.", _POSITIVE)
     dead_tolerance: float = _option(1e-6, "Spread of a group, relative to its mean, below which it is dead.", _SHARE)
     # Stage 2

@@ -50,8 +50,7 @@ def observe_batch(state: PriorityState, moments: GroupMoments, held: Flags, opti
     between = torch.where(has, (moments.mean - mean) ** 2, 0.0).sum(0) / groups
     alone = torch.where(has, moments.variance / moments.count.clamp(min=1.0), 0.0).sum(0)
     error = torch.where(groups > 1, between / groups, alone).sqrt()
-    variance = pooled_variance(moments, options.scale_clip**2 * state.variance.value)
-    variance, mean, error = (torch.where(held, torch.nan, new) for new in (variance, mean, error))
+    variance, mean, error = (torch.where(held, torch.nan, new) for new in (pooled_variance(moments), mean, error))
     state = replace(
         state,
         iteration=state.iteration + 1,
