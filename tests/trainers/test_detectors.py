@@ -51,7 +51,6 @@ def test_a_sound_run_has_numbers_and_no_warning(build, caplog):
         first, *later = logged(trainer, f"drift/{name}")
         assert first == 0 and all(value != 0 for value in later)
     assert logged(trainer, "dead_step_rate") == [0.0] * 6
-    assert all(0 < value < 5 for value in logged(trainer, "drift/lowest/redness"))
 
 
 def test_an_update_that_does_not_reach_the_rollout_is_named_once_also_after_a_resume(build, caplog):
@@ -66,9 +65,9 @@ def test_an_update_that_does_not_reach_the_rollout_is_named_once_also_after_a_re
 
 def test_numbers_go_on_over_a_resume(build):
     saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = build(max_steps=6, **saving)
+    whole = build(max_steps=8, **saving)
     whole.train()
-    resumed = build(max_steps=6, **saving)
+    resumed = build(max_steps=8, **saving)
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
     for key in (
         "velocity_change",
@@ -77,7 +76,7 @@ def test_numbers_go_on_over_a_resume(build):
         "drift/latent_rms",
         "drift/velocity_rms",
     ):
-        assert logged(resumed, key) == logged(whole, key)
+        assert logged(resumed, key) == logged(whole, key) != []
 
 
 def drop(pipe):
@@ -126,14 +125,14 @@ def test_images_that_drift_are_named_once(build, caplog):
 def test_an_image_that_breaks_is_named_once(build, caplog):
     def breaks(images, trainer_state, **kwargs):
         scores = redness(None, images)
-        if trainer_state.global_step >= 4:
+        if trainer_state.global_step >= 8:
             scores[2] -= 9.0
         return scores
 
     with caplog.at_level(logging.WARNING, "trl_apex"):
-        trainer = build([breaks, contrast], max_steps=8)
+        trainer = build([breaks, contrast], max_steps=10)
         trainer.train()
     (message,) = caplog.messages
     assert "The lowest reward of 'breaks' is -" in message and "A few images have broken" in message
-    before, after = logged(trainer, "drift/lowest/breaks")[::3]
-    assert before < 5 and after > 10 and max(logged(trainer, "drift/lowest/contrast")) < 10
+    before, after = logged(trainer, "drift/lowest/breaks")  # of the fourth and the fifth iteration
+    assert 0 < before < 1 and after > 2 and max(logged(trainer, "drift/lowest/contrast")) < 1

@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 LIMITS = {"drift/mean_pixel": 0.15, "drift/latent_rms": 0.25, "drift/velocity_rms": 0.25}
 """Distance from the first iteration above which a drift is warned about: of the mean in [0, 1], relative for the others."""
-LOWEST = 10.0
-"""Spreads of the first iteration below the median, beyond which an iteration's lowest reward is warned about."""
+LOWEST = 2.0
+"""Ranges of the first iterations below the median, beyond which an iteration's lowest reward is warned about."""
 DEAD_ITERATIONS, DEAD_SHARE = 8, 0.5
 PATIENCE = 3
-"""Iterations without any score after which an objective is named in a warning."""
+"""Iterations without any score after which an objective is named in a warning, and whose rewards others are compared with."""
 SKETCH = 64
 """Numbers of the velocity that are kept to compare with, at most."""
 
@@ -29,7 +29,7 @@ class LearningDetectors(TrainerCallback):
     """Warns of a run that learns nothing, or something other than the reward. In a sound run
 
     - every objective scores some image, and most iterations have an advantage;
-    - no image has a reward far below all that the first iteration had;
+    - no image has a reward far below those of the first iterations;
     - the denoiser that samples gives another velocity for the same noise once its weights have changed;
     - the importance ratio of a first update is 1, up to rounding;
     - pixels, latents and velocities keep the size that they had in the first iteration.
@@ -39,6 +39,7 @@ class LearningDetectors(TrainerCallback):
         self.trainer = trainer
         self._first: dict[str, float] = {}  # of the run's first iteration
         self._sketch: list[float] | None = None  # of the velocity in the last rollout
+        self._ranges: dict[str, list[float]] = {}  # of each objective's rewards in the first iterations
         self._warned: set[str] = set()
         self._dead: deque[bool] = deque(maxlen=DEAD_ITERATIONS)
         self._scored: list[Tensor] = []  # of the first iterations, which objectives had a score
@@ -49,12 +50,18 @@ class LearningDetectors(TrainerCallback):
         self._weights_changed = False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self._first, "sketch": self._sketch, "warned": sorted(self._warned)}
+        return {
+            "first": self._first,
+            "ranges": self._ranges,
+            "sketch": self._sketch,
+            "warned": sorted(self._warned),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not isinstance(state["warned"], list):
             raise TypeError(f"`warned` must be a list. Found {state['warned']!r}.")
         self._first = {name: float(value) for name, value in state["first"].items()}
+        self._ranges = {name: list(map(float, values)) for name, values in state.get("ranges", {}).items()}
         self._sketch = None if state["sketch"] is None else [float(value) for value in state["sketch"]]
         self._warned = set(state["warned"])
 
@@ -191,22 +198,26 @@ class LearningDetectors(TrainerCallback):
             )
 
     def _see_lowest(self, name: str, scores: Tensor) -> None:
-        key, metric = f"spread/{name}", f"drift/lowest/{name}"
-        if key not in self._first and len(scores) > 1 and (spread := scores.std().item()) > 0:
-            self._first[key] = spread
-        if key not in self._first or not len(scores):
+        if len(scores) < 2:
             return
-        median, lowest = scores.median().item(), scores.min().item()
-        depth = (median - lowest) / self._first[key]
-        self.trainer._metrics["train"][metric].append(depth)
-        if depth > LOWEST:
-            self._warn(
-                metric,
-                f"The lowest reward of {name!r} is {lowest:.3g}, where half of the images have {median:.3g} or more: "
-                f"{depth:.0f} times the spread of the first iteration below. A few images have broken, and more may follow. "
-                "Look at the images of the lowest rewards, and keep the best checkpoint (save_strategy='best'). `beta` > 0, a "
-                "lower learning rate or more prompts an iteration help.",
-            )
+        lowest, highest = (extreme.item() for extreme in scores.aminmax())
+        ranges = self._ranges.setdefault(name, [])
+        if len(ranges) < PATIENCE:
+            ranges.append(highest - lowest)
+        elif not any(ranges):  # nothing to compare with yet
+            ranges.clear()
+        else:
+            median = scores.median().item()
+            depth = (median - lowest) / max(ranges)
+            self.trainer._metrics["train"][f"drift/lowest/{name}"].append(depth)
+            if depth > LOWEST:
+                self._warn(
+                    f"drift/lowest/{name}",
+                    f"The lowest reward of {name!r} is {lowest:.3g}, where half of the images have {median:.3g} or more. In the "
+                    f"first {PATIENCE} iterations all rewards lay within {max(ranges):.2g}. A few images have broken, and more may "
+                    "follow. Look at them, and keep the best checkpoint (save_strategy='best'). `beta` > 0, a lower learning "
+                    "rate or more prompts an iteration help.",
+                )
 
     def _warn(self, name: str, text: str) -> None:
         if name not in self._warned:
