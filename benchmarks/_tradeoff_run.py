@@ -159,19 +159,21 @@ def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str
     """The objectives that a method trains on, of those of the condition, and its configuration.
 
     A method is a rule of the aggregator, `only_NAME`, `tuned_W1_W2_...` (weights of `sum_then_normalize`) or `apex:NAME`, a row
-    of `ABLATIONS` or `REMEDIES`.
+    of `ABLATIONS`; `METHOD:NAME` is any of them with one of `REMEDIES`.
     """
+    method, _, change = method.partition(":")
+    if change in REMEDIES:
+        trained, own = method_settings(method, objectives)
+        return trained, own | REMEDIES[change]
     if method.startswith("only_"):
         return (method.removeprefix("only_"),), {"multi_objective_aggregation": "sum_then_normalize"}
     if method.startswith("tuned_"):
         weights = [float(weight) for weight in method.split("_")[1:]]
         return objectives, {"multi_objective_aggregation": "sum_then_normalize", "reward_weights": weights}
-    if method.startswith("apex"):
-        name = method.partition(":")[2] or "apex"
-        part = dict(ABLATIONS.get(name, {}))
+    if method == "apex":
+        part = dict(ABLATIONS[change or "apex"])
         start = part.pop("baseline_prompts", BASELINE)
-        own = {"aggregation_options": {**APEX, **part}, "baseline_prompts": start}
-        return objectives, own if name in ABLATIONS else own | REMEDIES[name]
+        return objectives, {"aggregation_options": {**APEX, **part}, "baseline_prompts": start}
     probe = {"gradient_probe": True, "probe_layers": PROBED} if method in GRADIENT_RULES else {}
     return objectives, {"multi_objective_aggregation": method, **probe}
 

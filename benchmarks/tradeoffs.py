@@ -47,7 +47,12 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
     "natural": [*FIRST, "apex:defaults", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
     "conflict": [*RULES, "apex:without_conflict", "apex:without_potential"],
     "mixed": list(RULES),
-    "few_prompts": [*RULES, "apex:pooled_scale", *(f"apex:{name}" for name in REMEDIES)],
+    "few_prompts": [
+        *RULES,
+        "apex:pooled_scale",
+        *(f"apex:{name}" for name in REMEDIES),
+        *(f"{name}:kl" for name in FIRST[1:]),
+    ],
     "long": [*FIRST, *ONLY, "tuned_4_8_1_1"],
     "field_units": ["sum_then_normalize", "dvao"],  # scores of the others do not depend on units
     "scaled": ["sum_then_normalize", "dvao"],
@@ -91,8 +96,9 @@ def plan(part: str, seeds: Iterable[int] | None = None) -> list[Job]:
 
 
 def rate_of(method: str) -> float:
-    """The learning rate of a method; tuned weights use that of the sum."""
-    return CHOSEN.get("sum_then_normalize" if method.startswith("tuned") else method, RATES[0])
+    """The learning rate of a method; tuned weights use that of the sum, and what is changed in a method its own or the method's."""
+    rule = "sum_then_normalize" if method.startswith("tuned") else method.partition(":")[0]
+    return CHOSEN.get(method, CHOSEN.get(rule, RATES[0]))
 
 
 def named(jobs: list[Job], prompts: int, **changes: Any) -> dict[str, tuple[tuple, dict[str, Any]]]:
