@@ -28,7 +28,16 @@ def row(method: str, seed: int, worst: float, condition: str = "natural") -> dic
     }  # fmt: skip
 
 
-KEPT = ["losses", "losses_scan", "losses_guards", "losses_step_size", "language", "language_scan", "mixing"]
+KEPT = [
+    "losses",
+    "losses_scan",
+    "losses_guards",
+    "losses_step_size",
+    "language",
+    "language_scan",
+    "mixing",
+    "tradeoffs_development",
+]
 
 
 @pytest.mark.parametrize("name", [*KEPT, "tradeoffs", "tradeoffs_scan", "ablation"])
