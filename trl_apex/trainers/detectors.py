@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 LIMITS = {"drift/mean_pixel": 0.15, "drift/latent_rms": 0.25, "drift/velocity_rms": 0.25}
 """Distance from the first iteration above which a drift is warned about: of the mean in [0, 1], relative for the others."""
-LOWEST = 2.0
+LOWEST = 4.0
 """Ranges of the first iterations below the median, beyond which an iteration's lowest reward is warned about."""
 DEAD_ITERATIONS, DEAD_SHARE = 8, 0.5
 PATIENCE = 3
