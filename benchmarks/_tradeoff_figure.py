@@ -16,13 +16,17 @@ SHOWN = ("sum_then_normalize", "normalize_then_sum", "apex")
 
 
 def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) -> None:
-    """Worst against mean gain of every method, a panel a condition; under it the curves and priorities of the longest runs."""
+    """Worst against mean gain of every method, a panel a condition; under it the curves and priorities of the longest runs.
+
+    Conditions without `apex` are left out, unless none has it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    conditions = list(dict.fromkeys(line["condition"] for line in table))
+    compared = [line for line in table if line["method"] == "apex"] or table
+    conditions = list(dict.fromkeys(line["condition"] for line in compared))
     across = 2 if len(conditions) == 4 else min(len(conditions), 3)
     down = math.ceil(len(conditions) / across)
     condition = shown_condition(conditions)
