@@ -134,17 +134,14 @@ def test_smoke(tradeoffs, tmp_path, monkeypatch):
 
 
 def test_a_reward_of_your_own_is_a_fifth_objective(tradeoffs, tmp_path, monkeypatch):
-    from _tradeoff_run import run
-
     (tmp_path / "own_reward.py").write_text(
         "def darkness(images, **kwargs):\n    return (-images.mean((1, 2, 3))).tolist()\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
     jobs = tradeoffs.plan("own_reward:darkness", [7])
     assert [job[1] for job in jobs] == ["apex", "sum_then_normalize", "normalize_then_sum"]
     small = {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 8, "generation_batch_size": 8}
-    found = run(*jobs[0], 4, **small, baseline_prompts=4)
+    (found,) = tradeoffs.execute(tradeoffs.named(jobs[:1], 4, **small, baseline_prompts=4), 1, tmp_path / "runs")
     assert list(found["gains"]) == ["ocr", "pickscore", "deqa", "aesthetic", "darkness"]
     assert found["errors"]["darkness"] > 0
     assert tradeoffs.summarize([found])[0]["gains/darkness"][0] == found["gains"]["darkness"]
