@@ -109,10 +109,14 @@ def production_rewards() -> dict[str, Any]:
     return {reward.__name__: reward for reward in rewards}
 
 
+own_reward = cache(load_reward)  # loaded once a process, as those
+
+
 def options_of(condition: str) -> dict[str, Any]:
     """What [`CONDITIONS`] says; any other condition is the name of a reward, which `natural` gets as a fifth objective."""
     if condition not in CONDITIONS:
-        return {"objectives": (*OBJECTIVES, load_reward(condition).__name__)}
+        reward = own_reward(condition)
+        return {"objectives": (*OBJECTIVES, reward.__name__), "added": reward}
     return dict(CONDITIONS[condition])
 
 
@@ -204,12 +208,12 @@ def build_trainer(
     quiet()
     options = options_of(condition)
     objectives, own = method_settings(method, options.pop("objectives", OBJECTIVES))
-    factors, mixed = options.pop("factors", {}), options.pop("mixed", False)
+    factors, mixed, added = options.pop("factors", {}), options.pop("mixed", False), options.pop("added", None)
     kinds = ("word", "colour") if mixed else ("word",)
     config = APEXConfig(output_dir=output_dir, seed=seed, **{**BUDGET, **LOSS, **options, **own, **changes})
-    added = [load_reward(condition)] if condition not in CONDITIONS else []
-    measured = production_rewards() | {reward.__name__: reward for reward in added}
-    measured |= {monitor.__name__: of_words(monitor) for monitor in held_out_monitors()}
+    measured = production_rewards() | {monitor.__name__: of_words(monitor) for monitor in held_out_monitors()}
+    if added is not None:
+        measured[added.__name__] = added
     train, test = (
         Dataset.from_list([row for kind in kinds for row in prompts_of(kind, split, count // len(kinds), own_seed)])
         for split, count, own_seed in (("train", 1024, seed), ("test", prompts, 0))
