@@ -79,6 +79,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "default_schedule": {"warmup_iterations": 10, "ramp_iterations": 10},
     "defaults": {"warmup_iterations": 10, "ramp_iterations": 10, "need_coef": 1.0},
     "pooled_scale": {"scale_blend": math.inf},  # a group's own spread does not count
+    "tight_clip": {"z_clip": 2.5, "advantage_clip": 2.5},  # half of what an outlier counts
     "without_stage_1": {"normalize_objectives": False},
     "without_stage_2": {"normalize_advantages": False},
     "without_priorities": {"adaptive_priorities": False},

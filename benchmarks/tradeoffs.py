@@ -50,6 +50,7 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
     "few_prompts": [
         *RULES,
         "apex:pooled_scale",
+        "apex:tight_clip",
         *(f"apex:{name}" for name in REMEDIES),
         *(f"{name}:kl" for name in FIRST[1:]),
     ],
