@@ -53,6 +53,7 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
         "apex:tight_clip",
         *(f"apex:{name}" for name in REMEDIES),
         *(f"{name}:kl" for name in FIRST[1:]),
+        "tuned_4_4_1_1",
     ],
     "long": [*FIRST, "apex:kl", *ONLY, "tuned_4_4_1_1", "tuned_4_8_1_1"],
     "field_units": ["sum_then_normalize", "dvao"],  # scores of the others do not depend on units
