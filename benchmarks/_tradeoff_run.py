@@ -70,6 +70,7 @@ FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": U
 LOSS = {"loss_type": "nft", **FINAL}  # by the comparison of the losses
 BASELINE = 128  # images before training, from whose mean rewards `apex` measures progress
 APEX = {"need_coef": 4.0, "warmup_iterations": 1, "ramp_iterations": 1}  # quick, for a short run
+FULL = {"scale_blend": math.inf, "scale_reference": "initial"}  # scores in units of the first spread
 PROBED = [r"attn\.to_out", r"attn\.to_add_out"]  # layers of the gradient probe
 TARGETS = [0.75, 18.8, 3.4, 7.1]  # of OBJECTIVES, about one standard deviation above the base
 
@@ -79,6 +80,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "default_schedule": {"warmup_iterations": 10, "ramp_iterations": 10},
     "defaults": {"warmup_iterations": 10, "ramp_iterations": 10, "need_coef": 1.0},
     "pooled_scale": {"scale_blend": math.inf},  # a group's own spread does not count
+    "pooled_scale_unclipped": {"scale_blend": math.inf, "z_clip": math.inf},
+    "full_scale": FULL | {"z_clip": 20.0},  # outliers count almost in full
+    "full_scale_unclipped": FULL | {"z_clip": math.inf},
     "tight_clip": {"z_clip": 2.5, "advantage_clip": 2.5},  # half of what an outlier counts
     "without_stage_1": {"normalize_objectives": False},
     "without_stage_2": {"normalize_advantages": False},

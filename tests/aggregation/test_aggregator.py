@@ -171,6 +171,24 @@ def test_without_history_it_uses_the_users_weights_and_this_batchs_scale():
     torch.testing.assert_close(aggregator._state.scale, pooled)
 
 
+def test_scores_in_units_of_the_initial_spread_count_an_outlier_in_full():
+    calm, ids = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]]), torch.tensor([0, 0, 1, 1])  # spread 1 in both groups
+    broken = torch.tensor([[-60.0], [0.0], [-1.0], [1.0]])
+    options = {"warmup_iterations": 2, "scale_blend": math.inf, "z_clip": 12.0}
+    scores = {}
+    for reference in ("current", "initial"):
+        aggregator = make(1, scale_reference=reference, **options)
+        aggregator(3 * calm, ids)  # until the warm-up has ended it is the current spread
+        torch.testing.assert_close(aggregator.normalized, calm, rtol=2e-4, atol=0)
+        aggregator(calm / 3, ids)
+        start = aggregator._state.first_scale.item()
+        aggregator(broken, ids)
+        scores[reference] = aggregator.normalized
+    expected = torch.tensor([[-12.0], [12.0], [-1 / start], [1 / start]])  # 30 / start is clipped
+    torch.testing.assert_close(scores["initial"], expected, rtol=2e-4, atol=0)
+    assert scores["current"].abs().max() < 4, "the outlier widens the scale that it is divided by"
+
+
 def test_objective_without_spread_at_the_start_takes_its_baseline_at_its_first_live_batch():
     aggregator = make(warmup_iterations=3)
     run(aggregator, 6, put(0.0, 0))

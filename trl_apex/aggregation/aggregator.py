@@ -280,7 +280,10 @@ class MultiObjectiveRewardAggregator:
         """Stage 1, the weighted sum, and stage 2."""
         options, weights, scores = self.options, state.priorities, moments.centred
         if options.normalize_objectives:
-            scale = torch.where(state.scale.isnan(), pooled_variance(moments).sqrt().nan_to_num(nan=0.0), state.scale)
+            known = state.scale
+            if options.scale_reference == "initial":
+                known = torch.where(state.first_scale.isnan(), known, state.first_scale)
+            scale = torch.where(known.isnan(), pooled_variance(moments).sqrt().nan_to_num(nan=0.0), known)
             scores = adaptive_normalize(moments, groups, scale, options.scale_blend, options.z_clip)
         shared = share_weights(weights, valid)
         present = shared.sum(1) > 0

@@ -61,6 +61,10 @@ class ApexOptions:
     scale_blend: float = _option(
         1 / 3, "Weight of the pooled scale, in group sizes: 0 is the group's own, inf the pooled.", _NOT_NEGATIVE
     )
+    scale_reference: str = _one_of(
+        ("current", "initial"),
+        "The pooled scale: of the 'current' spread, or of the 'initial' one, which outliers and saturation do not change.",
+    )
     scale_ema: float = _option(0.9, "Decay of the moving average of the pooled variance.", _DECAY)
     z_clip: float = _option(5.0, "Clip of each objective's normalized score; inf turns it off.", _POSITIVE)
     dead_tolerance: float = _option(1e-6, "Spread of a group, relative to its mean, below which it is dead.", _SHARE)
