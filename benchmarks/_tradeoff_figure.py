@@ -12,11 +12,12 @@ from _tradeoff_run import BUDGET, options_of
 COLOURS = {"apex": "#d62728", "tuned": "#bbbbbb", "only": "#2ca02c"}
 OTHER = "#1f77b4"
 FLOOR, LEFT = -3.5, -0.5  # points beyond are drawn there, with the worst gain beside the name
+VARIANTS = ("apex:defaults", "apex:full_scale", "apex:kl")  # the rest of those with a change is in the tables alone
 SHOWN = ("sum_then_normalize", "normalize_then_sum", "apex")
 
 
 def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) -> None:
-    """Worst against mean gain of every method, a panel a condition; under it the curves and priorities of the longest runs.
+    """Worst against mean gain of the methods, a panel a condition; under it the curves and priorities of the longest runs.
 
     Conditions without `apex` are left out, unless none has it.
     """
@@ -25,6 +26,7 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    table = [line for line in table if ":" not in line["method"] or line["method"] in VARIANTS]
     compared = [line for line in table if line["method"] == "apex"] or table
     conditions = list(dict.fromkeys(line["condition"] for line in compared))
     across = 2 if len(conditions) == 4 else min(len(conditions), 3)
