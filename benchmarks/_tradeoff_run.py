@@ -81,6 +81,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "defaults": {"warmup_iterations": 10, "ramp_iterations": 10, "need_coef": 1.0},
     "pooled_scale": {"scale_blend": math.inf},  # a group's own spread does not count
     "pooled_scale_unclipped": {"scale_blend": math.inf, "z_clip": math.inf},
+    "full_scale_clipped": FULL,  # with the usual clip
     "full_scale": FULL | {"z_clip": 20.0},  # outliers count almost in full
     "full_scale_unclipped": FULL | {"z_clip": math.inf},
     "tight_clip": {"z_clip": 2.5, "advantage_clip": 2.5},  # half of what an outlier counts
