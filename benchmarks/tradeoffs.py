@@ -46,10 +46,11 @@ FIRST = ["apex", "sum_then_normalize", "normalize_then_sum"]
 SCALES = ["pooled_scale", "pooled_scale_unclipped", "full_scale", "full_scale_unclipped", "tight_clip"]  # of scores
 METHODS: dict[str, list[str]] = {  # by condition, in the order in which they are run
     "natural": [*FIRST, "apex:defaults", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
-    "conflict": [*RULES, "apex:full_scale", "apex:without_conflict", "apex:without_potential"],
-    "mixed": [*RULES, "apex:full_scale"],
+    "conflict": [*RULES, "apex:defaults", "apex:full_scale", "apex:without_conflict", "apex:without_potential"],
+    "mixed": [*RULES, "apex:defaults", "apex:full_scale"],
     "few_prompts": [
         *RULES,
+        "apex:defaults",
         *(f"apex:{name}" for name in SCALES),
         *(f"apex:{name}" for name in REMEDIES),
         *(f"{name}:kl" for name in FIRST[1:]),
