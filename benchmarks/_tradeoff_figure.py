@@ -1,4 +1,4 @@
-"""The picture of the trade-off benchmark: where every method ends in every condition, and the way there."""
+"""The pictures of the trade-off benchmark: where every method ends in every condition, and the way there."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _tradeoff_run import BUDGET, options_of
+from _tradeoff_run import APEX, BUDGET, options_of
 
 COLOURS = {"apex": "#d62728", "tuned": "#bbbbbb", "only": "#2ca02c"}
 OTHER = "#1f77b4"
@@ -49,6 +49,52 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
             axis.set_axis_off()
     panels.savefig(path, dpi=80)
     plt.close(panels)
+
+
+def draw_objectives(table: list[dict[str, Any]], path: Path) -> None:
+    """The gains of each objective in the first condition, a line of dots a method, the best worst objective on top.
+
+    Specialists are left out, and of tuned weights all but those with the largest hypervolume.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    lines = [line for line in table if line["condition"] == table[0]["condition"] and "only" not in line["method"]]
+    lines = [line for line in lines if ":" not in line["method"] or line["method"] == "apex:defaults"]
+    tuned = sorted(
+        (line for line in lines if line["method"].startswith("tuned")), key=lambda line: line["hypervolume"][0]
+    )
+    lines = sorted((line for line in lines if line not in tuned[:-1]), key=lambda line: line["worst_gain"][0])
+    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.27 * len(lines)), layout="constrained")
+    columns = [name for name in lines[0] if name.startswith("gains/")]
+    for column in columns:
+        gains, errors = zip(*(line[column] for line in lines), strict=True)
+        look = {"fmt": "o", "markersize": 6, "linewidth": 1, "label": column.removeprefix("gains/")}
+        axis.errorbar(gains, range(len(lines)), xerr=[0 if math.isnan(error) else error for error in errors], **look)
+    ends = [line[column][0] for line in lines for column in columns]
+    axis.set(xlim=(min(ends) - 0.3, max(ends) + 0.3), xlabel="gain (standard deviations of the untrained model)")
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(lines)), [_title(line["method"]) for line in lines])
+    for tick, line in zip(axis.get_yticklabels(), lines, strict=True):
+        tick.set_color(_colour(line["method"]) if line["method"].startswith("apex") else "black")
+    axis.grid(axis="x", linewidth=0.3)
+    for text, side in (("← worse than before training  ", "right"), ("  better →", "left")):
+        axis.text(0, 1.01, text, ha=side, fontsize=9, transform=axis.get_xaxis_transform())
+    figure.legend(loc="outside upper center", ncols=len(columns), fontsize=9, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _title(method: str) -> str:
+    rule, _, change = method.partition(":")
+    if rule.startswith("tuned"):
+        return "sum, best weights by hand, " + " : ".join(rule.split("_")[1:])
+    if method == "apex":
+        return f"apex, need_coef={APEX['need_coef']:g}"
+    return f"{rule}, {change}" if change else rule
 
 
 def _colour(method: str) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import arguments, machine, mean_and_error, rounded, table, write
-from _tradeoff_figure import SHOWN, draw, shown_condition
+from _tradeoff_figure import SHOWN, draw, draw_objectives, shown_condition
 from _tradeoff_run import (
     ABLATIONS,
     APEX,
@@ -250,6 +250,7 @@ def main() -> None:
     lines = summarize(found["rows"])
     write(results, found, markdown(lines), digits=4)
     draw(found["rows"], lines, results.with_suffix(".png"))
+    draw_objectives(lines, results.with_name(f"{results.stem}_objectives.png"))
 
 
 if __name__ == "__main__":

@@ -125,8 +125,9 @@ def test_smoke(tradeoffs, tmp_path, monkeypatch):
     assert [list(found["gains"]) for found in rows[:3]] == [["ocr", "pickscore", "deqa", "aesthetic"]] * 3
     assert list(rows[3]["gains"]) == ["ocr", "pickscore", "deqa", "aesthetic", "right_colour"]
     assert all(found["held_out"]["exact_word"] is not None for found in rows)
-    with Image.open(tmp_path / "tradeoffs.png") as image:
-        assert len(image.convert("RGB").getcolors(10**6)) > 1
+    for picture in ("tradeoffs.png", "tradeoffs_objectives.png"):
+        with Image.open(tmp_path / picture) as image:
+            assert len(image.convert("RGB").getcolors(10**6)) > 1
     before = (tmp_path / "tradeoffs.md").read_text()
     monkeypatch.setattr(sys, "argv", [*command, "--redraw"])
     tradeoffs.main()
