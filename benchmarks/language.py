@@ -35,11 +35,12 @@ ASKED, ANSWERED = 6, 8
 SHARE = 1 / 8  # of the letters that the base model was taught to repeat
 RULES: dict[str, dict[str, Any]] = {
     "apex": {"aggregation_options": APEX},
+    "apex:defaults": {},
     "sum_then_normalize": {"multi_objective_aggregation": "sum_then_normalize"},
     "normalize_then_sum": {"multi_objective_aggregation": "normalize_then_sum"},
 }
 SCANNED = (1e-3, 3e-3)
-CHOSEN = {"apex": 3e-3, "sum_then_normalize": 1e-3, "normalize_then_sum": 1e-3}  # by the scan
+CHOSEN = {"apex": 3e-3, "apex:defaults": 3e-3, "sum_then_normalize": 1e-3, "normalize_then_sum": 1e-3}  # by the scan
 
 # 150 iterations of 16 prompts x 8 answers, one update each, all weights trained.
 BUDGET: dict[str, Any] = {
