@@ -40,7 +40,7 @@ RULES: dict[str, dict[str, Any]] = {
     "normalize_then_sum": {"multi_objective_aggregation": "normalize_then_sum"},
 }
 SCANNED = (1e-3, 3e-3)
-CHOSEN = {"apex": 3e-3, "apex:defaults": 3e-3, "sum_then_normalize": 1e-3, "normalize_then_sum": 1e-3}  # by the scan
+CHOSEN = {"apex": 3e-3, "apex:defaults": 1e-3, "sum_then_normalize": 1e-3, "normalize_then_sum": 1e-3}  # by the scan
 
 # 150 iterations of 16 prompts x 8 answers, one update each, all weights trained.
 BUDGET: dict[str, Any] = {
