@@ -37,6 +37,7 @@ KEPT = [
     "language_scan",
     "mixing",
     "tradeoffs_development",
+    "tradeoffs_redness",
 ]
 
 
