@@ -12,7 +12,8 @@ from _tradeoff_run import APEX, BUDGET, options_of
 COLOURS = {"apex": "#d62728", "tuned": "#bbbbbb", "only": "#2ca02c"}
 OTHER = "#1f77b4"
 FLOOR, LEFT = -3.5, -0.5  # points beyond are drawn there, with the worst gain beside the name
-VARIANTS = ("apex:defaults", "apex:full_scale", "apex:kl")  # the rest of those with a change is in the tables alone
+# The rest of those with a change is in the tables alone.
+VARIANTS = ("apex:defaults", "apex:default_schedule", "apex:full_scale", "apex:kl")
 SHOWN = ("sum_then_normalize", "normalize_then_sum", "apex")
 
 

@@ -57,7 +57,7 @@ METHODS: dict[str, list[str]] = {  # by condition, in the order in which they ar
         *(f"{name}:kl" for name in FIRST[1:]),
         "tuned_4_4_1_1",
     ],
-    "long": [*FIRST, "apex:kl", *ONLY, "tuned_4_4_1_1", "tuned_4_8_1_1"],
+    "long": [*FIRST, "apex:default_schedule", "apex:kl", *ONLY, "tuned_4_4_1_1", "tuned_4_8_1_1"],
     "field_units": ["sum_then_normalize", "dvao"],  # scores of the others do not depend on units
     "scaled": ["sum_then_normalize", "dvao"],
 }
