@@ -40,14 +40,14 @@ def trained(pipeline, dataset, args, peft_config, callbacks=(), **kwargs):
 
 
 def assert_equal_gradients(found, expected):
-    """To 1e-5 of the largest entry, update by update."""
+    """To 1e-4 of the largest entry, update by update: how a matrix product rounds depends on its rows, and on the processor."""
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         largest = max(g.abs().max().item() for g in other.values())
         assert largest > 1e-5
         for name, gradient in other.items():
-            assert (one[name] - gradient).abs().max().item() <= 1e-5 * largest, name
+            assert (one[name] - gradient).abs().max().item() <= 1e-4 * largest, name
 
 
 PLAIN = {"num_inference_steps": 4, "max_steps": 1, "guidance_scale": 2.0, "gradient_accumulation_steps": 3}
