@@ -62,12 +62,15 @@ def draw_objectives(table: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    lines = [line for line in table if line["condition"] == table[0]["condition"] and "only" not in line["method"]]
-    lines = [line for line in lines if ":" not in line["method"] or line["method"] == "apex:defaults"]
-    tuned = sorted(
-        (line for line in lines if line["method"].startswith("tuned")), key=lambda line: line["hypervolume"][0]
-    )
-    lines = sorted((line for line in lines if line not in tuned[:-1]), key=lambda line: line["worst_gain"][0])
+    lines = [line for line in table if line["condition"] == table[0]["condition"]]
+    tuned = [line for line in lines if line["method"].startswith("tuned")]
+    best = max(tuned, key=lambda line: line["hypervolume"][0], default=None)
+    lines = [
+        line
+        for line in lines
+        if line is best or line["method"] == "apex:defaults" or not re.match("tuned|only|.*:", line["method"])
+    ]
+    lines.sort(key=lambda line: line["worst_gain"][0])
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.27 * len(lines)), layout="constrained")
     columns = [name for name in lines[0] if name.startswith("gains/")]
     for column in columns:

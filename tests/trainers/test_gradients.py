@@ -39,15 +39,15 @@ def trained(pipeline, dataset, args, peft_config, callbacks=(), **kwargs):
     return gradients.steps, forwards, trainer
 
 
-def assert_equal_gradients(found, expected):
-    """To 1e-4 of the largest entry, update by update: how a matrix product rounds depends on its rows, and on the processor."""
+def assert_equal_gradients(found, expected, tolerance=1e-5):
+    """To `tolerance` of the largest entry, update by update."""
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys()
         largest = max(g.abs().max().item() for g in other.values())
         assert largest > 1e-5
         for name, gradient in other.items():
-            assert (one[name] - gradient).abs().max().item() <= 1e-4 * largest, name
+            assert (one[name] - gradient).abs().max().item() <= tolerance * largest, name
 
 
 PLAIN = {"num_inference_steps": 4, "max_steps": 1, "guidance_scale": 2.0, "gradient_accumulation_steps": 3}
@@ -90,7 +90,8 @@ def test_a_shared_prefix_saves_forwards_and_changes_no_gradient(pipeline, datase
     probe = [1]  # the one row that watches whether updates reach the rollout
     assert [rows for rows, grad in alone if not grad] == probe + [8] * 6
     assert [rows for rows, grad in shared if not grad] == probe + [2, 2, 2, 8, 8, 8]  # 2 prompts x 4 images
-    assert_equal_gradients(found, expected)
+    # The prefixes were sampled in batches of 2 and of 8, and on some processors products of those round differently.
+    assert_equal_gradients(found, expected, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
