@@ -448,6 +448,19 @@ def test_a_hijacked_dead_or_absent_objective_is_warned_about_once(count, rule, c
     run(aggregator, 25, change)  # warnings are errors: a second one would fail here
 
 
+def test_an_objective_that_is_favoured_in_vain_is_named():
+    options = {"need_coef": 4.0, "warmup_iterations": 2, "ramp_iterations": 1, "priority_ema": 0.0, "warn_after": 4}
+    aggregator = make(2, **options)
+    run(aggregator, 15, rise(0.0, 1.0))
+    assert aggregator.priorities["ocr"] > 0.75
+    with pytest.warns(
+        UserWarning, match="'ocr' has had more than 1.5 times its weight for 20 iterations.*`need_coef`"
+    ):
+        run(aggregator, 15, rise(0.0, 1.0))
+    run(make(2, **options), 40, rise(0.05, 1.0))  # this one lags as much, but gains
+    run(make(2, "normalize_then_sum", warn_after=4), 40, rise(0.0, 1.0))
+
+
 def test_no_warning_where_the_user_wanted_it_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

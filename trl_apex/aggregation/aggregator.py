@@ -163,7 +163,7 @@ class MultiObjectiveRewardAggregator:
 
         shares = hijack_shares(batch.contributions)
         effective = share_weights(batch.weights.abs(), valid).mean(0)
-        report = next_report(self._report, shares, effective, state.dead_fraction, absent, options.warn_share)
+        report = next_report(self._report, shares, effective, batch.weights, state, absent, options.warn_share)
         columns = {
             "priority": batch.weights,
             "effective_weight": effective,

@@ -15,6 +15,11 @@ from .options import ApexOptions
 from .state import PriorityState, ReportState
 
 NEVER_THERE_AFTER = 5  # batches without any reward of an objective that never had one
+FAVOURED, GAINED = (
+    1.5,
+    0.1,
+)  # times the user's weight, and first spreads, that tell an objective that favour does not help
+PATIENCE = 5  # times `warn_after` until such an objective is named
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,24 @@ def batch_metrics(
 
 
 def next_report(
-    report: ReportState, shares: Vector, effective: Vector, dead_fraction: Vector, absent: Flags, warn_share: float
+    report: ReportState,
+    shares: Vector,
+    effective: Vector,
+    priorities: Vector,
+    state: PriorityState,
+    absent: Flags,
+    warn_share: float,
 ) -> ReportState:
-    """Count for how many batches in a row each finding has held."""
+    """Count for how many batches in a row each finding has held; `priorities` are the batch's, `state` has taken it in."""
     owned = (shares > warn_share) & (intended_shares(effective).nan_to_num(nan=0.0) <= warn_share)
+    gain = (state.slow.value - state.first_mean) / state.first_scale
+    in_vain = (priorities > FAVOURED * state.weights) & (gain < GAINED)
+    dead_fraction = state.dead_fraction
     return ReportState(
         owned=torch.where(owned, report.owned + 1, 0.0),
         silent=torch.where(absent, report.silent, torch.where(dead_fraction == 1, report.silent + 1, 0.0)),
         absent=torch.where(absent, report.absent + 1, 0.0),
+        in_vain=torch.where(absent, report.in_vain, torch.where(in_vain, report.in_vain + 1, 0.0)),
         effective=effective,
         measured=report.measured,
     )
@@ -125,6 +140,12 @@ def complaints(
             report.silent >= after,
             f"has scored all samples of every group alike for {after} iterations: it teaches nothing. Check its reward "
             "function, or whether it has saturated.",
+        ),
+        (
+            (report.in_vain >= PATIENCE * after) & (rule == "apex"),
+            f"has had more than {FAVOURED:g} times its weight for {PATIENCE * after} iterations, because it lags, and has not "
+            "gained: it may be one that training cannot raise, and the others train slower for it. Check its reward function, "
+            "lower its weight, or lower `need_coef`.",
         ),
         (seen & (report.absent >= after), no_reward.format(after)),
         (~seen & (report.absent >= early), no_reward.format(early)),

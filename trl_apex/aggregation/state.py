@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .normalize import Matrix, Vector
 
-NEW_SINCE_0_1_0 = ("weights", "effective", "measured", "absent")  # missing from files of 0.1.0
+NEW_SINCE_0_1_0 = ("weights", "effective", "measured", "absent", "in_vain")  # missing from files of 0.1.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class ReportState:
     owned: Vector  # batches in a row in which the objective owned the advantage's variance
     silent: Vector  # batches in a row in which all its groups were dead
     absent: Vector  # batches in a row without any reward of it
+    in_vain: Vector  # batches in a row in which it had far more than its weight, and no gain so far
     effective: Vector  # mean weight over the rows of the last batch
     measured: Matrix  # cosines of the gradients when last measured; NaN before
 
@@ -113,7 +114,9 @@ class ReportState:
     def initial(cls, weights: Vector) -> ReportState:
         """The state before the first batch."""
         zero = torch.zeros_like(weights)
-        return cls(zero, zero, zero, weights, torch.full((len(weights), len(weights)), torch.nan, dtype=torch.float64))
+        return cls(
+            zero, zero, zero, zero, weights, torch.full((len(weights), len(weights)), torch.nan, dtype=torch.float64)
+        )
 
 
 # To and from the plain values of a checkpoint
