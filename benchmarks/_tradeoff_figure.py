@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _tradeoff_run import APEX, BUDGET, options_of
+from _tradeoff_run import BUDGET, options_of
 
 COLOURS = {"apex": "#d62728", "tuned": "#bbbbbb", "only": "#2ca02c"}
 OTHER = "#1f77b4"
 FLOOR, LEFT = -3.5, -0.5  # points beyond are drawn there, with the worst gain beside the name
 # The rest of those with a change is in the tables alone.
-VARIANTS = ("apex:defaults", "apex:default_schedule", "apex:full_scale", "apex:kl")
+VARIANTS = ("apex:quick", "apex:weak_need", "apex:full_scale", "apex:quick:kl")
 SHOWN = ("sum_then_normalize", "normalize_then_sum", "apex")
 
 
@@ -68,7 +68,7 @@ def draw_objectives(table: list[dict[str, Any]], path: Path) -> None:
     lines = [
         line
         for line in lines
-        if line is best or line["method"] == "apex:defaults" or not re.match("tuned|only|.*:", line["method"])
+        if line is best or line["method"] == "apex:weak_need" or not re.match("tuned|only|.*:", line["method"])
     ]
     lines.sort(key=lambda line: line["worst_gain"][0])
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.27 * len(lines)), layout="constrained")
@@ -96,9 +96,7 @@ def _title(method: str) -> str:
     rule, _, change = method.partition(":")
     if rule.startswith("tuned"):
         return "sum, best weights by hand, " + " : ".join(rule.split("_")[1:])
-    if method == "apex":
-        return f"apex, need_coef={APEX['need_coef']:g}"
-    return f"{rule}, {change}" if change else rule
+    return "apex, need_coef=1" if change == "weak_need" else rule
 
 
 def _colour(method: str) -> str:

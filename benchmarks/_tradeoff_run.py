@@ -69,16 +69,18 @@ WATCHED = ("clip_ratio/region_mean", "ratio/max_deviation", "movement", "rate_fa
 FINAL = {"timesteps_per_image": 4, "timestep_batch_size": 4, "num_iterations": UPDATES}
 LOSS = {"loss_type": "nft", **FINAL}  # by the comparison of the losses
 BASELINE = 128  # images before training, from whose mean rewards `apex` measures progress
-APEX = {"need_coef": 4.0, "warmup_iterations": 1, "ramp_iterations": 1}  # quick, for a short run
+# The settings that the plan chose on seed 0, with a quick schedule, for a short run; the package's defaults won in the end.
+QUICK = {"need_coef": 4.0, "warmup_iterations": 1, "ramp_iterations": 1}
 FULL = {"scale_blend": math.inf, "scale_reference": "initial"}  # scores in units of the first spread
 PROBED = [r"attn\.to_out", r"attn\.to_add_out"]  # layers of the gradient probe
 TARGETS = [0.75, 18.8, 3.4, 7.1]  # of OBJECTIVES, about one standard deviation above the base
 
+# Changes of `QUICK`.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "apex": {},
+    "quick": {},
     "without_start": {"baseline_prompts": 0},  # progress counts from the end of the warm-up
-    "default_schedule": {"warmup_iterations": 10, "ramp_iterations": 10},
-    "defaults": {"warmup_iterations": 10, "ramp_iterations": 10, "need_coef": 1.0},
+    "default_schedule": {"warmup_iterations": 10, "ramp_iterations": 10},  # the package's defaults
+    "weak_need": {"warmup_iterations": 10, "ramp_iterations": 10, "need_coef": 1.0},  # the defaults but for the need
     "pooled_scale": {"scale_blend": math.inf},  # a group's own spread does not count
     "pooled_scale_unclipped": {"scale_blend": math.inf, "z_clip": math.inf},
     "full_scale_clipped": FULL,  # with the usual clip
@@ -168,12 +170,12 @@ def of_words(monitor: Any) -> Any:
 def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
     """The objectives that a method trains on, of those of the condition, and its configuration.
 
-    A method is a rule of the aggregator, `only_NAME`, `tuned_W1_W2_...` (weights of `sum_then_normalize`) or `apex:NAME`, a row
-    of `ABLATIONS`; `METHOD:NAME` is any of them with one of `REMEDIES`.
+    A method is a rule of the aggregator with the package's defaults, `only_NAME`, `tuned_W1_W2_...` (weights of
+    `sum_then_normalize`) or `apex:NAME`, a row of `ABLATIONS`; `METHOD:NAME` is any of them with one of `REMEDIES`.
     """
-    method, _, change = method.partition(":")
+    rest, _, change = method.rpartition(":")
     if change in REMEDIES:
-        trained, own = method_settings(method, objectives)
+        trained, own = method_settings(rest, objectives)
         return trained, own | REMEDIES[change]
     if method.startswith("only_"):
         return (method.removeprefix("only_"),), {"multi_objective_aggregation": "sum_then_normalize"}
@@ -181,9 +183,11 @@ def method_settings(method: str, objectives: tuple[str, ...]) -> tuple[tuple[str
         weights = [float(weight) for weight in method.split("_")[1:]]
         return objectives, {"multi_objective_aggregation": "sum_then_normalize", "reward_weights": weights}
     if method == "apex":
-        part = dict(ABLATIONS[change or "apex"])
+        return objectives, {"baseline_prompts": BASELINE}
+    if rest == "apex":
+        part = dict(ABLATIONS[change])
         start = part.pop("baseline_prompts", BASELINE)
-        return objectives, {"aggregation_options": {**APEX, **part}, "baseline_prompts": start}
+        return objectives, {"aggregation_options": {**QUICK, **part}, "baseline_prompts": start}
     probe = {"gradient_probe": True, "probe_layers": PROBED} if method in GRADIENT_RULES else {}
     return objectives, {"multi_objective_aggregation": method, **probe}
 

@@ -47,6 +47,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "- conflict": {"conflict_coef": 0.0},
     "- need": {"need_coef": 0.0},
     "need_scale largest": {"need_scale": "largest"},
+    "need_coef 1": {"need_coef": 1.0},
+    "need_coef 2": {"need_coef": 2.0},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "scale_blend 0 (group std)": {"scale_blend": 0.0},
@@ -58,8 +60,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clips off": {"z_clip": math.inf, "advantage_clip": math.inf},
     "potential_coef 1": {"potential_coef": 1.0},
     "conflict_coef 3": {"conflict_coef": 3.0},
-    "need_coef 0.5": {"need_coef": 0.5},
-    "need_coef 2": {"need_coef": 2.0},
     "need_mode target": {"need_mode": "target", "reward_targets": [23.0, 5.6, 1.0, 4.15, math.nan]},
     "need_temperature 0.25": {"need_temperature": 0.25},
     "need_temperature 1": {"need_temperature": 1.0},
@@ -85,8 +85,10 @@ NOISE: dict[str, tuple[str, dict[str, Any]]] = {
     "apex": ("apex", {}),
     "- potential": ("apex", {"potential_coef": 0.0}),
     "- conflict": ("apex", {"conflict_coef": 0.0}),
+    "need_coef 1": ("apex", {"need_coef": 1.0}),
+    "need_coef 1, - potential": ("apex", {"need_coef": 1.0, "potential_coef": 0.0}),
+    "need_coef 1, - conflict": ("apex", {"need_coef": 1.0, "conflict_coef": 0.0}),
     "need_coef 2": ("apex", {"need_coef": 2.0}),
-    "need_coef 4": ("apex", {"need_coef": 4.0}),
     "normalize_then_sum": ("normalize_then_sum", {}),
 }
 

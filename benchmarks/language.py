@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from _bench import arguments, machine, mean_and_error, table, write
-from _tradeoff_run import APEX, DEVELOPMENT, FRESH
+from _tradeoff_run import DEVELOPMENT, FRESH, QUICK
 from datasets import Dataset
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -34,13 +34,20 @@ VOWELS = "ae"
 ASKED, ANSWERED = 6, 8
 SHARE = 1 / 8  # of the letters that the base model was taught to repeat
 RULES: dict[str, dict[str, Any]] = {
-    "apex": {"aggregation_options": APEX},
-    "apex:defaults": {},
+    "apex": {},
+    "apex:quick": {"aggregation_options": QUICK},
+    "apex:weak_need": {"need_coef": 1.0},
     "sum_then_normalize": {"multi_objective_aggregation": "sum_then_normalize"},
     "normalize_then_sum": {"multi_objective_aggregation": "normalize_then_sum"},
 }
 SCANNED = (1e-3, 3e-3)
-CHOSEN = {"apex": 3e-3, "apex:defaults": 1e-3, "sum_then_normalize": 1e-3, "normalize_then_sum": 1e-3}  # by the scan
+CHOSEN = {  # by the scan
+    "apex": 3e-3,
+    "apex:quick": 3e-3,
+    "apex:weak_need": 3e-3,
+    "sum_then_normalize": 1e-3,
+    "normalize_then_sum": 1e-3,
+}
 
 # 150 iterations of 16 prompts x 8 answers, one update each, all weights trained.
 BUDGET: dict[str, Any] = {

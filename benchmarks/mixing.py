@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from _bench import arguments, machine, mean_and_error, table, write
-from _tradeoff_run import APEX, BUDGET, FRESH, LOSS, execute, production_rewards, prompts_of, right_colour
+from _tradeoff_run import BUDGET, FRESH, LOSS, QUICK, execute, production_rewards, prompts_of, right_colour
 from datasets import Dataset
 
 from trl_apex import APEXConfig, APEXTrainer
@@ -54,7 +54,7 @@ def stage(pipeline: Any, kinds: tuple[str, ...], seed: int, count: int, folder: 
         output_dir=folder,
         seed=seed,
         learning_rate=RATE,
-        aggregation_options=APEX,
+        aggregation_options=QUICK,
         baseline_prompts=0,  # as when the kept results were made
         **{**BUDGET, **LOSS, "eval_strategy": "no", **mix, **changes},
     )
@@ -117,7 +117,7 @@ def main() -> None:
     folder = options.out / "runs" if options.smoke else options.runs
     jobs = {f"{arm}-{seed}": ((arm, seed, iterations, count), changes) for seed in seeds for arm in ARMS}
     rows = execute(jobs, options.workers, folder, run)
-    found = {"settings": {**BUDGET, **APEX, "iterations": iterations}, "machine": machine(), "rows": rows}
+    found = {"settings": {**BUDGET, **QUICK, "iterations": iterations}, "machine": machine(), "rows": rows}
     write(Path(options.out) / "mixing.json", found, summary(rows))
 
 

@@ -22,7 +22,6 @@ from _bench import arguments, machine, mean_and_error, rounded, table, write
 from _tradeoff_figure import SHOWN, draw, draw_objectives, shown_condition
 from _tradeoff_run import (
     ABLATIONS,
-    APEX,
     BASELINE,
     BUDGET,
     CONDITIONS,
@@ -31,11 +30,12 @@ from _tradeoff_run import (
     LOSS,
     OBJECTIVES,
     PROMPTS,
+    QUICK,
     REMEDIES,
     execute,
 )
 
-from trl_apex.aggregation import RULES
+from trl_apex.aggregation import RULES, ApexOptions
 from trl_apex.rewards.registry import load_reward
 
 ONLY = [f"only_{name}" for name in OBJECTIVES]
@@ -43,21 +43,21 @@ ONLY = [f"only_{name}" for name in OBJECTIVES]
 GRID = ["2_1_1_1", "4_1_1_1", "1_2_1_1", "1_4_1_1", "2_2_1_1", "4_4_1_1", "4_8_1_1", "8_4_1_1"]
 TUNED = [f"tuned_{weights}" for weights in GRID]
 FIRST = ["apex", "sum_then_normalize", "normalize_then_sum"]
-NEEDS = ["apex:defaults", "apex:need_coef_2", "apex:default_schedule"]
+NEEDS = ["apex:quick", "apex:weak_need", "apex:need_coef_2"]
 SCALES = ["pooled_scale", "pooled_scale_unclipped", "full_scale", "full_scale_unclipped", "tight_clip"]  # of scores
 METHODS: dict[str, list[str]] = {  # by condition, in the order in which they are run
-    "natural": [*FIRST, "apex:defaults", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
+    "natural": [*FIRST, "apex:quick", "apex:weak_need", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
     "conflict": [*RULES, *NEEDS, "apex:full_scale", "apex:without_conflict", "apex:without_potential"],
     "mixed": [*RULES, *NEEDS, "apex:full_scale"],
     "few_prompts": [
         *RULES,
         *NEEDS,
         *(f"apex:{name}" for name in SCALES),
-        *(f"apex:{name}" for name in REMEDIES),
+        *(f"apex:quick:{name}" for name in REMEDIES),
         *(f"{name}:kl" for name in FIRST[1:]),
         "tuned_4_4_1_1",
     ],
-    "long": [*FIRST, "apex:default_schedule", "apex:kl", *ONLY, "tuned_4_4_1_1", "tuned_4_8_1_1"],
+    "long": [*FIRST, "apex:quick", "apex:quick:kl", *ONLY, "tuned_4_4_1_1", "tuned_4_8_1_1"],
     "field_units": ["sum_then_normalize", "dvao"],  # scores of the others do not depend on units
     "scaled": ["sum_then_normalize", "dvao"],
 }
@@ -67,13 +67,14 @@ SCAN_PROMPTS = 96
 CHOSEN = {
     "sum_then_normalize": 2e-4,
     "only_ocr": 2e-4,  # these two by the scan; all others train best with the first rate
-    "apex:half_rate": 5e-5,
+    "apex:quick:half_rate": 5e-5,
 }
 
 SETTINGS: dict[str, Any] = {
     "budget": BUDGET,
     "loss": LOSS,
-    "apex": APEX,
+    "apex": {name: getattr(ApexOptions(), name) for name in QUICK},
+    "quick": QUICK,
     "baseline": BASELINE,
     "test_prompts": PROMPTS,
 }
@@ -94,8 +95,7 @@ def plan(part: str, seeds: Iterable[int] | None = None) -> list[Job]:
     if part not in PARTS:
         return [(part, method, rate_of(method), s) for method in FIRST for s in fresh]
     if part == "ablation":
-        names = ["apex" if name == "apex" else f"apex:{name}" for name in ABLATIONS]
-        return [("natural", name, rate_of("apex"), s) for s in fresh for name in names]
+        return [("natural", f"apex:{name}", rate_of("apex"), s) for s in fresh for name in ABLATIONS]
     return [(c, m, rate_of(m), s) for c, methods in METHODS.items() for m in methods for s in fresh]
 
 
@@ -148,8 +148,14 @@ def with_shares(rows: list[Row]) -> list[Row]:
     return found
 
 
-def summarize(rows: list[Row], reference: str = "apex") -> list[Row]:
-    """A line a condition, method and rate: every measure as (mean, standard error), and paired differences to `reference`."""
+def reference_of(rows: list[Row]) -> str:
+    """The method that all others are compared with."""
+    return "apex" if any(row["method"] == "apex" for row in rows) else "apex:quick"
+
+
+def summarize(rows: list[Row]) -> list[Row]:
+    """A line a condition, method and rate: every measure as (mean, standard error), and the reference minus it, paired."""
+    reference = reference_of(rows)
     lines = []
     for condition, method, rate in dict.fromkeys(key(row)[:3] for row in rows):
         mine = [row for row in rows if key(row)[:3] == (condition, method, rate)]
@@ -161,7 +167,7 @@ def summarize(rows: list[Row], reference: str = "apex") -> list[Row]:
             pairs = [(ours[row["seed"]], row) for row in mine if row["seed"] in ours]
             for name in ("worst_gain", "mean_gain", "hypervolume"):
                 if pairs:
-                    line[f"{reference}_minus/{name}"] = mean_and_error(a[name] - b[name] for a, b in pairs)
+                    line[f"minus/{name}"] = mean_and_error(a[name] - b[name] for a, b in pairs)
         lines.append(line)
     return lines
 
@@ -185,18 +191,18 @@ def cell(value: tuple[float, float] | None, digits: int = 2, sign: str = "") -> 
 
 def markdown(lines: list[Row]) -> str:
     """The summary as Markdown, a table a condition."""
-    text = ""
+    text, less = "", f"{reference_of(lines)} − it"
     for condition in dict.fromkeys(line["condition"] for line in lines):
         here = [line for line in lines if line["condition"] == condition]
         names = [name.removeprefix("gains/") for name in here[0] if name.startswith("gains/")]
         # Heading, key of the line, decimals, sign.
         columns = [
             ("worst", "worst_gain", 2, "+"),
-            ("apex − it", "apex_minus/worst_gain", 2, "+"),
+            (less, "minus/worst_gain", 2, "+"),
             ("mean", "mean_gain", 2, "+"),
-            ("apex − it", "apex_minus/mean_gain", 2, "+"),
+            (less, "minus/mean_gain", 2, "+"),
             ("hypervolume", "hypervolume", 3, ""),
-            ("apex − it", "apex_minus/hypervolume", 3, "+"),
+            (less, "minus/hypervolume", 3, "+"),
             *((name, f"gains/{name}", 2, "+") for name in names),
             ("lifted by 2 SE", "lifted", 2, ""),
             ("least share of a specialist's gain", "specialist_share", 2, ""),

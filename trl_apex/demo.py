@@ -57,7 +57,6 @@ def demo_config(output_dir: str | Path, seed: int = 0, **overrides: Any) -> APEX
         "gradient_checkpointing": False,
         "learning_rate": 1e-3,
         "max_steps": 64,
-        "need_coef": 4.0,
         "warmup_iterations": 1,
         "ramp_iterations": 1,
         "logging_steps": 2,

@@ -208,11 +208,18 @@ def test_progress_is_measured_from_the_start_that_was_observed():
     for each in (aggregator, plain, resumed):
         run(each, 20)
     assert aggregator._state.first_mean.tolist()[:2] == pytest.approx([0.6, 22.5])
-    assert (
-        aggregator._state.first_mean[2] == plain._state.first_mean[2]
-    )  # not observed: taken at the end of the warm-up
+    assert aggregator._state.first_mean[2] == plain._state.first_mean[2]  # not observed: taken from the first batch
     assert aggregator.priorities["pickscore"] > plain.priorities["pickscore"] + 0.1  # its mean is 21.5: it fell by one
     assert resumed.priorities == aggregator.priorities
+
+
+def test_without_a_start_progress_is_measured_from_the_first_batch():
+    aggregator = make(2, warmup_iterations=5)
+    run(aggregator, 1)
+    first = rewards(0)[:, :2].mean(0).double()
+    assert aggregator._state.first_mean.tolist() == pytest.approx(first.tolist())
+    run(aggregator, 10, rise(1.0, 1.0))
+    assert aggregator._state.first_mean.tolist() == pytest.approx(first.tolist())  # not from the end of the warm-up
 
 
 def test_a_start_that_comes_late_or_has_another_shape_is_refused():

@@ -63,11 +63,11 @@ def test_differences_are_paired_by_seed(tradeoffs):
     # apex is better by .1 and .3; across seeds both vary far more than that
     rows = [row("apex", 0, 0.1), row("apex", 1, -2.7), row("mgda", 0, 0.0), row("mgda", 1, -3.0)]
     apex, mgda = tradeoffs.summarize(rows)
-    assert mgda["apex_minus/worst_gain"] == pytest.approx((0.2, 0.1))
+    assert mgda["minus/worst_gain"] == pytest.approx((0.2, 0.1))
     assert mgda["worst_gain"] == pytest.approx((-1.5, 1.5))
     assert mgda["held_out/exact_word"] == pytest.approx((0.25, 0))
     assert mgda["lifted"] == pytest.approx((0.5, 0.0)) and apex["lifted"] == pytest.approx((0.5, 0.0))
-    assert "apex_minus/worst_gain" not in apex
+    assert "minus/worst_gain" not in apex
     assert "| mgda | 0.0001 | 2 | -1.50 ± 1.50 |" in tradeoffs.markdown([apex, mgda])
 
 
@@ -113,8 +113,8 @@ def test_plan_names_methods_that_exist(tradeoffs):
             trained, settings = method_settings(method, objectives)
             assert set(trained) <= set(objectives) and settings
     natural = {method for condition, method, _, _ in tradeoffs.plan("tradeoffs") if condition == "natural"}
-    assert natural >= {*tradeoffs.RULES, "only_ocr", "only_pickscore", "only_deqa", "only_aesthetic", "apex:defaults"}
-    assert len(natural) == len(tradeoffs.RULES) + 4 + 8 + 1
+    assert natural >= {*tradeoffs.RULES, "only_ocr", "only_pickscore", "only_deqa", "only_aesthetic", "apex:weak_need"}
+    assert len(natural) == len(tradeoffs.RULES) + 4 + 8 + 2
 
 
 def test_smoke(tradeoffs, tmp_path, monkeypatch):

@@ -190,7 +190,7 @@ class MultiObjectiveRewardAggregator:
     def observe_start(self, rewards: Tensor) -> None:
         """Take in rewards of the model before training; progress is then measured from their means.
 
-        Without them it is measured from the mean reward at the end of the warm-up, which is noisy where a batch has few
+        Without them it is measured from the mean rewards of the first batch, which are noisy where a batch has few
         prompts. Call it before the first batch. Only "apex" uses it.
 
         Args:

@@ -76,7 +76,7 @@ class ApexOptions:
     adaptive_priorities: bool = _option(True, "Schedule the objectives; False keeps the user's weights.")
     potential_coef: float = _option(0.5, "Coefficient of the learning potential.", (0.0, 100.0))
     conflict_coef: float = _option(1.0, "Coefficient of the conflict penalty.", (0.0, 100.0))
-    need_coef: float = _option(1.0, "Coefficient of the progress need.", (0.0, 100.0))
+    need_coef: float = _option(4.0, "Coefficient of the progress need.", (0.0, 100.0))
     fast_ema: float = _option(0.7, "Decay of the fast moving average of each objective's mean reward.", _DECAY)
     slow_ema: float = _option(0.95, "Decay of the slow moving average of each objective's mean reward.", _DECAY)
     need_mode: str = _one_of(
@@ -108,7 +108,9 @@ class ApexOptions:
     priority_temperature: float = _option(0.5, "Temperature of the softmax over the scores.", _POSITIVE)
     priority_floor: float = _option(0.2, "Share of the user's weight that no objective can lose.", _SHARE)
     priority_ema: float = _option(0.7, "Decay of the moving average of the priorities.", _DECAY)
-    warmup_iterations: int = _option(10, "Iterations at the user's weights, before the baselines are taken.", _COUNT)
+    warmup_iterations: int = _option(
+        10, "Iterations at the user's weights; at their end the unit of progress is taken.", _COUNT
+    )
     ramp_iterations: int = _option(10, "Iterations over which the priorities fade in after the warm-up.", _COUNT)
     max_missing: float = _option(0.5, "Share of missing rewards above which an objective's statistics hold.", _SHARE)
     outlier_limit: float = _option(1e9, "Spreads from the mean beyond which a reward is missing.", (1e3, INF))

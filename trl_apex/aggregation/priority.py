@@ -4,8 +4,8 @@ Learning potential, progress need and conflict penalty form one score per object
 priorities. All functions are pure. They are reconstructed from the abstract of arXiv 2601.06574; no equation is the paper's.
 
 In the formulas, in reward units: \\(f\\) = `mean`, fast average of the mean reward; \\(R^0\\) = `first_mean`, the mean before
-training, or, where that was not measured, \\(f\\) at the end of the warm-up; \\(S\\) = `scale`, pooled within-group standard
-deviation; \\(S^0\\) = `first_scale`, its value at the end of the warm-up. Both `first_` are NaN before. `weighted` is true where
+training, or, where that was not measured, of the first batch; \\(S\\) = `scale`, pooled within-group standard
+deviation; \\(S^0\\) = `first_scale`, its value at the end of the warm-up, NaN before. `weighted` is true where
 the user's weight is positive.
 """
 
@@ -42,7 +42,8 @@ def presence(moments: GroupMoments, groups: Groups, max_missing: float) -> tuple
 def observe_batch(state: PriorityState, moments: GroupMoments, held: Flags, options: ApexOptions) -> PriorityState:
     """Advance the moving averages by one batch, except of objectives that are `held`.
 
-    The baselines that are not known are taken at the end of the warm-up, or as soon afterwards as they exist.
+    A mean before training that is not known is taken from the first batch that has the objective, and the first spread at
+    the end of the warm-up or as soon afterwards as there is one.
     """
     has = moments.count > 0
     groups = has.sum(0)
@@ -60,12 +61,12 @@ def observe_batch(state: PriorityState, moments: GroupMoments, held: Flags, opti
         error=state.error.update(error, options.slow_ema),
         dead_fraction=torch.where(held, state.dead_fraction, (moments.dead & has).sum(0) / groups),
     )
+    state = replace(state, first_mean=torch.where(state.first_mean.isnan(), state.fast.value, state.first_mean))
     if state.iteration < options.warmup_iterations:
         return state
     start = state.first_scale.isnan() & (state.scale > 0) & state.fast.value.isfinite()
     return replace(
         state,
-        first_mean=torch.where(start & state.first_mean.isnan(), state.fast.value, state.first_mean),
         first_scale=torch.where(start, state.scale, state.first_scale),
         largest_scale=torch.where(start, state.scale, torch.maximum(state.largest_scale, state.scale)),
     )

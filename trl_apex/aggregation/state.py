@@ -58,7 +58,7 @@ class PriorityState:
     fast: Average  # mean reward, short memory
     slow: Average  # mean reward, long memory
     error: Average  # standard error of a batch's mean reward
-    first_mean: Vector  # mean reward before training, or at the end of the warm-up; NaN before
+    first_mean: Vector  # mean reward before training, or in the first batch; NaN before
     first_scale: Vector  # within-group standard deviation at the end of the warm-up; NaN before
     largest_scale: Vector  # the largest since then; NaN before
     dead_fraction: Vector  # share of dead groups in the last batch that had the objective

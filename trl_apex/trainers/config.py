@@ -594,7 +594,7 @@ class APEXConfig(AggregationFields, DiffusionGRPOConfig):
     baseline_prompts: int = _field(
         128,
         "For 'apex': prompts that the model before training makes one image each of. Progress is measured from their mean "
-        "rewards. 0: from the mean reward at the end of the warm-up, which is noisy with few prompts an iteration.",
+        "rewards. 0: from those of the first iteration, which are noisy with few prompts.",
     )
     gradient_probe: bool | None = _field(
         None, "Measure the objectives' gradients in training. None: where the rule or `conflict_source` needs them."
