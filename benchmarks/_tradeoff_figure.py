@@ -96,7 +96,10 @@ def _title(method: str) -> str:
     rule, _, change = method.partition(":")
     if rule.startswith("tuned"):
         return "sum, best weights by hand, " + " : ".join(rule.split("_")[1:])
-    return "apex, need_coef=1" if change == "weak_need" else rule
+    if change == "weak_need":
+        return "apex, need_coef=1"
+    quick = ["quick"] if rule == "apex" and change and not change.startswith("quick") else []
+    return ", ".join([rule, *quick, *filter(None, change.split(":"))])
 
 
 def _colour(method: str) -> str:
@@ -121,7 +124,7 @@ def _ends(axis: Any, condition: str, lines: list[dict[str, Any]]) -> None:
     named = []
     for line in shown:
         x, y, method = line["mean_gain"][0], line["worst_gain"][0], line["method"]
-        text = method if y >= FLOOR else f"{method} ({y:+.0f})"
+        text = _title(method) if y >= FLOOR else f"{_title(method)} ({y:+.0f})"
         named.append((max(y, FLOOR), max(x, LEFT), method, text))
     named.sort()
     low, high = axis.get_ylim()

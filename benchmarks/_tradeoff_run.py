@@ -78,7 +78,7 @@ TARGETS = [0.75, 18.8, 3.4, 7.1]  # of OBJECTIVES, about one standard deviation 
 # Changes of `QUICK`.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "quick": {},
-    "without_start": {"baseline_prompts": 0},  # progress counts from the end of the warm-up
+    "without_start": {"baseline_prompts": 0},  # progress counts from the first batch
     "default_schedule": {"warmup_iterations": 10, "ramp_iterations": 10},  # the package's defaults
     "weak_need": {"warmup_iterations": 10, "ramp_iterations": 10, "need_coef": 1.0},  # the defaults but for the need
     "pooled_scale": {"scale_blend": math.inf},  # a group's own spread does not count

@@ -42,8 +42,8 @@ def presence(moments: GroupMoments, groups: Groups, max_missing: float) -> tuple
 def observe_batch(state: PriorityState, moments: GroupMoments, held: Flags, options: ApexOptions) -> PriorityState:
     """Advance the moving averages by one batch, except of objectives that are `held`.
 
-    A mean before training that is not known is taken from the first batch that has the objective, and the first spread at
-    the end of the warm-up or as soon afterwards as there is one.
+    The start, where it was not measured, is the mean of the first batch that has the objective. The first spread is taken at
+    the end of the warm-up, or as soon afterwards as there is one.
     """
     has = moments.count > 0
     groups = has.sum(0)
@@ -102,9 +102,9 @@ def trend_noise(error: Vector, fast_ema: float, slow_ema: float) -> Vector:
 def relative_need(mean: Vector, first_mean: Vector, unit: Vector, weighted: Flags, temperature: float = 0.5) -> Vector:
     r"""Need of the objectives that gained less than the others, in units of their spread.
 
-    $$u_k = \frac{f_k - R^0_k}{S_k}, \qquad N_k = \mathrm{sigmoid}\left(\frac{\bar u - u_k}{T}\right)$$
+    $$u_k = \frac{f_k - R^0_k}{U_k}, \qquad N_k = \mathrm{sigmoid}\left(\frac{\bar u - u_k}{T}\right)$$
 
-    \(S\) = `unit`, \(T\) = `temperature`; only `weighted` objectives count in \(\bar u\). 0.5 where there is no baseline yet.
+    \(U\) = `unit`, \(T\) = `temperature`; only `weighted` objectives count in \(\bar u\). 0.5 while start or unit are unknown.
     """
     gain = (mean - first_mean) / unit
     known = gain.isfinite()
