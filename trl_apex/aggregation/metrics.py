@@ -15,11 +15,9 @@ from .options import ApexOptions
 from .state import PriorityState, ReportState
 
 NEVER_THERE_AFTER = 5  # batches without any reward of an objective that never had one
-FAVOURED, GAINED = (
-    1.5,
-    0.1,
-)  # times the user's weight, and first spreads, that tell an objective that favour does not help
-PATIENCE = 5  # times `warn_after` until such an objective is named
+FAVOURED = 1.5  # times its weight: an objective with more than that is favoured
+GAINED = 0.1  # first spreads: below that an objective has not gained
+PATIENCE = 5  # times `warn_after` until an objective that is favoured and has not gained is named
 
 
 @dataclass(frozen=True)
