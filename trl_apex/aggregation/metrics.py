@@ -100,10 +100,9 @@ def next_report(
     owned = (shares > warn_share) & (intended_shares(effective).nan_to_num(nan=0.0) <= warn_share)
     gain = (state.slow.value - state.first_mean) / state.first_scale
     in_vain = (priorities > FAVOURED * state.weights) & (gain < GAINED)
-    dead_fraction = state.dead_fraction
     return ReportState(
         owned=torch.where(owned, report.owned + 1, 0.0),
-        silent=torch.where(absent, report.silent, torch.where(dead_fraction == 1, report.silent + 1, 0.0)),
+        silent=torch.where(absent, report.silent, torch.where(state.dead_fraction == 1, report.silent + 1, 0.0)),
         absent=torch.where(absent, report.absent + 1, 0.0),
         in_vain=torch.where(absent, report.in_vain, torch.where(in_vain, report.in_vain + 1, 0.0)),
         effective=effective,

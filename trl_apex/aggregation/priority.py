@@ -52,19 +52,20 @@ def observe_batch(state: PriorityState, moments: GroupMoments, held: Flags, opti
     alone = torch.where(has, moments.variance / moments.count.clamp(min=1.0), 0.0).sum(0)
     error = torch.where(groups > 1, between / groups, alone).sqrt()
     variance, mean, error = (torch.where(held, torch.nan, new) for new in (pooled_variance(moments), mean, error))
+    fast = state.fast.update(mean, options.fast_ema)
     state = replace(
         state,
         iteration=state.iteration + 1,
         variance=state.variance.update(variance, options.scale_ema),
-        fast=state.fast.update(mean, options.fast_ema),
+        fast=fast,
         slow=state.slow.update(mean, options.slow_ema),
         error=state.error.update(error, options.slow_ema),
+        first_mean=torch.where(state.first_mean.isnan(), fast.value, state.first_mean),
         dead_fraction=torch.where(held, state.dead_fraction, (moments.dead & has).sum(0) / groups),
     )
-    state = replace(state, first_mean=torch.where(state.first_mean.isnan(), state.fast.value, state.first_mean))
     if state.iteration < options.warmup_iterations:
         return state
-    start = state.first_scale.isnan() & (state.scale > 0) & state.fast.value.isfinite()
+    start = state.first_scale.isnan() & (state.scale > 0)  # where there is a spread, there is a mean
     return replace(
         state,
         first_scale=torch.where(start, state.scale, state.first_scale),
