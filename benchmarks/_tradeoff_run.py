@@ -81,6 +81,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without_start": {"baseline_prompts": 0},  # progress counts from the first batch
     "default_schedule": {"warmup_iterations": 10, "ramp_iterations": 10},  # the package's defaults
     "weak_need": {"warmup_iterations": 10, "ramp_iterations": 10, "need_coef": 1.0},  # the defaults but for the need
+    "mild_need": {"warmup_iterations": 10, "ramp_iterations": 10, "need_coef": 2.0},
     "pooled_scale": {"scale_blend": math.inf},  # a group's own spread does not count
     "pooled_scale_unclipped": {"scale_blend": math.inf, "z_clip": math.inf},
     "full_scale_clipped": FULL,  # with the usual clip

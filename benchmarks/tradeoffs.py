@@ -43,10 +43,18 @@ ONLY = [f"only_{name}" for name in OBJECTIVES]
 GRID = ["2_1_1_1", "4_1_1_1", "1_2_1_1", "1_4_1_1", "2_2_1_1", "4_4_1_1", "4_8_1_1", "8_4_1_1"]
 TUNED = [f"tuned_{weights}" for weights in GRID]
 FIRST = ["apex", "sum_then_normalize", "normalize_then_sum"]
-NEEDS = ["apex:quick", "apex:weak_need", "apex:need_coef_2"]
+NEEDS = ["apex:quick", "apex:weak_need", "apex:mild_need", "apex:need_coef_2"]
 SCALES = ["pooled_scale", "pooled_scale_unclipped", "full_scale", "full_scale_unclipped", "tight_clip"]  # of scores
 METHODS: dict[str, list[str]] = {  # by condition, in the order in which they are run
-    "natural": [*FIRST, "apex:quick", "apex:weak_need", *ONLY, *TUNED, *(rule for rule in RULES if rule not in FIRST)],
+    "natural": [
+        *FIRST,
+        "apex:quick",
+        "apex:weak_need",
+        "apex:mild_need",
+        *ONLY,
+        *TUNED,
+        *(rule for rule in RULES if rule not in FIRST),
+    ],
     "conflict": [*RULES, *NEEDS, "apex:full_scale", "apex:without_conflict", "apex:without_potential"],
     "mixed": [*RULES, *NEEDS, "apex:full_scale"],
     "few_prompts": [
