@@ -113,8 +113,9 @@ def test_plan_names_methods_that_exist(tradeoffs):
             trained, settings = method_settings(method, objectives)
             assert set(trained) <= set(objectives) and settings
     natural = {method for condition, method, _, _ in tradeoffs.plan("tradeoffs") if condition == "natural"}
-    assert natural >= {*tradeoffs.RULES, "only_ocr", "only_pickscore", "only_deqa", "only_aesthetic", "apex:weak_need"}
-    assert len(natural) == len(tradeoffs.RULES) + 4 + 8 + 2
+    needs = {"apex:quick", "apex:weak_need", "apex:mild_need"}
+    assert natural >= {*tradeoffs.RULES, "only_ocr", "only_pickscore", "only_deqa", "only_aesthetic"} | needs
+    assert len(natural) == len(tradeoffs.RULES) + 4 + 8 + len(needs)
 
 
 def test_smoke(tradeoffs, tmp_path, monkeypatch):
