@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from _tradeoff_run import BUDGET, options_of
+from matplotlib.figure import Figure
 
 COLOURS = {"apex": "#d62728", "tuned": "#bbbbbb", "only": "#2ca02c"}
 OTHER = "#1f77b4"
@@ -22,11 +23,6 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
 
     Conditions without `apex` are left out, unless none has it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     table = [line for line in table if ":" not in line["method"] or line["method"] in VARIANTS]
     compared = [line for line in table if line["method"] == "apex"] or table
     conditions = list(dict.fromkeys(line["condition"] for line in compared))
@@ -37,7 +33,7 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
     runs = {method: [row for row in courses if row["method"] == method] for method in SHOWN}
     runs = {method: mine for method, mine in runs.items() if mine}
 
-    panels = plt.figure(figsize=(5 * max(across, 2), 4 * down + 3.2), layout="constrained")
+    panels = Figure(figsize=(5 * max(across, 2), 4 * down + 3.2), layout="constrained")
     ends, courses = panels.subfigures(2, 1, height_ratios=(4 * down, 3.2))
     for axis, name in zip(ends.subplots(down, across, squeeze=False).flat, conditions, strict=False):
         _ends(axis, name, [line for line in table if line["condition"] == name])
@@ -49,7 +45,6 @@ def draw(rows: list[dict[str, Any]], table: list[dict[str, Any]], path: Path) ->
         if not axis.has_data():
             axis.set_axis_off()
     panels.savefig(path, dpi=80)
-    plt.close(panels)
 
 
 def draw_objectives(table: list[dict[str, Any]], path: Path) -> None:
@@ -57,11 +52,6 @@ def draw_objectives(table: list[dict[str, Any]], path: Path) -> None:
 
     Specialists are left out, and of tuned weights all but those with the largest hypervolume.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     lines = [line for line in table if line["condition"] == table[0]["condition"]]
     tuned = [line for line in lines if line["method"].startswith("tuned")]
     best = max(tuned, key=lambda line: line["hypervolume"][0], default=None)
@@ -71,7 +61,8 @@ def draw_objectives(table: list[dict[str, Any]], path: Path) -> None:
         if line is best or line["method"] == "apex:weak_need" or not re.match("tuned|only|.*:", line["method"])
     ]
     lines.sort(key=lambda line: line["worst_gain"][0])
-    figure, axis = plt.subplots(figsize=(9, 0.9 + 0.27 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(9, 0.9 + 0.27 * len(lines)), layout="constrained")
+    axis = figure.subplots()
     columns = [name for name in lines[0] if name.startswith("gains/")]
     for column in columns:
         gains, errors = zip(*(line[column] for line in lines), strict=True)
@@ -89,15 +80,14 @@ def draw_objectives(table: list[dict[str, Any]], path: Path) -> None:
     figure.legend(loc="outside upper center", ncols=len(columns), fontsize=9, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=80)
-    plt.close(figure)
 
 
 def _title(method: str) -> str:
     rule, _, change = method.partition(":")
     if rule.startswith("tuned"):
         return "sum, best weights by hand, " + " : ".join(rule.split("_")[1:])
-    if change == "weak_need":
-        return "apex, need_coef=1"
+    if change in ("weak_need", "mild_need"):
+        return f"apex, need_coef={1 if change == 'weak_need' else 2}"
     quick = ["quick"] if rule == "apex" and change and not change.startswith("quick") else []
     return ", ".join([rule, *quick, *filter(None, change.split(":"))])
 

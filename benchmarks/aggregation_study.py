@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from _bench import arguments, mean_and_error, table, write
+from matplotlib.figure import Figure
 
 from trl_apex.aggregation import GRADIENT_RULES, RULES, MultiObjectiveRewardAggregator, PopulationConflict
 
@@ -298,12 +299,8 @@ def _cell(value: list[float], sign: str = "") -> str:
 
 def figure(table: list[dict[str, Any]], path: Path) -> None:
     """Worst and mean share for the rules at each conflict, and the cost of each part and option."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels, (left, right) = plt.subplots(1, 2, figsize=(13, 8.5), gridspec_kw={"width_ratios": [1, 1.15]})
+    panels = Figure(figsize=(13, 8.5))
+    left, right = panels.subplots(1, 2, gridspec_kw={"width_ratios": [1, 1.15]})
     measured = {line["name"] for line in table}
     rules = [rule for rule in RULES if rule in measured]
     height = 0.38
@@ -330,7 +327,6 @@ def figure(table: list[dict[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     panels.tight_layout()
     panels.savefig(path, dpi=110)
-    plt.close(panels)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 from _bench import arguments, machine, slope, table, write
 from _loops import Work
 from _speed import Model, TrainerRun, prompts, quiet, timed
+from matplotlib.figure import Figure
 from torch import Tensor
 
 SMALL = Work(groups=1, group=8, batch=8, side=32, steps=4, guidance=1.0, rank=16)
@@ -107,12 +108,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3), sharey=True, constrained_layout=True)
+    figure = Figure(figsize=(3.2 * len(rows), 3), layout="constrained")
+    axes = figure.subplots(1, len(rows), sharey=True)
     for axis, found in zip(axes, rows, strict=True):
         sizes = [point["size"] for point in found["cost"]]
         for point in found["cost"]:
@@ -124,7 +121,6 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("processor seconds of an iteration")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> None:

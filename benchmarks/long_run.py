@@ -95,7 +95,7 @@ def replay(trainer: RecordingTrainer) -> dict[str, Any]:
     """Aggregate the kept rewards anew, and compare with what the run logged and holds."""
     args = trainer.args
     fresh = MultiObjectiveRewardAggregator(
-        trainer.reward_func_names, trainer.reward_weights.tolist(), "apex", options=args.aggregator_options()
+        trainer.reward_func_names, trainer.reward_weights.tolist(), "apex", options=args.apex_options()
     )
     groups = torch.arange(PROMPTS * IN_GROUP) // IN_GROUP
     recomputed = [fresh(rewards, groups)[1] for rewards in trainer.seen]

@@ -30,7 +30,7 @@ def compare(
         (1.0, 1.414)
     """
     split = len(names) if objectives is None else objectives
-    rows = {name: _gain(base[:, k], tuned[:, k]) for k, name in enumerate(names)}
+    rows = {name: paired_gain(base[:, k], tuned[:, k]) for k, name in enumerate(names)}
     rates = (share if math.isfinite(share) else None for share in domination_rates(base[:, :split], tuned[:, :split]))
     return {
         "objectives": {name: rows[name] for name in names[:split]},
@@ -40,22 +40,15 @@ def compare(
     }
 
 
-def _gain(base: Tensor, tuned: Tensor) -> dict[str, Any]:
-    """`paired_gain` for JSON: None where there is no number."""
-    whole = int((base.isfinite() & tuned.isfinite()).sum())
-    if whole < 2:
-        return dict.fromkeys(("base", "tuned", "se", "gain", "gain_se"), None) | {"n": whole}
-    return {key: value if math.isfinite(value) else None for key, value in paired_gain(base, tuned).items()}
-
-
-def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[str, float]:
+def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[str, Any]:
     """How much one reward rose, on the same prompts and noise.
 
     ```
     gain = mean(tuned - base) / std(base)     gain_se = se / std(base)     se = std(tuned - base) / sqrt(n)
     ```
 
-    A pair with a missing value is left out; `n` pairs are whole, at least 2. `base` and `tuned` are means.
+    A pair with a missing value is left out; `n` pairs are whole. `base` and `tuned` are means. None where there is no number:
+    everywhere but in `n` for fewer than 2 pairs, and in `gain` and its error where all of `base` is equal.
 
     Example:
         >>> result = paired_gain(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 3.0, 4.0]))
@@ -65,17 +58,15 @@ def paired_gain(base: Float[Tensor, " B"], tuned: Float[Tensor, " B"]) -> dict[s
     whole = base.isfinite() & tuned.isfinite()
     base, tuned = base[whole].double(), tuned[whole].double()
     if len(base) < 2:
-        raise ValueError(
-            f"A paired difference needs at least 2 images scored both times. Found {len(base)}. Use more."
-        )
+        return dict.fromkeys(("base", "tuned", "se", "gain", "gain_se"), None) | {"n": len(base)}
     mean, se = mean_and_error(tuned - base)
-    spread = base.std().item() or float("nan")
+    spread = base.std().item()
     return {
         "base": base.mean().item(),
         "tuned": tuned.mean().item(),
         "se": se,
-        "gain": mean / spread,
-        "gain_se": se / spread,
+        "gain": mean / spread if spread else None,
+        "gain_se": se / spread if spread else None,
         "n": len(base),
     }
 

@@ -49,11 +49,8 @@ class APEXTrainer(DiffusionGRPOTrainer):
     @wraps(DiffusionGRPOTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        names, weights, rule = (
-            self.reward_func_names,
-            self.reward_weights.tolist(),
-            self.args.multi_objective_aggregation,
-        )
+        names, weights = self.reward_func_names, self.reward_weights.tolist()
+        rule = self.args.multi_objective_aggregation
         self.aggregator = MultiObjectiveRewardAggregator(names, weights, rule, self.args.apex_options())
         warmup = self.aggregator.options.warmup_iterations if self.aggregator.rule == "apex" else 0
         if 0 < self.args.max_steps <= warmup * self.updates_per_iteration:

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import reprlib
-import types
 import typing
 import warnings
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import type_validator
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType
 from trl import GRPOConfig
 
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions, did_you_mean
@@ -36,8 +35,7 @@ HONOURED_FIELDS = frozenset(
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_train_epochs max_steps
     learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay
     adam_beta1 adam_beta2 adam_epsilon max_grad_norm activation_checkpointing gradient_checkpointing
-    logging_dir logging_strategy logging_steps
-    logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
     disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
     save_strategy save_steps save_total_limit save_only_model enable_jit_checkpoint ignore_data_skip
@@ -107,8 +105,8 @@ MAY_BE_INFINITE = {"delta", "max_grad_norm", "reward_weights", "target_movement"
 WHOLE_TOO: dict[Any, Any] = {
     float: float | int,
     float | None: float | int | None,
-    list[float]: list[typing.Union[float, int]],  # noqa: UP007
-    list[float] | None: list[typing.Union[float, int]] | None,  # noqa: UP007
+    list[float]: list[float | int],
+    list[float] | None: list[float | int] | None,
 }
 POSITIVE = (
     "noise_level", "timestep_shift", "advantage_max", "fpo_scale", "nft_beta", "kl_mask_threshold", "target_movement",
@@ -371,8 +369,6 @@ class DiffusionGRPOConfig(GRPOConfig):
             config = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
             by_fsdp = config.get("activation_checkpointing", os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", False))
             self.activation_checkpointing = str(by_fsdp).lower() not in ("true", "1")
-        if "activation_checkpointing" not in {f.name for f in dataclasses.fields(TrainingArguments)}:
-            self.gradient_checkpointing = self.activation_checkpointing  # transformers 4
 
     @property
     def flow_matching(self) -> bool:
@@ -568,10 +564,6 @@ class AggregationFields(_OldFields):
                 )
         return ApexOptions(**fields | options)
 
-    def aggregator_options(self) -> dict[str, Any]:
-        """The options of the aggregator, by name."""
-        return dataclasses.asdict(self.apex_options())
-
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values; fields of 0.1.0 are under `aggregation_options`."""
         values = super().to_dict()  # type: ignore[misc]
@@ -683,8 +675,6 @@ def check_types(config: Any, names: set[str], finite: set[str]) -> None:
     hints = typing.get_type_hints(type(config))
     for name in sorted(names):
         value, hint = getattr(config, name), WHOLE_TOO.get(hints[name], hints[name])
-        if isinstance(hint, types.UnionType):  # which huggingface_hub below 1.0 does not know
-            hint = typing.Union[hint.__args__]  # noqa: UP007
         try:
             type_validator(name, list(value) if isinstance(value, tuple) else value, hint)
         except TypeError:

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..aggregation.conflict import cosines
+
 
 @dataclass(frozen=True)
 class ProbeResult:
@@ -243,8 +245,6 @@ def _summarize(products: Float[Tensor, "M M"], size: int, halved: bool, rows: in
         merge = torch.eye(2 * size + 1, dtype=products.dtype)[: size + 1]  # a gradient is the sum of its halves
         merge[:size, size + 1 :] = torch.eye(size)
         products = merge @ products @ merge.T
-    norms = products.diagonal().clamp(min=0.0).sqrt()
-    outer = torch.outer(norms, norms)
-    cosine = torch.where(outer > 0, products / outer, torch.nan)
+    cosine = cosines(products)
     known = [value for value in cosine[size, :size].tolist() if value == value]
     return ProbeResult(products[:size, :size], cosine[:size, :size], min(known, default=math.nan), cross, rows)
