@@ -204,6 +204,7 @@ def test_the_first_try_names_what_is_missing(capsys: pytest.CaptureFixture) -> N
         ("[1", "must be valid YAML"),
         ("- a\n- b", "must hold options as"),
         ("model: tiny\ndataset: tiny\nrewards: tinyy\noutput_dir: x", "Found 'tinyy'. Did you mean 'tiny'"),
+        ("model: tiny\ndataset: tiny\nrewards:\nmonitors:\nenv:\noutput_dir: x", "`rewards` must be given"),
         (None, "No such file or directory: other.yaml"),
     ],
 )

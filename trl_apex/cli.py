@@ -360,9 +360,12 @@ def train_options(
     known = _names(TrainArguments) | _names(APEXConfig)
     file = parser.parse_known_args(arguments)[0].config
     settings = _read_yaml(file) if file else {}
-    os.environ.update({key: str(value) for key, value in settings.pop("env", {}).items()})
-    for name in ("rewards", "monitors", "lora_target_modules"):  # one of them may stand without a list
-        settings |= {name: [settings[name]]} if isinstance(settings.get(name), str) else {}
+    os.environ.update({key: str(value) for key, value in (settings.pop("env", None) or {}).items()})
+    for name in {"rewards", "monitors", "lora_target_modules"} & settings.keys():
+        if settings[name] is None:  # a key with nothing under it
+            del settings[name]
+        elif isinstance(settings[name], str):  # one of them may stand without a list
+            settings[name] = [settings[name]]
     parser.set_defaults(**settings)
     values, more = parser.parse_known_args(arguments)
     unknown = [key for key in settings if key not in known]
@@ -398,7 +401,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The configuration {path} must be valid YAML. Found: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("env", {}), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("env") or {}, dict):
         raise ValueError(
             f"The configuration {path}, and its key `env`, must hold options as `name: value`. "
             f"Found {type(content).__name__}."

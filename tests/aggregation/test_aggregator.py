@@ -7,7 +7,13 @@ import warnings
 import pytest
 import torch
 
-from trl_apex.aggregation import AGGREGATION_OPTIONS, RULES, ApexOptions, MultiObjectiveRewardAggregator
+from trl_apex.aggregation import (
+    AGGREGATION_OPTIONS,
+    GRADIENT_RULES,
+    RULES,
+    ApexOptions,
+    MultiObjectiveRewardAggregator,
+)
 
 NAMES = ["ocr", "pickscore", "deqa"]
 NAN = math.nan
@@ -310,6 +316,25 @@ def test_changed_weights_count_from_the_next_batch_on():
         aggregator.weights = [1.0]
 
 
+@pytest.mark.parametrize("rule", GRADIENT_RULES)
+def test_changed_weights_drop_what_was_solved_with_the_old_ones(rule):
+    aggregator = make(rule=rule)
+    aggregator.observe_conflict(torch.eye(3))
+    run(aggregator, 1)
+    aggregator.weights = [1.0, 3.0, 0.0]
+    assert list(aggregator.priorities.values()) == pytest.approx([0.25, 0.75, 0.0])
+    run(aggregator, 1)
+    assert list(aggregator.priorities.values()) == pytest.approx([0.25, 0.75, 0.0])
+
+
+def test_priorities_of_an_earlier_run_end_where_they_are_switched_off():
+    adaptive, fixed = make(warmup_iterations=1, ramp_iterations=1), make(adaptive_priorities=False)
+    run(adaptive, 12, rise(0.0, 0.1, 0.0))
+    assert adaptive.priorities["pickscore"] < 0.2
+    fixed.load_state_dict(adaptive.state_dict())
+    assert list(fixed.priorities.values()) == pytest.approx([1 / 3] * 3)
+
+
 def test_annealed_weights_scale_the_priorities_and_keep_the_floor():
     options = {"warmup_iterations": 2, "ramp_iterations": 1}
     aggregator, resumed = make(**options), make(**options)
@@ -347,6 +372,25 @@ def test_the_lagging_objective_gains_priority(combination):
     _, metrics = run(aggregator, 25, rise(0.0, 0.2, 0.08))
     assert aggregator.priorities["ocr"] > 1.3 / 3
     assert metrics["need/ocr"] > metrics["need/pickscore"]
+
+
+def test_a_rank_in_the_group_cannot_lag():
+    options, noise = {"warmup_iterations": 2, "ramp_iterations": 1}, torch.Generator().manual_seed(0)
+    aggregator = MultiObjectiveRewardAggregator(["rank", "ocr"], options=options)
+    for step in range(60):
+        values = torch.randn(8, 8, generator=noise, dtype=torch.float64)
+        ranks = values.argsort(1).argsort(1) / 7
+        rising = 0.2 * torch.randn(64, generator=noise, dtype=torch.float64) + 0.01 * step
+        _, metrics = aggregator(torch.stack([ranks.flatten(), rising], 1), torch.arange(64) // 8)
+    assert [metrics[name] for name in ("need/rank", "need/ocr", "potential/rank")] == pytest.approx([0.5] * 3)
+    assert aggregator.priorities["rank"] > 0.35  # only the other's learning potential is ahead
+
+
+def test_an_objective_that_was_never_scored_has_no_more_potential_than_any():
+    values = rewards()
+    values[:, 1] = torch.nan
+    _, metrics = make()(values, groups())
+    assert metrics["potential/pickscore"] == 0.5
 
 
 def test_targets_end_the_need():

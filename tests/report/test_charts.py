@@ -1,6 +1,7 @@
 """Ticks, numbers, the trend with its band, and charts of data at the edge."""
 
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -42,6 +43,20 @@ def test_the_band_covers_the_truth() -> None:
         mean, error = (np.array(v) for v in trend((truth + rng.normal(0, 0.3, 200)).tolist()))
         inside.append((np.abs(mean - truth) < 2 * error)[20:-20].mean())
     assert 0.9 < np.mean(inside) < 0.99
+
+
+def test_the_trend_of_a_long_run_is_that_of_the_whole_kernel_in_little_memory() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+    index = np.arange(200)
+    kernel = np.exp(-0.5 * ((index[:, None] - index) / (200 / 30)) ** 2)
+    kernel /= kernel.sum(1, keepdims=True)
+    mean, error = trend(values.tolist())
+    np.testing.assert_allclose(mean, kernel @ values, atol=1e-7)
+    np.testing.assert_allclose(error, np.diff(values).std() / 2**0.5 * (kernel**2).sum(1) ** 0.5, atol=1e-7)
+    tracemalloc.start()
+    trend([0.0, 1.0] * 10_000)
+    assert tracemalloc.get_traced_memory()[1] < 20e6  # a kernel of all pairs takes 3.2 GB
+    tracemalloc.stop()
 
 
 def test_a_curve_is_drawn_where_its_values_are() -> None:

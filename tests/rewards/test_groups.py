@@ -1,6 +1,7 @@
 """Rewards that compare the images of a group, worked out by hand."""
 
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from tiny_runs import history, redness, tiny_trainer
 
-from trl_apex.rewards import PairwiseReward, RankReward, RewardList, RewardLoadError, RewardScorer
+from trl_apex.rewards import PairwiseReward, RankReward, Reward, RewardList, RewardLoadError, RewardScorer
 from trl_apex.rewards.registry import load_reward
 
 PROMPTS = ["a", "a", "a", "a", "b", "b"]
@@ -94,6 +95,31 @@ def test_weights_of_the_reward_inside_are_checked_before_training():
     ranked = RankReward('pickscore(model="no/such/folder/of/mine")')
     with pytest.raises(RewardLoadError, match="pickscore"), RewardScorer([ranked]) as scorer:
         scorer.check()
+
+
+def test_a_reward_alone_and_inside_another_may_load_at_the_same_time():
+    inside_holds_its_lock, other_loads = threading.Event(), threading.Event()
+
+    class Slow(Reward):
+        def load(self):
+            with self._lock:
+                inside_holds_its_lock.set()
+                other_loads.wait(1)
+                return super().load()
+
+        def _score(self, loaded, images, prompts, columns):
+            return images.mean((1, 2, 3)).tolist()
+
+    class Watched(RankReward):
+        def load(self):
+            inside_holds_its_lock.wait()
+            other_loads.set()
+            return super().load()
+
+    slow = Slow("slow", device="cpu")
+    with RewardScorer([slow, Watched(slow)]) as scorer:
+        rewards = scorer.submit(prompts=PROMPTS, completions=[], images=IMAGES, group_ids=[0, 0, 0, 0, 1, 1])
+        assert rewards.result(timeout=60).rewards[:, 1].tolist() == RANKS
 
 
 def test_the_scorer_gives_groups_to_those_that_want_them():

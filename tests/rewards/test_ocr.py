@@ -171,6 +171,10 @@ def test_processes_read_as_threads_do(reward):
     prompts = ['"cat"', '"ten"', '"hut"', '"elk"']
     pooled = OCRReward(workers=2, pool="process")
     assert pooled(prompts=prompts, completions=images) == reward(prompts=prompts, completions=images)
+    for process in pooled._loaded._processes.values():  # as the kernel does where memory is short
+        process.kill()
+        process.join()
+    assert pooled(prompts=prompts, completions=images) == reward(prompts=prompts, completions=images)
     pooled.unload()
 
 

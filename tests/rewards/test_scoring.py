@@ -3,9 +3,12 @@
 import asyncio
 import threading
 import time
+import urllib.error
 from concurrent.futures import CancelledError
+from email.message import Message
 
 import pytest
+import requests
 import torch
 from PIL import Image
 
@@ -188,6 +191,39 @@ def test_retries_are_bounded_and_only_for_passing_failures():
     with RewardScorer([refused, broken], max_retries=2, backoff=0.01) as scorer:
         assert score(scorer).failures == {"refused": 2, "broken": 2}
     assert calls == {"refused": 3, "broken": 1}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        requests.exceptions.ConnectionError("refused"),
+        requests.exceptions.ReadTimeout("no answer"),
+        urllib.error.URLError(ConnectionRefusedError("refused")),
+        TimeoutError("no answer"),
+    ],
+)
+def test_connections_of_the_usual_libraries_are_tried_again(error):
+    errors = iter([error])
+
+    def served(completions, **kwargs):
+        for once in errors:
+            raise once
+        return [1.0] * len(completions)
+
+    with RewardScorer([served], max_retries=1, backoff=0.01) as scorer:
+        assert score(scorer).failures == {"served": 0}
+
+
+@pytest.mark.filterwarnings("ignore::trl_apex.rewards.RewardFailureWarning")
+def test_a_refusal_of_the_other_side_is_not_tried_again():
+    calls = []
+
+    def refused(**kwargs):
+        calls.append(1)
+        raise urllib.error.HTTPError("http://x", 404, "not found", Message(), None)
+
+    with RewardScorer([refused], backoff=0.01) as scorer:
+        assert score(scorer).failures == {"refused": 2} and len(calls) == 1
 
 
 class Unreadable:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def test_a_server_that_dies_in_mid_batch_is_started_again_once(folder):
         (folder / "die").touch()
         with pytest.raises(ConnectionError, match="does not answer"):
             asyncio.run(reward(**CALL))
+
+
+def test_a_server_on_any_free_port_says_which():
+    command = [sys.executable, "-m", "trl_apex", "serve-rewards", "--reward", "jpeg_compressibility", "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    url = re.search(r"http://127.0.0.1:[1-9]\d*", server.stdout.readline()).group()
+    wait_until(lambda: status_of(url) != "away")
+    server.terminate()
+    server.wait(60)
 
 
 def test_a_server_that_cannot_start_says_so(folder):

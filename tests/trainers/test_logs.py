@@ -1,5 +1,6 @@
 """What the logged numbers say where something is missing, skipped or failed."""
 
+import asyncio
 import json
 import logging
 import math
@@ -10,8 +11,9 @@ import pytest
 import torch
 from datasets import Dataset
 from toy_rewards import PROMPTS, contrast, redness
+from transformers import TrainerCallback
 
-from trl_apex import APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_apex import APEXConfig, APEXTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 
 
 def line(trainer, step=-1):
@@ -68,6 +70,42 @@ def test_what_a_reward_logs_cannot_stop_the_run(pipeline, dataset, lora, make_ar
     (table,) = (Path(args.output_dir) / "completions").glob("*.parquet")
     rows = pandas.read_parquet(table)
     assert list(rows["short"].isna()) == [True] * len(rows) and list(rows["mixed"])[1] == "a"
+
+
+def test_what_a_reward_logs_stands_beside_its_own_images_and_iteration(pipeline, dataset, lora, make_args):
+    later = asyncio.Event()
+
+    async def echo(prompts, images, log_metric, log_extra, **kwargs):
+        first = not later.is_set()
+        later.set()
+        await asyncio.sleep(0.3 if first else 0)  # the first chunk of an iteration is scored last
+        log_metric("size", len(prompts))
+        log_extra("said", prompts)
+        return images.mean((1, 2, 3)).tolist()
+
+    def restart(self, args, state, control, **kwargs):
+        later.clear()
+
+    args = make_args(
+        APEXConfig, rollout_batch_size=4, per_device_train_batch_size=8, log_completions=True, num_completions_to_print=0,
+        baseline_prompts=6, eval_strategy="steps", eval_steps=1, max_steps=2, updates_per_iteration=1,
+    )  # fmt: skip
+    callback = type("Restart", (TrainerCallback,), {"on_step_end": restart})()
+    trainer = APEXTrainer(pipeline, [echo], args, dataset, dataset, callbacks=[callback], peft_config=lora)
+    trainer.train()
+    assert [entry["size"] for entry in trainer.state.log_history if "size" in entry] == [4.0, 4.0]
+    for table in (Path(args.output_dir) / "completions").glob("*.parquet"):
+        rows = pandas.read_parquet(table)
+        assert list(rows["said"]) == list(rows["prompt"])
+
+
+def test_a_callback_may_set_the_weights_as_numbers(pipeline, dataset, lora, make_args):
+    trainer = APEXTrainer(pipeline, [redness, contrast], make_args(max_steps=1), dataset, peft_config=lora)
+    trainer.reward_weights = [1.0, 9.0]
+    trainer.train()
+    assert line(trainer)["priority/contrast"] == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="one number per objective"):
+        trainer.reward_weights = [1.0]
 
 
 @pytest.mark.filterwarnings("ignore:The reward `cost` failed")

@@ -32,7 +32,7 @@ from .normalize import (
 from .options import ApexOptions, checked_batch, checked_options, checked_weights, did_you_mean, option_table
 from .priority import observe_batch, presence, reprioritize, reweighted
 from .rules import GRADIENT_RULES, RULES, TABLE, gramian_weights, wide_enough
-from .state import PriorityState, ReportState, from_plain, to_plain
+from .state import Average, PriorityState, ReportState, from_plain, to_plain
 
 
 class MultiObjectiveRewardAggregator:
@@ -124,6 +124,8 @@ class MultiObjectiveRewardAggregator:
                     f"Resume with the saved {name}{', in that order' * (name == 'objectives')}, or start without the state."
                 )
         self._state, self._report = from_plain(self._state, state), from_plain(self._report, state)
+        if not self.options.adaptive_priorities:  # the state may come from a run that had them
+            self._state = replace(self._state, priorities=self._state.weights)
 
     def __call__(
         self, rewards: Tensor, group_ids: Tensor, mask: Tensor | None = None, update: bool = True
@@ -259,8 +261,13 @@ class MultiObjectiveRewardAggregator:
         old, new = state.weights, self._weights
         if torch.equal(old, new):
             return state
-        apex, floor = self.rule == "apex", self.options.priority_floor
-        return replace(state, weights=new, priorities=reweighted(state.priorities, old, new, floor) if apex else new)
+        if self.rule == "apex":
+            return replace(
+                state, weights=new, priorities=reweighted(state.priorities, old, new, self.options.priority_floor)
+            )
+        return replace(
+            state, weights=new, priorities=new, gradient_weights=Average.empty(len(new))
+        )  # solved with the old
 
     def _current_weights(self, state: PriorityState) -> Vector:
         """Weights of the next batch, summing to one."""

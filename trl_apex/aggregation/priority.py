@@ -21,6 +21,7 @@ from .options import ApexOptions
 from .state import PriorityState
 
 SMALL_FACTOR = 0.1  # keeps one vanishing factor of the product from silencing an objective
+ROUNDING = 1e-6  # spreads that no mean reward moves by chance, only by rounding
 
 
 # What a batch says
@@ -84,11 +85,13 @@ def learning_potential(
     $$L_k = (1 - \mathrm{dead}_k)\left(\tfrac12 \mathrm{clip}(S_k / S^0_k, 0, 1)
     + \tfrac12 \tanh\frac{|f_k - q_k|}{2\,\mathrm{noise}_k}\right)$$
 
-    \(f - q\) = `gap`, fast minus slow average of the mean reward; `noise`, of the gap when nothing moves.
+    \(f - q\) = `gap`, fast minus slow average of the mean reward; `noise`, of the gap when nothing moves. What is below
+    a millionth of the spread is rounding.
     """
     spread = torch.nan_to_num(scale / first_scale, nan=1.0, posinf=1.0).clamp(0.0, 1.0)
-    ratio = gap.abs() / (2 * torch.where(noise > 0, noise, 1.0))
-    moving = torch.where(noise > 0, torch.tanh(ratio), (gap != 0).to(ratio.dtype))
+    least = ROUNDING * scale
+    ratio = gap.abs() / (2 * torch.where(noise > least, noise, 1.0))
+    moving = torch.where(noise > least, torch.tanh(ratio), (gap.abs() > least).to(ratio.dtype))
     return (1 - dead_fraction) * 0.5 * (spread + torch.nan_to_num(moving, nan=0.0))
 
 
@@ -105,10 +108,11 @@ def relative_need(mean: Vector, first_mean: Vector, unit: Vector, weighted: Flag
 
     $$u_k = \frac{f_k - R^0_k}{U_k}, \qquad N_k = \mathrm{sigmoid}\left(\frac{\bar u - u_k}{T}\right)$$
 
-    \(U\) = `unit`, \(T\) = `temperature`; only `weighted` objectives count in \(\bar u\). 0.5 while start or unit are unknown.
+    \(U\) = `unit`, \(T\) = `temperature`; only `weighted` objectives count in \(\bar u\). 0.5 while start or unit are unknown,
+    and for an objective whose mean never moves, such as a rank within the group: it cannot lag.
     """
     gain = (mean - first_mean) / unit
-    known = gain.isfinite()
+    known = gain.isfinite() & (gain.abs() > ROUNDING)
     counted = known & weighted
     average = torch.where(counted, gain, 0.0).sum() / counted.sum().clamp(min=1)
     return torch.where(known, torch.sigmoid((average - gain) / temperature), 0.5)

@@ -196,17 +196,22 @@ def trend(values: Sequence[float]) -> tuple[list[float], list[float]]:
 
     $$m_t = \sum_s k_{ts} y_s, \qquad \mathrm{se}_t = \hat\sigma \sqrt{\textstyle\sum_s k_{ts}^2}$$
 
-    with \(k_t\) a Gaussian in index distance that sums to one, as wide as a thirtieth of the length, at least 1.5, and
-    \(\hat\sigma\) from the differences of neighbours.
+    with \(k_t\) a Gaussian in index distance that sums to one, as wide as a thirtieth of the length, at least 1.5, cut off at six
+    widths, and \(\hat\sigma\) from the differences of neighbours.
     """
     y = np.asarray(values, dtype=float)
     if len(y) < 3:
         return list(values), [0.0] * len(y)
-    index, width = np.arange(len(y)), max(len(y) / 30, 1.5)
-    kernel = np.exp(-0.5 * ((index[:, None] - index[None, :]) / width) ** 2)
-    kernel /= kernel.sum(1, keepdims=True)
-    noise = np.diff(y).std() / np.sqrt(2)
-    return np.round(kernel @ y, 12).tolist(), (noise * np.sqrt((kernel**2).sum(1))).tolist()
+    width = max(len(y) / 30, 1.5)
+    reach = math.ceil(6 * width)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+
+    def over(values: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+        return np.convolve(values, kernel)[reach : reach + len(y)]
+
+    total, noise = over(np.ones_like(y), kernel), np.diff(y).std() / np.sqrt(2)
+    error = noise * np.sqrt(over(np.ones_like(y), kernel**2)) / total
+    return np.round(over(y, kernel) / total, 12).tolist(), error.tolist()
 
 
 def thin(values: Sequence[float], most: int = 240) -> list[float]:

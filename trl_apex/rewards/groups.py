@@ -26,10 +26,11 @@ class _Comparison(Reward):
         (self.asked,) = load_rewards([asked])
         super().__init__(name or f"{prefix}_{reward_name(self.asked)}", device="cpu")
 
-    def _load(self) -> Any:
-        if hasattr(self.asked, "check"):
+    def load(self) -> Any:
+        """Load what is inside as well: first, since two rewards that load wait for each other."""
+        if self._loaded is None and hasattr(self.asked, "check"):
             self.asked.check()
-        return True
+        return super().load()
 
     def unload(self) -> None:
         super().unload()

@@ -5,6 +5,7 @@ import threading
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import date
 from functools import partial
 from multiprocessing import get_context
@@ -125,10 +126,15 @@ class OCRReward(Reward):
 
     def _score(self, loaded: Executor, images: Images, prompts: list[str], columns: dict[str, Any]) -> list:
         targets, arrays = self.targets(prompts, columns), to_arrays(images)
-        futures = {i: loaded.submit(self._read, arrays[i]) for i, texts in enumerate(targets) if texts}
+        asked = [i for i, texts in enumerate(targets) if texts]
+        pictures = [arrays[i] for i in asked]
+        try:
+            read = list(self.load().map(self._read, pictures))
+        except BrokenProcessPool:  # a worker was killed, and its pool takes no more
+            self._loaded = None
+            read = list(self.load().map(self._read, pictures))
         rewards: list[float | None] = [None] * len(prompts)
-        for i, future in futures.items():
-            text, confidence = future.result()
+        for i, (text, confidence) in zip(asked, read, strict=True):
             scores = [text_similarity(text, target) for target in targets[i]]
             score = scores[0] if self.several == "first" else sum(scores) / len(scores)
             rewards[i] = score * confidence if self.confidence else score

@@ -32,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0
 LARGEST = torch.finfo(torch.float32).max  # rewards travel as float32
+CONNECTION_ERRORS = {
+    "httpx": ("TransportError",),
+    "requests": ("ConnectionError", "Timeout"),
+    "aiohttp": ("ClientConnectionError",),
+}
 Returned = TypeVar("Returned")
 
 
@@ -364,19 +369,28 @@ def on_this_device(target: Callable[[], Any]) -> Callable[[], Any]:
 
 
 async def retrying(call: Callable[[], Awaitable[Returned]], max_retries: int, backoff: float | int) -> Returned:
-    """Await `call()`, and again, at most `max_retries` times, after a `ConnectionError` or a transport error of httpx.
+    """Await `call()`, and again, at most `max_retries` times, after a connection that failed or did not answer.
 
-    Waits `backoff`, `2 backoff`, `4 backoff` ... seconds, longer where the other side asks for it, and at most 30.
+    That is a `ConnectionError` or `TimeoutError`, or what httpx, requests, aiohttp and urllib raise for one. Waits `backoff`,
+    `2 backoff`, `4 backoff` ... seconds, longer where the other side asks for it, and at most 30.
     """
-    httpx = sys.modules.get("httpx")  # if it is not loaded, nothing can raise its errors
-    passing = (ConnectionError, httpx.TransportError) if httpx else (ConnectionError,)
     for attempt in range(max_retries):
         try:
             return await call()
-        except passing as error:
+        except Exception as error:
+            if not _of_connection(error):
+                raise
             asked = error.retry_after if isinstance(error, TransientRewardError) else None
             await asyncio.sleep(min(max(backoff * 2**attempt, asked or 0.0), LONGEST_WAIT))
     return await call()
+
+
+def _of_connection(error: BaseException) -> bool:
+    kinds: tuple[Any, ...] = (ConnectionError, TimeoutError)
+    for module, names in CONNECTION_ERRORS.items():
+        if library := sys.modules.get(module):  # if it is not loaded, nothing can raise its errors
+            kinds += tuple(getattr(library, name) for name in names)
+    return isinstance(error, kinds) or isinstance(getattr(error, "reason", None), kinds)  # urllib wraps them
 
 
 def own_copies(value: Any) -> Any:

@@ -89,7 +89,8 @@ def serve(
     """Run the server of [`make_server`] until `Ctrl-C`, SIGTERM or the end of process `parent`; finishes requests under way."""
     server = make_server(rewards, host, port, **options)
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+            port = server.config.port = free.getsockname()[1]  # a free one, where 0 was given
     except (OSError, OverflowError) as error:
         raise RuntimeError(
             f"The reward server must be able to listen on {host}:{port}. Found it taken or not allowed "

@@ -63,11 +63,10 @@ from .inputs import (
 from .logs import (
     COLUMNS,
     ROWS,
+    RewardLog,
     log_from_rewards,
     log_rewards,
     log_scoring,
-    logged_column,
-    logged_number,
     newest_samples,
     read_updates,
     send_picture,
@@ -156,7 +155,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         reward_funcs, self.monitor_funcs = (load_rewards(as_list(funcs)) for funcs in (reward_funcs, monitor_funcs))
         every_name = check_inputs(args, reward_funcs, self.monitor_funcs, train_dataset, eval_dataset, callbacks)
         names = every_name[: len(reward_funcs)]
-        self.reward_weights = checked_weights(names, args.reward_weights, args.multi_objective_aggregation)
+        self.reward_func_names, self.reward_weights = names, args.reward_weights
         train_dataset = train_dataset.select(range(len(train_dataset)))  # our own view: Trainer may format it
 
         with distributed.whole_models():
@@ -332,7 +331,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         first = self.accelerator.process_index * len(inputs)
         prompts = [row["prompt"] for row in inputs]
         self._use_size(self._size_of(inputs[0]))  # that of the whole iteration
-        rollouts, pending = [], []
+        rollouts, pending, logs = [], [], []
         compared = any(map(wants_whole_groups, self.reward_funcs))  # within groups, so after the rollout
         self._detectors.note_weights()
         policy = self._anchor.applied() if self.args.loss_type == "nft" else nullcontext()
@@ -343,9 +342,11 @@ class DiffusionGRPOTrainer(RunTrainer):
             for start in range(0, len(inputs), chunk):
                 rows = slice(start, start + chunk)
                 own = {name: value[prompt_of[rows]] for name, value in embeddings.items()}
-                rollouts.append(self._rollout(own, range(first + start, first + start + len(prompt_of[rows]))))
+                numbers = list(range(first + start, first + start + len(inputs[rows])))
+                rollouts.append(self._rollout(own, numbers))
                 if self.args.reward_overlap and not compared:
-                    pending.append(self._submit(self._scorer, inputs[rows], rollouts[-1].images))
+                    logs.append(RewardLog(numbers))
+                    pending.append(self._submit(self._scorer, inputs[rows], rollouts[-1].images, log=logs[-1]))
         sampled = time.perf_counter()
         mine, numbers = inputs, list(range(first, first + len(inputs)))
         if not pending:
@@ -357,7 +358,8 @@ class DiffusionGRPOTrainer(RunTrainer):
             with distributed.failing_together("the rewards"):
                 if mine and not pending:
                     groups = [number // self.num_generations for number in numbers]
-                    pending = [self._submit(self._scorer, mine, images, group_ids=groups)]
+                    logs = [RewardLog(numbers)]
+                    pending = [self._submit(self._scorer, mine, images, group_ids=groups, log=logs[0])]
                 scored = [future.result() for future in pending]
         except Exception:
             save_before_failing(self)
@@ -380,6 +382,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             self._prompts.see(self._iteration, moments.dead.all(1), (moments.count > 1).any(1))
             metrics["dead_prompts"].append(len(self._prompts.dead) / self._prompts.num_prompts)
         self._log_rollout(rewards, advantages, prompts, rollouts)
+        log_from_rewards(logs, metrics, self._logs["extra"], len(rewards))
         self._detectors.see_rollout(rollouts, rewards, advantages)
         here = distributed.local_slice(len(inputs), self.accelerator.process_index)
         result = {
@@ -438,13 +441,20 @@ class DiffusionGRPOTrainer(RunTrainer):
             scorer.check()
         return scorer
 
-    def _submit(self, scorer: Any, rows: list, images: Tensor, completions: list | None = None, **keywords: Any):
-        """Score images in the background, with all that TRL gives to rewards; returns a future of a `ScoredBatch`."""
+    def _submit(
+        self, scorer: Any, rows: list, images: Tensor, completions: list | None = None, log: RewardLog | None = None,
+        **keywords: Any,
+    ):  # fmt: skip
+        """Score images in the background, with all that TRL gives to rewards; returns a future of a `ScoredBatch`.
+
+        What the rewards log goes to `log`, and is dropped without one.
+        """
+        log = log or RewardLog()
         state = copy.copy(self.state)  # what a reward changes in it is not the run's
         state.log_history = list(state.log_history)
         return submit(
             scorer, rows, images, completions, **keywords,
-            trainer_state=state, log_metric=self._log_metric, log_extra=self._log_completion_extra,
+            trainer_state=state, log_metric=log.log_metric, log_extra=log.log_extra,
         )  # fmt: skip
 
     def _stop_if_rewards_fail(self, failures: dict[str, int], samples: int) -> None:
@@ -458,6 +468,15 @@ class DiffusionGRPOTrainer(RunTrainer):
                 )
 
     # Advantages
+
+    @property
+    def reward_weights(self) -> Tensor:
+        """The user's weight of each reward, float64 `[K]`. A callback may set them, as numbers; 1 each for None."""
+        return self._reward_weights
+
+    @reward_weights.setter
+    def reward_weights(self, weights: Any) -> None:
+        self._reward_weights = checked_weights(self.reward_func_names, weights, self.args.multi_objective_aggregation)
 
     def _compute_advantages(self, rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Turn gathered rewards `[B, K]` into advantages `[B]`, and the normalized scores of each objective `[B, K]`.
@@ -729,14 +748,6 @@ class DiffusionGRPOTrainer(RunTrainer):
             picture = reward_grid(samples[: columns * ROWS], columns)
             send_picture(self.callback_handler.callbacks, name, picture, self.state.global_step)
 
-    def _log_metric(self, name: Any, value: Any) -> None:
-        number = logged_number(value)
-        if number is not None:
-            super()._log_metric(str(name), number)
-
-    def _log_completion_extra(self, column: Any, values: Any) -> None:
-        super()._log_completion_extra(str(column), logged_column(values))
-
     def _log_rollout(self, rewards: Tensor, advantages: Tensor, prompts: list[str], rollouts: list[Rollout]) -> None:
         names, metrics = self.reward_func_names, self._metrics["train"]
         log_rewards(rewards, names, self.reward_weights, self.num_generations, metrics)
@@ -751,4 +762,3 @@ class DiffusionGRPOTrainer(RunTrainer):
             for name, scores in zip(names, rewards.double().T.tolist(), strict=True):
                 self._logs["rewards"][name].extend(scores)
             self._unsent_images = True
-        log_from_rewards((self._pending_metrics, self._pending_extra_logs), metrics, self._logs["extra"], len(rewards))

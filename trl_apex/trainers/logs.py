@@ -6,6 +6,7 @@ import math
 import shlex
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -101,47 +102,66 @@ def _std(values: Tensor) -> float:
     return valid.std().item() if len(valid) > 1 else math.nan
 
 
-def log_from_rewards(
-    pending: tuple[dict[str, list], dict[str, list]], metrics: dict[str, list[float]], extra: dict[str, Any], size: int
-) -> None:
-    """Collect what reward functions logged through `log_metric` and `log_extra` on any rank, in one exchange.
+class RewardLog:
+    """What reward functions log about some images, whose `numbers` are their rows among those of all ranks."""
 
-    A column without a value for each of the `size` images is left empty, since nobody knows whose its values are.
+    def __init__(self, numbers: Iterable[int] = ()) -> None:
+        self.numbers = list(numbers)
+        self.metrics: defaultdict[str, list[float]] = defaultdict(list)
+        self.columns: defaultdict[str, list] = defaultdict(list)
+
+    def log_metric(self, name: Any, value: Any) -> None:
+        """Take in one number; None and NaN are left out."""
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"`log_metric` takes one number. Found {type(value).__name__}. Pass a float.") from error
+        if not math.isnan(number):
+            self.metrics[str(name)].append(number)
+
+    def log_extra(self, column: Any, values: Any) -> None:
+        """Take in a value for each image; what no table holds becomes text."""
+        values = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"`log_extra` takes a list, one value per image. Found {type(values).__name__}.")
+        try:
+            pyarrow.array(values)
+        except (pyarrow.ArrowException, OverflowError):
+            values = [None if value is None else str(value) for value in values]
+        self.columns[str(column)].extend(values)
+
+
+def log_from_rewards(
+    logged: list[RewardLog], metrics: dict[str, list[float]], extra: dict[str, Any], size: int
+) -> None:
+    """Collect what reward functions logged on any rank, in one exchange, for the `size` images of an iteration.
+
+    Where a call logged another number of values than it has images, these are left empty: nobody knows whose they are.
     """
     # Copies, since a call that outlasted its timeout may still be logging from its thread.
-    own = tuple({name: list(values) for name, values in list(logged.items())} for logged in pending)
-    for logged in pending:
-        logged.clear()
-    everyone = gather_list([own])
-    for name in sorted({name for logged, _ in everyone for name in logged}):
-        values = [value for logged, _ in everyone for value in logged.get(name, [])]
+    own = [
+        (
+            log.numbers,
+            *({name: list(values) for name, values in list(kind.items())} for kind in (log.metrics, log.columns)),
+        )
+        for log in logged
+    ]
+    everyone = gather_list(own)
+    for name in sorted({name for _, numbers, _ in everyone for name in numbers}):
+        values = [value for _, numbers, _ in everyone for value in numbers.get(name, [])]
         metrics[name].append(sum(values) / len(values))
-    for column in sorted({column for _, columns in everyone for column in columns} | extra.keys()):
-        values = [value for _, columns in everyone for value in columns.get(column, [])]
-        if len(values) not in (0, size):
-            logger.warning("`log_extra` logged %d values of %r for %d images: left out.", len(values), column, size)
-        extra[column].extend(values if len(values) == size else [None] * size)
-
-
-def logged_number(value: Any) -> float | None:
-    """What a reward gave to `log_metric`, as a number; None if it is missing (None or NaN)."""
-    try:
-        number = math.nan if value is None else float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"`log_metric` takes one number. Found {type(value).__name__}. Pass a float.") from error
-    return None if math.isnan(number) else number
-
-
-def logged_column(values: Any) -> list:
-    """What a reward gave to `log_extra`, as a list for a table; values that no table holds become texts."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"`log_extra` takes a list, one value per image. Found {type(values).__name__}.")
-    try:
-        pyarrow.array(values)
-    except (pyarrow.ArrowException, OverflowError):
-        return [None if value is None else str(value) for value in values]
-    return list(values)
+    for column in sorted({column for _, _, columns in everyone for column in columns} | extra.keys()):
+        found: list[Any] = [None] * size
+        for rows, _, columns in everyone:
+            values = columns.get(column, [])
+            if len(values) not in (0, len(rows)):
+                logger.warning(
+                    "`log_extra` logged %d values of %r for %d images: left out.", len(values), column, len(rows)
+                )
+                continue
+            for row, value in zip(rows, values, strict=False):
+                found[row] = value
+        extra[column].extend(found)
 
 
 # Metrics of updates

@@ -31,7 +31,7 @@ from .weights import frozen_copy
 logger = logging.getLogger(__name__)
 
 # Methods of trl.GRPOTrainer that this package calls or leaves in place.
-INHERITED = ("training_step", "compute_loss", "prediction_step", "log", "_log_metric", "_log_completion_extra")
+INHERITED = ("training_step", "compute_loss", "prediction_step", "log")
 
 
 class RunTrainer(GRPOTrainer):
@@ -343,4 +343,3 @@ class RunTrainer(GRPOTrainer):
         size = args.generation_batch_size
         self._logs = {name: deque(maxlen=size) for name in ("images", "prompt", "completion", "advantages")}
         self._logs |= {name: defaultdict(lambda: deque(maxlen=size)) for name in ("rewards", "extra")}
-        self._pending_extra_logs, self._pending_metrics = defaultdict(list), defaultdict(list)
