@@ -13,6 +13,7 @@ from compare import movement
 from training import dark, make_trainer, red, weights_of
 from transformers import TrainerCallback
 
+from trl_apex.trainers.callbacks import InterruptCallback
 from trl_apex.trainers.manifest import PARTIAL, finalize
 
 
@@ -21,9 +22,13 @@ def constant(images, **kwargs):
     return [0.5] * len(images)
 
 
-def train_with_a_bad_gradient(rank: int, output_dir: str, bad_rank: int, bad_step: int) -> dict[str, Any]:
+def train_with_a_bad_gradient(
+    rank: int, output_dir: str, bad_rank: int, bad_step: int, **options: Any
+) -> dict[str, Any]:
     """Three updates, the loss of one of which is not a number on one rank."""
-    trainer, seen = make_trainer(output_dir, max_steps=3, max_nonfinite_updates=5), []
+    if options.get("bf16") or options.get("fp16"):
+        _prepare_half_precision()
+    trainer, seen = make_trainer(output_dir, **{"max_steps": 3, "max_nonfinite_updates": 5, **options}), []
     compute = trainer._compute_loss
 
     def loss(model, inputs):
@@ -43,7 +48,38 @@ def train_with_a_bad_gradient(rank: int, output_dir: str, bad_rank: int, bad_ste
         "finite": all(bool(np.isfinite(w).all()) for w in seen[-1].values()),
         "moved": [movement(a, b) for a, b in zip(seen, seen[1:], strict=False)],
         "skipped": [e.get("skipped_updates/nonfinite", 0.0) for e in trainer.state.log_history if "loss" in e],
+        "overflowed": [e.get("skipped_updates/overflow_rate") for e in trainer.state.log_history if "loss" in e],
     }
+
+
+def _prepare_half_precision() -> None:
+    """DeepSpeed's bf16 as older releases have it, and its fp16 on any CPU."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from transformers import training_args
+
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    DeepSpeedBF16Config.model_fields["check_grad_overflow"].default = False
+    DeepSpeedBF16Config.model_rebuild(force=True)
+
+
+def stop_on_one_rank(rank: int, output_dir: str, event: str, step: int, interrupted: bool = False) -> None:
+    """Three iterations of an update each, in which rank 1 asks to stop. `interrupted`: rank 0 got a signal meanwhile."""
+    trainer = make_trainer(output_dir, max_steps=3, baseline_prompts=0, eval_prompts=["red"] * 2)
+    interrupt = InterruptCallback()
+    interrupt.trainer = trainer
+    trainer.callback_handler.callbacks.insert(0, interrupt)
+
+    def ask(args, state, control, **others):
+        if state.global_step == step and rank == 1:
+            trainer.request_stop("seen enough")
+        interrupt.requested |= interrupted and state.global_step == step and rank == 0
+
+    callback = TrainerCallback()
+    setattr(callback, event, ask)
+    trainer.add_callback(callback)
+    trainer.train()
 
 
 class BreaksOnRank:

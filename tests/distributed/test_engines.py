@@ -14,9 +14,8 @@ FINAL_LATENTS = {
     "gradient_accumulation_steps": 1,
     "max_steps": 4,
     "beta": 0.01,
-    "epsilon": 1.0,
-    "fpo_scale": 0.1,  # a factor of the ratio's rounding
 }
+FPO = {"loss_type": "fpo", "fpo_scale": 0.1, "epsilon": 1.0}  # the scale is a factor of the ratio's rounding
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_a_toy_reward_rises(engine, tmp_path):
         {"beta": 0.01, "num_iterations": 2},
         {"guidance_scale": 3.0, "gradient_accumulation_steps": 1, "max_steps": 3},
         *({"loss_type": loss, "anchor_decay": [0, 0.2, 0.9], **FINAL_LATENTS} for loss in ("awm", "nft")),
-        {"loss_type": "fpo", **FINAL_LATENTS},
+        {**FPO, **FINAL_LATENTS},
         {"loss_type": "nft", "target_movement": 1.0, **FINAL_LATENTS},  # out of reach: the rate grows
     ],
     ids=["checkpointing", "kl", "guidance-three-updates", "awm", "nft", "fpo", "step-size"],
@@ -126,6 +125,18 @@ def test_updates_that_are_not_finite_are_left_out(engine, tmp_path):
     runs = run(train_with_a_bad_gradient, 2, environment(engine), output_dir=str(tmp_path), bad_rank=1, bad_step=1)
     assert runs[0]["finite"] and runs[0]["skipped"] == [0.0, 1.0, 0.0]
     assert runs[0]["moved"][0] > 0 and runs[0]["moved"][1] == 0 and runs[0]["moved"][2] > 0
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_update_that_overflows_in_half_precision_is_left_out(engine, precision, tmp_path):
+    options = {precision: True, "bad_rank": 1, "bad_step": 1, "max_nonfinite_updates": 2 if precision == "bf16" else 1}
+    result = run(train_with_a_bad_gradient, 2, environment(engine), output_dir=str(tmp_path), **options)[0]
+    bad, none = [0.0, 1.0, 0.0], [None] * 3
+    assert result["finite"] and result["moved"][1] == 0
+    assert result["skipped"] == (bad if precision == "bf16" else [0.0] * 3)
+    assert result["overflowed"] == (none if precision == "bf16" else bad)
 
 
 @pytest.mark.distributed

@@ -11,6 +11,7 @@ from engines import ENGINES, environment
 from faults import (
     evaluate_out_of_memory,
     save_until_killed,
+    stop_on_one_rank,
     train_until_killed,
     train_with_a_broken_reward,
     train_with_unequal_aggregators,
@@ -65,6 +66,23 @@ def test_too_many_failures_on_one_rank_stop_all_ranks_with_a_checkpoint(tmp_path
     for outcome in outcomes:
         assert "reward 'breaks' failed for 4 of 8 images" in outcome.error
     assert last_valid(tmp_path).name == "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("options", "at"),
+    [
+        ({"event": "on_step_begin", "step": 1}, 2),
+        pytest.param({"event": "on_step_end", "step": 3}, 3, marks=pytest.mark.distributed),
+        pytest.param({"event": "on_step_begin", "step": 1, "interrupted": True}, 2, marks=pytest.mark.distributed),
+    ],
+    ids=["in an iteration", "after the last", "with a signal on the other"],
+)
+def test_a_stop_that_one_rank_asks_for_is_of_all_ranks(options, at, tmp_path):
+    asked, other = reversed(attempt(stop_on_one_rank, 2, environment("ddp"), output_dir=str(tmp_path), **options))
+    stopped = f"Training was stopped at step {at}, with a checkpoint saved: "
+    assert stopped + "seen enough" in asked.error
+    assert stopped + ("interrupted" if "interrupted" in options else "another process asked for it") in other.error
+    assert last_valid(tmp_path).name == f"checkpoint-{at}"
 
 
 @pytest.mark.distributed

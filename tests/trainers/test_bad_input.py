@@ -115,11 +115,50 @@ def test_settings_that_do_not_fit_the_model_or_the_rewards(pipeline, dataset, lo
         ({"updates_per_iteration": 3}, "must divide.*1 x 2 / 1. Found 3"),
         ({"torch_compile": True}, "`torch_compile` must stay.*compile_denoiser=True"),
         ({"compile_denoiser": True, "gradient_probe": True}, "Turn off one of the two"),
+        ({"enable_jit_checkpoint": True}, "inside an iteration.*SIGTERM.*`request_stop`"),
     ],
 )
 def test_bad_configuration(make_args, overrides, message):
     with pytest.raises(ValueError, match=message):
         make_args(**overrides)
+
+
+KL_MASK = {"ratio_guard": "kl_mask"}
+CHANGED = {
+    "noise_level": 0.8, "transition": "cps", "epsilon": 0.3, "epsilon_high": 0.3, "delta": 2.0, "kl_mask_threshold": 1e-3,
+    "timestep_sampling": "uniform", "timestep_range": (0.1, 1.0), "timestep_shift": 2.0, "awm_weighting": "t",
+    "awm_trust_region": 0.5, "advantage_max": 2.0, "fpo_scale": 1.0, "nft_beta": 0.5, "ema_update_steps": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "base, effective",
+    [
+        ({"loss_type": "grpo"}, "noise_level transition epsilon epsilon_high delta"),
+        ({"loss_type": "grpo", **KL_MASK}, "noise_level transition epsilon kl_mask_threshold"),
+        (
+            {"loss_type": "awm", "timestep_sampling": "uniform"},
+            "epsilon epsilon_high delta timestep_sampling timestep_range timestep_shift awm_weighting awm_trust_region "
+            "advantage_max",
+        ),
+        ({"loss_type": "nft"}, "timestep_sampling timestep_range nft_beta"),
+        ({"loss_type": "fpo"}, "epsilon epsilon_high delta timestep_sampling timestep_range fpo_scale"),
+        (
+            {"loss_type": "grpo", "ema_decay": 0.9},
+            "noise_level transition epsilon epsilon_high delta ema_update_steps",
+        ),
+    ],
+)
+def test_options_without_an_effect_are_refused_and_their_defaults_are_not(make_args, base, effective):
+    plain = make_args(**base, guidance_scale=None)
+    saved = {field: value for field, value in plain.to_dict().items() if field in CHANGED}
+    make_args(**saved | base, guidance_scale=None)  # as config.json holds it
+    for name, value in CHANGED.items():
+        if name in effective.split():
+            make_args(**base | {name: value}, guidance_scale=None)
+        else:
+            with pytest.raises(ValueError, match=f"`{name}` has no effect: it needs .*Leave it out"):
+                make_args(**base | {name: value}, guidance_scale=None)
 
 
 def test_every_inherited_field_is_honoured_refused_or_harmless(make_args):

@@ -37,12 +37,13 @@ class Gradients(TrainerCallback):
 def test_two_updates_equal_a_straight_line_computation(pipeline, lora, make_args, loss_type, passes):
     """Two passes over one rollout, or two iterations, between which the slow copy follows."""
     base, solver = copy.deepcopy(pipeline.transformer), "heun" if loss_type == "awm" else "euler"
+    own = {"nft": {"nft_beta": 0.7}, "awm": {"awm_trust_region": 0.6}}.get(loss_type, {})
     args = make_args(
         DiffusionGRPOConfig, loss_type=loss_type, guidance_scale=None, num_inference_steps=4, timesteps_per_image=2,
         per_device_train_batch_size=8, gradient_accumulation_steps=2, num_iterations=passes, max_steps=2, optim="sgd",
-        learning_rate=0.5, max_grad_norm=0.0, weight_decay=0.0, shuffle_dataset=False, beta=0.3, nft_beta=0.7,
-        activation_checkpointing=False, rollout_solver=solver, awm_trust_region=0.6,
-        anchor_decay=None if loss_type == "fpo" else [0, 0.4, 0.9],
+        learning_rate=0.5, max_grad_norm=0.0, weight_decay=0.0, shuffle_dataset=False, beta=0.3,
+        activation_checkpointing=False, rollout_solver=solver, anchor_decay=None if loss_type == "fpo" else [0, 0.4, 0.9],
+        **own,
     )  # fmt: skip
     seen = Gradients()
     trainer = DiffusionGRPOTrainer(

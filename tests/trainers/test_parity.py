@@ -46,7 +46,7 @@ def test_one_iteration_equals_the_formulas(pipeline, lora, make_args, guard):
         DiffusionGRPOConfig, num_inference_steps=STEPS, guidance_scale=GUIDANCE, noise_level=NOISE_LEVEL, epsilon=CLIP,
         gradient_accumulation_steps=3, max_steps=2, num_iterations=2, optim="sgd", learning_rate=RATE, max_grad_norm=0.0,
         weight_decay=0.0, reward_weights=[2.0, 1.0], shuffle_dataset=False, beta=BETA, ratio_guard=guard,
-        kl_mask_threshold=FAR,
+        **({"kl_mask_threshold": FAR} if guard == "kl_mask" else {}),
     )  # fmt: skip
     seen = Gradients()
     trainer = DiffusionGRPOTrainer(pipeline, [contrast, redness], args, dataset, peft_config=lora, callbacks=[seen])

@@ -18,8 +18,9 @@ GUARDS = ("kl_mask", "grpo_guard")
 """What may take the place of the plain clipped ratio of denoising steps."""
 WEIGHTINGS = ("ghuber", "huber", "uniform", "t", "t2")
 """How AWM turns a squared error at noise level t into a likelihood."""
-TIMESTEP_SAMPLING = ("grid", "stratified", "uniform", "logit_normal")
-"""Where the noise levels of the rows come from."""
+SHIFTED = ("uniform", "logit_normal")
+TIMESTEP_SAMPLING = ("grid", "stratified", *SHIFTED)
+"""Where the noise levels of the rows come from; `timestep_shift` moves those of `SHIFTED`."""
 TINY = 1e-10
 NFT_CLIP = 5.0
 """Where DiffusionNFT clips advantages."""

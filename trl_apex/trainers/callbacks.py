@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,9 +39,9 @@ class IterationCallback(TrainerCallback):
             callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.save_and_stop:
-            control.should_save = control.should_training_stop = True
         boundary = state.global_step % self.trainer.updates_per_iteration == 0 or state.global_step >= state.max_steps
+        if boundary and self.trainer._agree_to_stop():
+            control.should_save = control.should_training_stop = True
         events = ["should_save", "should_training_stop", *(["should_evaluate"] if args.metric_for_best_model else [])]
         self._postponed |= {event for event in events if getattr(control, event)}
         for event in events:
@@ -110,8 +110,8 @@ class GradientGuardCallback(TrainerCallback):
             wrong = ~ratio.isfinite().cpu()
             for sample, step in zip(samples.cpu()[wrong].tolist(), steps.cpu()[wrong].tolist(), strict=True):
                 culprits.append(f"image {sample} ({prompts[sample - first]!r:.60}) at denoising step {step}")
-        scaler = trainer.accelerator.scaler  # of float16; it starts too high and lowers its scale
-        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        read = scale_reader(trainer)
+        scale = 1.0 if read is None else float(read())
         if scale > 1 and not any_rank(bool(culprits), trainer.accelerator.device):
             self._count(overflow=True)
             logger.info("Update %d overflowed at loss scale %g, which is lowered.", update, scale)
@@ -134,7 +134,7 @@ class GradientGuardCallback(TrainerCallback):
         for name, skipped in (("dead", dead), ("nonfinite", nonfinite)):
             metrics[f"skipped_updates/{name}"].append(float(skipped))
             metrics[f"skipped_updates/{name}_rate"].append(float(skipped))
-        if self.trainer.accelerator.scaler is not None:
+        if scale_reader(self.trainer) is not None:
             metrics["skipped_updates/overflow_rate"].append(float(overflow))
 
     def _compare_with_epsilon(self, norm: float, count: int, epsilon: float) -> None:
@@ -150,6 +150,16 @@ class GradientGuardCallback(TrainerCallback):
                 f"gradients of root mean square {rms:.2g}. Set adam_epsilon={rms / 1e4:.0e} or less.",
                 stacklevel=2,
             )
+
+
+def scale_reader(trainer: Any) -> Callable[[], float] | None:
+    """What reads the scale of float16's loss, which starts too high and is lowered; None without one, or with a fixed one."""
+    if trainer.is_deepspeed_enabled:
+        engine = trainer.model_wrapped
+        falling = engine.fp16_enabled() and engine.dynamic_loss_scale()
+        return (lambda: engine.optimizer.loss_scale) if falling else None
+    scaler = trainer.accelerator.scaler
+    return None if scaler is None else scaler.get_scale
 
 
 class InterruptCallback(TrainerCallback):
@@ -183,8 +193,8 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Agree with the other processes between two updates, then tell the trainer."""
-        if self.trainer.save_and_stop is None and any_rank(self.requested, self.trainer.accelerator.device):
-            self.requested = True
+        self.requested = any_rank(self.requested, self.trainer.accelerator.device)
+        if self.requested and self.trainer.save_and_stop is None:
             self.trainer.request_stop("interrupted.")
 
 

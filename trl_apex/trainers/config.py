@@ -21,7 +21,7 @@ from trl import GRPOConfig
 
 from ..aggregation.options import AGGREGATION_OPTIONS, ApexOptions, did_you_mean
 from ..aggregation.rules import GRADIENT_RULES, RULES
-from ..diffusion.losses import AWM_DECAY, GUARDS, NFT_DECAY, TIMESTEP_SAMPLING, WEIGHTINGS, Decay
+from ..diffusion.losses import AWM_DECAY, GUARDS, NFT_DECAY, SHIFTED, TIMESTEP_SAMPLING, WEIGHTINGS, Decay
 from ..diffusion.schedule import SOLVERS, TRANSITIONS
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ HONOURED_FIELDS = frozenset(
     logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
     disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
     eval_strategy eval_steps eval_delay eval_on_start load_best_model_at_end metric_for_best_model greater_is_better
-    save_strategy save_steps save_total_limit save_only_model enable_jit_checkpoint ignore_data_skip
+    save_strategy save_steps save_total_limit save_only_model ignore_data_skip
     restore_callback_states_from_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     accelerator_config parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
@@ -61,6 +61,11 @@ REFUSED_FIELDS = frozenset(f.name for f in dataclasses.fields(GRPOConfig)) - HON
 # Of refused fields: why, and what to do instead.
 NO_MEANING = ("it has no meaning for a text-to-image model", "Leave it out.")
 REASONS = {
+    "enable_jit_checkpoint": (
+        "it saves inside an iteration, and training would go on",
+        "Leave it out: on SIGTERM `trl-apex train` saves and stops at the end of the iteration; a script can call the trainer's "
+        "`request_stop`.",
+    ),
     "ds3_gather_for_generation": ("it is about language models", "Use `gather_for_rollout`."),
     "data_seed": ("it has no effect", "Use `seed`."),
     "train_sampling_strategy": ("it has no effect", "Use `shuffle_dataset`."),
@@ -184,7 +189,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     epsilon: float | None = _field(
         None,
         "Clip range of the importance ratio. None: 1e-4 for 'grpo' (2e-6 with ratio_guard='grpo_guard'), 1 for 'awm', 0.01 "
-        "for 'fpo'.",
+        "for 'fpo'. With ratio_guard='kl_mask', which clips no ratio, only the measure of a warning.",
     )
     bf16: bool | None = _field(None, "bfloat16 autocast. None: on, but for `fp16`, `use_cpu` or no accelerator.")
     gradient_checkpointing: bool | None = _field(
@@ -431,8 +436,6 @@ class DiffusionGRPOConfig(GRPOConfig):
              "initial noise alone", "Leave it out."),
             (flow and self.ratio_guard is not None, self.ratio_guard,
              f"`ratio_guard` needs loss_type='grpo': with {self.loss_type!r} no step is stochastic", "Leave it out."),
-            (self.ratio_guard == "kl_mask" and self.delta is not None, self.delta,
-             "`delta` has no effect with ratio_guard='kl_mask', which clips no ratio", "Leave it out."),
             (self.target_movement is not None and (self.fp16 or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")),
              {"fp16": self.fp16, "lr_scheduler_type": getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)},
              "`target_movement` needs bf16 or float32, and a schedule that does not adapt the rate itself",
@@ -459,7 +462,35 @@ class DiffusionGRPOConfig(GRPOConfig):
             (accelerator.split_batches or accelerator.dispatch_batches, accelerator.to_dict(),
              "`accelerator_config` must leave `split_batches` and `dispatch_batches` off: every process samples its own prompts",
              "Leave them out."),
+            *self._without_effect(),
         ]  # fmt: skip
+
+    def _without_effect(self) -> list[Refusal]:
+        """Options that were changed, and have an effect beside other options alone."""
+        loss, flow, mask = self.loss_type, self.flow_matching, self.ratio_guard == "kl_mask"
+        needs = [
+            ("loss_type='grpo'", not flow, "noise_level transition"),
+            ("loss_type='awm'", loss == "awm", "awm_weighting awm_trust_region advantage_max"),
+            ("loss_type='fpo'", loss == "fpo", "fpo_scale"),
+            ("loss_type='nft'", loss == "nft", "nft_beta"),
+            ("loss_type 'awm', 'nft' or 'fpo'", flow, "timestep_sampling timestep_range"),
+            ("timestep_sampling 'uniform' or 'logit_normal'", flow and self.timestep_sampling in SHIFTED, "timestep_shift"),
+            ("a ratio, which loss_type='nft' has not", loss != "nft", "epsilon"),
+            ("a ratio that is clipped, unlike with loss_type='nft' and ratio_guard='kl_mask'",
+             loss != "nft" and not mask, "epsilon_high delta"),
+            ("ratio_guard='kl_mask'", mask, "kl_mask_threshold"),
+            ("`ema_decay`", self.ema_decay is not None, "ema_update_steps"),
+        ]  # fmt: skip
+        rows: list[Refusal] = []
+        defaults = {f.name: default_of(f) for f in dataclasses.fields(self)}
+        for what, there, names in needs:
+            for name in names.split():
+                value = getattr(self, name)
+                value = list(value) if isinstance(value, tuple) else value
+                filled_in = LOSS_DEFAULTS[loss].get(name)  # and so in a saved configuration
+                ignored = not there and value not in (defaults[name], filled_in)
+                rows.append((ignored, value, f"`{name}` has no effect: it needs {what}", "Leave it out."))
+        return rows
 
     @classmethod
     def allowed_rules(cls) -> tuple[str, ...]:

@@ -194,6 +194,7 @@ class DiffusionGRPOTrainer(RunTrainer):
                 f"A quantized base trains on one GPU or with DDP: engines do not shard or cast its weights. Found {self._engine}. "
                 "Launch without DeepSpeed and FSDP, or leave out `quantization_config`."
             )
+        self._skip_overflows()
         self._set_inherited_attributes(reward_funcs, names)
         self._prepare_reference(starts_from_adapter=start is not None)
         self._scorer: RewardScorer | None = None  # while training

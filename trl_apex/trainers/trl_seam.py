@@ -79,6 +79,7 @@ class RunTrainer(GRPOTrainer):
         try:
             with distributed.whole_models():  # a reward may load its network at its first call
                 result = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            self._agree_to_stop()
         except RuntimeError as error:
             if isinstance(error, distributed.OtherRankError) or not distributed.lost_rank(error):
                 raise
@@ -103,9 +104,16 @@ class RunTrainer(GRPOTrainer):
         return result
 
     def request_stop(self, cause: str, error: type[RuntimeError] = RuntimeError) -> None:
-        """Save a checkpoint at the end of the iteration, then stop with `cause` as the error."""
+        """Save a checkpoint at the end of the iteration, then stop with `cause` as the error; one process may ask for all."""
         logger.error("%s", cause)
         self.save_and_stop, self._stop_error = cause, error
+
+    def _agree_to_stop(self) -> bool:
+        """Whether a process has asked to stop; all ask from then on, and every rank must call it."""
+        asked = distributed.any_rank(self.save_and_stop is not None, self.accelerator.device)
+        if asked and self.save_and_stop is None:
+            self.request_stop("another process asked for it, and says why.", distributed.OtherRankError)
+        return asked
 
     def predict(self, test_dataset=None, ignore_keys=None, metric_key_prefix="test"):
         """Not for this trainer: [`evaluate`] makes the images and scores them."""
@@ -237,6 +245,12 @@ class RunTrainer(GRPOTrainer):
             return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
         return "fsdp" if self.is_fsdp_enabled else "ddp"
 
+    def _skip_overflows(self) -> None:
+        """Let DeepSpeed leave out an update whose bfloat16 gradient is not finite, which not every release does by itself."""
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config.get("bf16", {}).setdefault("check_grad_overflow", True)
+
     def _rollout_model(self) -> nn.Module:
         """The model to sample with: through an engine's wrapper where it shards weights, else without DDP's."""
         if self.model_wrapped is self.model and all(model is not self.model for model in self.accelerator._models):
@@ -317,6 +331,8 @@ class RunTrainer(GRPOTrainer):
     def _finalize_training(self, *args: Any, **kwargs: Any):
         """Trainer's own, without its last rotation, which would leave the best checkpoint alone."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self._agree_to_stop():  # perhaps after the last iteration's end
+            checkpoint.save_before_failing(self)
         try:
             return super()._finalize_training(*args, **kwargs)
         finally:
