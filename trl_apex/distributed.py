@@ -143,34 +143,57 @@ def local_shard(parameter: Any) -> Tensor:
     return parameter.data
 
 
-def full_trainable_weights(model: nn.Module, main_only: bool = False) -> dict[str, Tensor]:
-    """Unsharded trainable parameters by name, on the CPU; all ranks must call it, with `main_only` the others get none."""
+def shard_of(value: Tensor, parameter: Any) -> Tensor:
+    """The part of a whole tensor that this rank would own of a parameter of its shape; all ranks must call it."""
+    if hasattr(parameter, "ds_tensor"):
+        size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
+        part = value.flatten()[rank * size : (rank + 1) * size]
+        return nn.functional.pad(part, (0, size - part.numel()))
+    if hasattr(parameter, "to_local"):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements).to_local()
+    return value
+
+
+def whole_of(shard: Tensor, parameter: Any) -> Tensor:
+    """The whole tensor of which each rank holds what it owns of a parameter; all ranks must call it."""
+    if hasattr(parameter, "ds_tensor"):
+        shard = shard.to(parameter.device)
+        parts = [torch.empty_like(shard) for _ in range(torch.distributed.get_world_size(parameter.ds_process_group))]
+        torch.distributed.all_gather(parts, shard, group=parameter.ds_process_group)
+        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+    if hasattr(parameter, "to_local"):
+        from torch.distributed.tensor import DTensor
+
+        size = {"shape": parameter.shape, "stride": parameter.stride()}
+        return DTensor.from_local(shard, parameter.device_mesh, parameter.placements, **size).full_tensor()
+    return shard
+
+
+def full_trainable_weights(
+    model: nn.Module, main_only: bool = False, shards: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Unsharded trainable parameters by name, on the CPU; all ranks must call it, with `main_only` the others get none.
+
+    `shards` are what this rank holds of other values for them, such as an average.
+    """
     weights = {}
-    for name, parameter in named_trainable(model):
-        with _gathered([parameter]):
-            value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            if not main_only or this_rank() == 0:
-                weights[name] = value.detach().cpu().clone()
+    for number, (name, parameter) in enumerate(named_trainable(model)):
+        value = whole_of(local_shard(parameter) if shards is None else shards[number], parameter)
+        if not main_only or this_rank() == 0:
+            weights[name] = value.to("cpu", copy=True)
     return weights
 
 
-def set_trainable_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load unsharded weights, by name, into a model that an engine may have sharded; all ranks must call it."""
-    for name, parameter in named_trainable(model):
-        value = weights[name].to(parameter.device, parameter.dtype)
-        if hasattr(parameter, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            parameter.to_local().data.copy_(value.to_local())
-            continue
-        with _gathered([parameter], modifier_rank=0):
-            if parameter.numel():
-                parameter.data.copy_(value)
-
-
 def named_trainable(model: nn.Module) -> list[tuple[str, Any]]:
-    """Trainable parameters by name; Any, since an engine adds to them what nn.Parameter does not have."""
+    """Trainable parameters by name; Any, since an engine adds to them what nn.Parameter does not have.
+
+    FSDP2 leaves those of its root whole after a forward without gradients, in the precision of compute: here they are
+    sharded again.
+    """
+    for module in _sharded_modules(model):
+        module.reshard()
     return [(name.removeprefix("module."), p) for name, p in model.named_parameters() if p.requires_grad]
 
 
@@ -178,7 +201,7 @@ def named_trainable(model: nn.Module) -> list[tuple[str, Any]]:
 def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
     """Keep unsharded weights of a wrapped model on every rank, instead of gathering each layer in each forward."""
     parameters = [p for p in model.parameters() if hasattr(p, "ds_tensor")]
-    sharded: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+    sharded = _sharded_modules(model)
     with _gathered(parameters), _without_zero3_hooks(model) if parameters else nullcontext():
         for module in sharded:
             module.unshard()
@@ -191,14 +214,19 @@ def gathered_for_rollout(model: nn.Module) -> Iterator[None]:
                 module.reshard()
 
 
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    """The modules whose weights FSDP2 gathers together."""
+    return [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+
+
 @contextmanager
-def _gathered(parameters: Sequence[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
-    if not any(hasattr(p, "ds_tensor") for p in parameters):
+def _gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
+    if not parameters:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
+    with deepspeed.zero.GatheredParameters(parameters):
         yield
 
 

@@ -398,9 +398,11 @@ def memory(shapes: Shapes, settings: PlanSettings) -> Memory:
         buckets = 2 * min(BUCKET, trained) * own
         add(ALWAYS, "DeepSpeed buckets", buckets, f"2 x min({BUCKET / 1e6:.0f} M, trained) x {own}")
     if c.ema_decay is not None:
-        add(ALWAYS, "moving average", trained * own / shards, f"{n} x {own}")
+        add(ALWAYS, "moving average", trained * 4 / shards, f"{n} x 4")
     if c.anchor is not None and not c.offload_reference:
-        add(ALWAYS, "slow copy (anchor)", trained * own / shards, f"{n} x {own}")
+        add(ALWAYS, "slow copy (anchor)", trained * 4 / shards, f"{n} x 4")
+        if own < 4:
+            add(ROLLOUT, "weights beside the slow copy", trained * own / shards, f"{n} x {own}")
     if s.own_reference:
         where, name = (ROLLOUT, "reference, once an iteration") if c.offload_reference else (ALWAYS, "reference")
         add(where, name, shapes.parameters * half / shards, model)

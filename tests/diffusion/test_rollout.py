@@ -28,6 +28,16 @@ def test_noise_depends_on_its_key_alone():
     assert abs(keyed_noise([(0, i) for i in range(2000)], (4,)).std().item() - 1) < 0.05
 
 
+def test_noise_is_float32_while_another_thread_has_changed_the_default():
+    expected = keyed_noise([(7, 0, 1)], SHAPE)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = keyed_noise([(7, 0, 1)], SHAPE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_log_prob_of_the_trajectory_is_what_the_update_recomputes():
     predict, window = Counting(), range(1, 4)
     initial = keyed_noise([(0, i) for i in range(8)], SHAPE)

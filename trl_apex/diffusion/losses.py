@@ -6,6 +6,7 @@ flow-matching ratio need a rollout's final latents alone. Their row is one image
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -248,6 +249,7 @@ def training_sigmas(
         [[0.25, 0.5, 0.75, 1.0], [0.25, 0.5, 0.75, 1.0]]
     """
     images, count = shape
+    uniform = partial(torch.rand, generator=generator, dtype=torch.float32)
     if strategy in ("grid", "stratified"):
         levels = grid[:-1].float()
         levels = levels[(levels >= low) & (levels <= high)]
@@ -257,17 +259,17 @@ def training_sigmas(
                 f"(`timestep_range`). Found {count}. Lower it, raise `num_inference_steps`, or set "
                 "timestep_sampling='uniform'."
             )
-        order = torch.rand(images, len(levels), generator=generator).argsort(1)[:, :count]
+        order = uniform(images, len(levels)).argsort(1)[:, :count]
         if strategy == "stratified":
             edges = torch.arange(count + 1) * len(levels) // count
-            offset = torch.rand(images, count, generator=generator) * (edges[1:] - edges[:-1])
+            offset = uniform(images, count) * (edges[1:] - edges[:-1])
             order = edges[:-1] + offset.long()
-            order = order.gather(1, torch.rand(images, count, generator=generator).argsort(1))
+            order = order.gather(1, uniform(images, count).argsort(1))
         return levels[order]
     if strategy == "uniform":
-        drawn = low + (high - low) * torch.rand(images, count, generator=generator)
+        drawn = low + (high - low) * uniform(images, count)
     else:
-        drawn = torch.sigmoid(torch.randn(images, count, generator=generator))
+        drawn = torch.sigmoid(torch.randn(images, count, generator=generator, dtype=torch.float32))
     shifted = shift * drawn / (1 + (shift - 1) * drawn)
     return shifted.clamp(max(low, 1e-3), high)
 

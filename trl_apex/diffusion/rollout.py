@@ -26,7 +26,7 @@ def keyed_noise(keys: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> Floa
 
     A key is e.g. `(seed, INITIAL_NOISE, iteration, sample)`. The draw is on the CPU, the same on any hardware.
     """
-    return torch.stack([torch.randn(shape, generator=keyed_generator(*key)) for key in keys])
+    return torch.stack([torch.randn(shape, generator=keyed_generator(*key), dtype=torch.float32) for key in keys])
 
 
 def evaluation_noise(seed: int, rows: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "B ..."]:

@@ -95,7 +95,8 @@ def prepare_denoiser(
         return model, None
     reference = frozen_copy(denoiser) if args.beta > 0 else None
     if reference is not None and (args.bf16 or args.fp16):  # autocast would compute in half precision anyway
-        reference.to(torch.bfloat16 if args.bf16 else torch.float16)
+        for weight in reference.parameters():  # but no engine casts tables of positions
+            weight.data = weight.to(torch.bfloat16 if args.bf16 else torch.float16)
     warn_of_all_weights(denoiser)
     denoiser.float()  # trained weights are float32; autocast does the rest
     return denoiser.requires_grad_(True), reference

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from ..diffusion.nouns import Rollout
 from ..diffusion.rollout import INITIAL_NOISE, guided_prediction, keyed_noise
-from ..distributed import gather_rows, local_shard
+from ..distributed import gather_rows, local_shard, named_trainable
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class LearningDetectors(TrainerCallback):
 
     def note_weights(self) -> None:
         """Remember the norms of the trained weights that this rank holds, before a rollout gathers them."""
-        shards = [local_shard(p) for p in self.trainer.model.parameters() if p.requires_grad]
+        shards = [local_shard(p) for _, p in named_trainable(self.trainer.model)]
         norms = torch.stack([shard.float().norm() for shard in shards]).cpu()
         self._weights_changed = self._weights is not None and not torch.equal(norms, self._weights)
         self._weights = norms

@@ -196,6 +196,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             )
         self._skip_overflows()
         self._set_inherited_attributes(reward_funcs, names)
+        self._keep_inputs()
         self._prepare_reference(starts_from_adapter=start is not None)
         self._scorer: RewardScorer | None = None  # while training
         self._iteration_rollout: dict[str, Any] | None = None

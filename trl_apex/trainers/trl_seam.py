@@ -10,6 +10,7 @@ import re
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,16 @@ class RunTrainer(GRPOTrainer):
         if not self.args.gather_for_rollout and any(map(distributed.is_sharded, self.model.parameters())):
             return nullcontext()
         return distributed.failing_together(what)
+
+    def _keep_inputs(self) -> None:
+        """Let FSDP2 leave the inputs of modules as they are: it would cast timesteps and positions to half precision.
+
+        The policy casts latents and embeddings itself, as pipelines do.
+        """
+        policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy if self.accelerator.is_fsdp2 else None
+        if policy is not None:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False)
+            self.policy.compute_dtype = policy.param_dtype
 
     def _prepare_reference(self, starts_from_adapter: bool) -> None:
         """Place the frozen copy that `beta` needs. A fresh adapter is switched off instead, and needs none."""

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from ..aggregation.options import did_you_mean
 from ..diffusion.families.base import DiffusionPolicy
 from ..diffusion.losses import Decay
-from ..distributed import full_trainable_weights, local_shard, named_trainable, set_trainable_weights
+from ..distributed import full_trainable_weights, local_shard, named_trainable, shard_of
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +224,7 @@ def plain_name(name: str) -> str:
 class WeightCopy:
     """A copy of the trained weights that follows them: `copy <- d copy + (1 - d) weights` every few optimizer steps.
 
+    It is in float32 also where DeepSpeed trains half-precision weights, whose rounding would swallow its small steps.
     `decay` is d by the number of the step, or None for no copy. It is saved in `file`; `offload` keeps it on the CPU.
     """
 
@@ -239,7 +240,13 @@ class WeightCopy:
     def start(self) -> None:
         """Make the copy equal to the weights."""
         if self.decay is not None:
-            self.copy = [weight.to("cpu" if self.offload else weight.device, copy=True) for weight in self._weights()]
+            self.copy = []
+            for weight in self._weights():
+                place, dtype = (
+                    "cpu" if self.offload else weight.device,
+                    torch.promote_types(weight.dtype, torch.float32),
+                )
+                self.copy.append(weight.to(place, dtype, copy=True))
 
     def follow(self, step: int) -> None:
         """Move the copy towards the weights, if it is due after this optimizer step."""
@@ -247,16 +254,25 @@ class WeightCopy:
             return
         decay = self.decay.at(step)
         for own, weight in zip(self.copy, self._weights(), strict=True):
-            own.lerp_(weight.to(own.device), 1 - decay)
+            own.lerp_(weight.to(own), 1 - decay)
 
     @contextmanager
     def applied(self):
-        """The model with the copy's weights; afterwards with its own again."""
-        self._swap()
+        """The model with the copy's weights; afterwards with its own again.
+
+        They change places with a copy of their own precision, so that memory holds no third one. A copy of another stays as
+        it is, and the weights wait beside it.
+        """
+        if self.copy is None:
+            yield
+            return
+        pairs = zip(self.copy, self._weights(), strict=True)
+        places = [own if own.dtype == w.dtype else torch.empty_like(w, device=own.device) for own, w in pairs]
+        self._exchange(self.copy, places)
         try:
             yield
         finally:
-            self._swap()
+            self._exchange(places, places)
 
     def save(self, directory: str) -> dict[str, Tensor] | None:
         """Write the full copy and return it by name; every rank must call it, the main process writes and has it.
@@ -265,8 +281,7 @@ class WeightCopy:
         """
         if self.copy is None:
             return None
-        with self.applied():
-            tensors = full_trainable_weights(self.trainer.model, main_only=True)
+        tensors = full_trainable_weights(self.trainer.model, main_only=True, shards=self.copy)
         if self.trainer.args.should_save:
             Path(directory).mkdir(parents=True, exist_ok=True)
             updates = torch.tensor(self.trainer.state.global_step // self.every)
@@ -282,8 +297,9 @@ class WeightCopy:
         if not file.is_file():
             logger.warning("%s holds no %s: the copy starts from the checkpoint's weights.", checkpoint, self.file)
             return
-        with self.applied():
-            set_trainable_weights(self.trainer.model, load_file(file))
+        found = load_file(file)
+        for own, (name, parameter) in zip(self.copy, named_trainable(self.trainer.model), strict=True):
+            own.copy_(shard_of(found[name].to(own.dtype), parameter))
 
     def check(self, checkpoint: str | Path) -> None:
         """Raise ValueError if the copy in a checkpoint, where there is one, is not of these weights."""
@@ -302,12 +318,12 @@ class WeightCopy:
         """What this rank holds of the trained weights: views, so that what is written there is used."""
         return [local_shard(parameter) for _, parameter in named_trainable(self.trainer.model)]
 
-    def _swap(self) -> None:
-        """Exchange copy and weights, one tensor at a time, so that memory holds no third copy."""
-        for own, weight in zip(self.copy or [], self._weights() if self.copy else [], strict=True):
+    def _exchange(self, values: list[Tensor], places: list[Tensor]) -> None:
+        """Put values into the model and what it held into places, one tensor at a time."""
+        for value, place, weight in zip(values, places, self._weights(), strict=True):
             held = weight.clone()
-            weight.copy_(own)
-            own.copy_(held)
+            weight.copy_(value)
+            place.copy_(held)
 
 
 class CopiesCallback(TrainerCallback):

@@ -35,6 +35,8 @@ class DiffusionPolicy(ABC):
     """Default height and width in pixels where the model's own size is larger; None for the model's own."""
     edits: ClassVar[bool] = False
     """Whether the model edits a source image: `encode` then gets instructions that hold one, `trl_apex.prompts.datasets.Edit`."""
+    compute_dtype: torch.dtype | None = None
+    """What an engine computes in, where it keeps the weights in another dtype."""
     batched_guidance: bool = True
     """Whether `guidance_scale > 1` means a second, unconditional prediction (False: the model is told the scale)."""
 
@@ -85,8 +87,9 @@ class DiffusionPolicy(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the denoiser's own weights are in, and so its inputs."""
-        return next(p.dtype for p in self.denoiser.parameters() if p.is_floating_point())  # quantized ones are not
+        """What the denoiser's own weights are in, and so its inputs; timesteps stay float32, as in the pipelines."""
+        stored = (p.dtype for p in self.denoiser.parameters() if p.is_floating_point())  # quantized ones are not
+        return self.compute_dtype or next(stored)
 
     @property
     def vae_scale_factor(self) -> int:

@@ -47,7 +47,7 @@ class FluxPolicy(DiffusionPolicy):
         ids = [pad(place, (1, 0), value=number) for number, place in enumerate(places)]
         guidance = None
         if self.denoiser.config.guidance_embeds:
-            guidance = torch.full((len(latents),), guidance_scale, device=latents.device)
+            guidance = torch.full((len(latents),), guidance_scale, dtype=torch.float32, device=latents.device)
         prediction = model(
             hidden_states=tokens,
             timestep=timesteps / 1000,

@@ -55,7 +55,7 @@ class Flux2Policy(DiffusionPolicy):
 
         guidance = None
         if self.denoiser.config.guidance_embeds:
-            guidance = torch.full((len(latents),), guidance_scale, device=latents.device)
+            guidance = torch.full((len(latents),), guidance_scale, dtype=torch.float32, device=latents.device)
         prediction = model(
             hidden_states=latents.flatten(2).transpose(1, 2).to(self.dtype),
             timestep=timesteps / 1000,

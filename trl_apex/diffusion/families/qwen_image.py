@@ -62,7 +62,8 @@ class QwenImagePolicy(FluxPolicy):
     def _statistics(self, device: torch.device) -> list[Tensor]:
         """Mean and standard deviation `[C, 1, 1]` of the VAE's latents."""
         config = self.pipeline.vae.config
-        return [torch.tensor(v, device=device).view(-1, 1, 1) for v in (config.latents_mean, config.latents_std)]
+        statistics = torch.tensor([config.latents_mean, config.latents_std], dtype=torch.float32, device=device)
+        return list(statistics.view(2, -1, 1, 1))
 
 
 class QwenImageEditPlusPolicy(QwenImagePolicy):
