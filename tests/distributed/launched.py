@@ -22,7 +22,7 @@ if __name__ == "__main__":
         trainer = runpy.run_path(first)["main"](arguments)
     else:
         rewards = (red, BreaksOnRank(*arguments))
-        trainer = make_trainer(first, rewards=rewards, save_strategy="steps", save_steps=1)
+        trainer = make_trainer(first, rewards=rewards, save_strategy="steps", save_steps=1, baseline_prompts=0)
         trainer.train()
     result = {
         "world": trainer.accelerator.num_processes,
