@@ -262,12 +262,10 @@ class MultiObjectiveRewardAggregator:
         if torch.equal(old, new):
             return state
         if self.rule == "apex":
-            return replace(
-                state, weights=new, priorities=reweighted(state.priorities, old, new, self.options.priority_floor)
-            )
-        return replace(
-            state, weights=new, priorities=new, gradient_weights=Average.empty(len(new))
-        )  # solved with the old
+            priorities = reweighted(state.priorities, old, new, self.options.priority_floor)
+            return replace(state, weights=new, priorities=priorities)
+        unsolved = Average.empty(len(new))  # those from the gradients were solved with the old weights
+        return replace(state, weights=new, priorities=new, gradient_weights=unsolved)
 
     def _current_weights(self, state: PriorityState) -> Vector:
         """Weights of the next batch, summing to one."""

@@ -240,13 +240,14 @@ class WeightCopy:
     def start(self) -> None:
         """Make the copy equal to the weights."""
         if self.decay is not None:
-            self.copy = []
-            for weight in self._weights():
-                place, dtype = (
-                    "cpu" if self.offload else weight.device,
-                    torch.promote_types(weight.dtype, torch.float32),
+            self.copy = [
+                weight.to(
+                    device="cpu" if self.offload else weight.device,
+                    dtype=torch.promote_types(weight.dtype, torch.float32),
+                    copy=True,
                 )
-                self.copy.append(weight.to(place, dtype, copy=True))
+                for weight in self._weights()
+            ]
 
     def follow(self, step: int) -> None:
         """Move the copy towards the weights, if it is due after this optimizer step."""
